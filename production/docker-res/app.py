@@ -1,0 +1,25 @@
+"""The API as an ASGI application, for servers of one's own: `uvicorn app:app` in this folder."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from tuneserve.hardware import set_threads
+from tuneserve.serving.api import create_app
+from tuneserve.serving.server import champion_slot
+from tuneserve.settings import Settings
+
+settings = Settings.from_environ(os.environ)
+slot = champion_slot(settings, threads=set_threads(settings.omp_num_threads))
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Load the model while the port is already open."""
+    slot.fill_in_background()
+    yield
+
+
+app = create_app(settings, slot, lifespan=lifespan)

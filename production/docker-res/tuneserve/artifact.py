@@ -1,0 +1,129 @@
+"""A version's folder: a Hugging Face model and `metadata.json`. Written whole or not at all.
+
+<version>/config.json, model.safetensors, tokenizer.json, tokenizer_config.json
+<version>/report/        the test in full
+<version>/metadata.json  written last: a folder without it is not a version
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from tuneserve.errors import StoreError
+
+METADATA = "metadata.json"
+UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One finished model on disk."""
+
+    folder: Path
+    metadata: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names; a label's place is its id in the model."""
+        return list(self.metadata["labels"])
+
+
+def is_whole(version: Version) -> bool:
+    """Whether the files that answer are there and as large as they were when they were written."""
+    sizes = version.metadata.get("files", {})
+    return all(
+        path.is_file() and path.stat().st_size == sizes[name] for name in sizes if (path := version.folder / name)
+    )
+
+
+def read_version(folder: Path) -> Version:
+    """Open a finished version.
+
+    Raises:
+        StoreError: the folder is no finished version, or its metadata cannot be read.
+    """
+    try:
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{folder} holds no finished model: there is no {METADATA} in it.") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder / METADATA} cannot be read: {error}") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("labels"), list):
+        raise StoreError(f"{folder / METADATA} is no version's metadata: it has no labels.")
+    return Version(folder, metadata)
+
+
+@contextmanager
+def new_version(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its name once the block has written it and is on disk.
+
+    The block writes the files, `metadata.json` last. If the process dies in between, what stays has a name that
+    no reader looks at; the store clears it away later.
+
+    Raises:
+        StoreError: the disk refuses (full, read-only, gone).
+    """
+    temporary = folder.parent / f"{UNFINISHED}{folder.name}-{uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except Exception as error:
+        if is_disk_error(error):
+            raise StoreError(f"The model cannot be written to {folder}: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether the disk refused; libraries written in Rust say so in exceptions of their own."""
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON, refusing NaN (it is not JSON)."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a reader sees the old or the new file, never a mixture, whatever happens."""
+    temporary = path.with_name(f".{path.name}-{uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder's files, and the folders themselves, to disk, readable for whoever serves them."""
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Force one file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,72 @@
+"""What can go wrong, in words a user can act on. Raised where it is understood, translated once, at the edge."""
+
+
+class TuneserveError(Exception):
+    """A failure whose message is meant for the user: the command line prints it without a traceback.
+
+    `exit_code` is the process's answer, `status` the HTTP one.
+    """
+
+    exit_code = 1
+    status = 500
+
+
+class SettingsError(TuneserveError):
+    """One or more environment variables have values that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(TuneserveError):
+    """The data set cannot be read, or what would be learned from it would be a lie."""
+
+    exit_code = 3
+
+
+class BaseModelError(TuneserveError):
+    """The base model cannot be found, verified or used for classification."""
+
+    exit_code = 4
+
+
+class DeviceError(TuneserveError):
+    """The device or precision asked for cannot be had."""
+
+    exit_code = 5
+
+
+class StoreError(TuneserveError):
+    """The model store cannot be read or written."""
+
+    exit_code = 6
+
+
+class TrainingError(TuneserveError):
+    """Training went somewhere no result can be taken from (a loss that is not a number, say)."""
+
+    exit_code = 7
+
+
+class NoModelError(TuneserveError):
+    """There is no model to answer with, or not yet."""
+
+    exit_code = 8
+    status = 503
+
+
+class UnauthorizedError(TuneserveError):
+    """The request carries no API key, or the wrong one."""
+
+    status = 401
+
+
+class TooLargeError(TuneserveError):
+    """The request is larger than this server takes."""
+
+    status = 413
+
+
+class OverloadedError(TuneserveError):
+    """More requests are waiting than will be answered soon."""
+
+    status = 429

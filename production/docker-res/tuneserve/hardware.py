@@ -1,0 +1,127 @@
+"""What this process may compute with: CPU threads, device, number format."""
+
+import math
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tuneserve.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16"]
+
+SPIN_COUNT = "1000"
+"""Turns that an OpenMP thread waits busily before it sleeps. The library's own 300,000 are no faster alone, and with
+another process on the same cores training nearly stands still (docs/decisions/0002-training-defaults.md)."""
+
+
+def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs this process may use: the smaller of its affinity and its cgroup's quota (version 1 and 2).
+
+    Every enclosing group of the process counts, since the tightest one binds. Source: the kernel's documents
+    `cgroup-v2` (cpu.max) and `sched-bwc` (cpu.cfs_quota_us).
+    """
+    available = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for folder in _cgroup_folders(proc, cgroups):
+        try:
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            if quota.strip() not in ("max", "-1"):
+                available = min(available, int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):  # no limit stands here
+            continue
+    return available
+
+
+def _cgroup_folders(proc: Path, cgroups: Path) -> list[Path]:
+    """Folders that may hold a CPU limit of this process: its group's and all those above, in both hierarchies."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    roots = [cgroups, cgroups / "cpu", cgroups / "cpu,cpuacct"]
+    groups = [line.split(":", 2)[2] for line in lines if re.match(r"\d+:(|([^:]*,)?cpu(,[^:]*)?):", line)]
+    folders = dict.fromkeys(roots)  # a dict keeps the order
+    for group in groups:
+        path = Path(group.strip("/"))
+        folders |= {root / part: None for root in roots for part in [path, *path.parents]}
+    return list(folders)
+
+
+def set_threads(setting: int | Literal["auto"]) -> int:
+    """Decide the number of CPU threads and tell every library; call it before torch or NumPy is imported."""
+    threads = max(1, math.floor(cpu_quota())) if setting == "auto" else setting
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return threads
+
+
+def choose_device(setting: Literal["auto", "cpu", "cuda"]) -> tuple["torch.device", str]:
+    """The device to compute on, and the reason in words.
+
+    Raises:
+        DeviceError: `cuda` is asked for and cannot be used; the message says why.
+    """
+    import torch
+
+    if setting == "cpu":
+        return torch.device("cpu"), "asked for by DEVICE=cpu"
+    obstacle = _cuda_obstacle()
+    if obstacle is None:
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if setting == "cuda":
+        raise DeviceError(f"DEVICE=cuda, but no GPU can be used: {obstacle}.")
+    return torch.device("cpu"), f"no GPU can be used: {obstacle}"
+
+
+def _cuda_obstacle() -> str | None:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"this build of torch ({torch.__version__}) has no CUDA"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            try:
+                torch.zeros(1, device="cuda")
+            except RuntimeError as error:
+                return str(error).splitlines()[0]
+            return None
+    if caught:  # an old driver, for one, only shows up as a warning
+        return str(caught[-1].message).splitlines()[0]
+    return "no NVIDIA device is visible (start the container with --gpus all or --runtime=nvidia)"
+
+
+def choose_precision(setting: Literal["auto", "fp32", "bf16"], device: "torch.device") -> Precision:
+    """The number format of matrix products; `auto` takes bf16 only where the device computes in it natively.
+
+    Raises:
+        DeviceError: `bf16` is asked for on a GPU that lacks it.
+    """
+    import torch
+
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if setting == "bf16" and not native:
+            raise DeviceError("PRECISION=bf16, but this GPU does not compute in bf16; use PRECISION=fp32.")
+    else:
+        native = _cpu_has_bf16()
+    return ("bf16" if native else "fp32") if setting == "auto" else setting
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AVX512_BF16, AMX; BF16 on Arm)."""
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8")))
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

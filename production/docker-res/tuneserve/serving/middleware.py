@@ -1,0 +1,76 @@
+"""What every request passes before the API sees it: a limit to its size, and a stopwatch."""
+
+import time
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tuneserve.serving.metrics import Metrics
+
+CLIENT_CLOSED_REQUEST = 499
+"""Status under which requests are counted whose client hung up; the number is nginx's."""
+
+
+class BodyLimit:
+    """Answers 413 as soon as a request's body is known to be too large, declared or counted."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hold the body back until it is whole and small enough."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        body = b""
+        more = True
+        too_large = int(declared) > self.max_bytes
+        while more and not too_large:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            too_large = len(body) > self.max_bytes
+        if too_large:
+            limit = f"The body is larger than {self.max_bytes // 1024} KiB, the most this server takes."
+            await JSONResponse({"detail": limit}, status_code=413)(scope, receive, send)
+            return
+        held = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return held.pop() if held else await receive()
+
+        await self.app(scope, replay, send)
+
+
+class Stopwatch:
+    """Counts and times requests by route and status."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and note how it was answered."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = 0
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note)
+        finally:
+            if not status:  # the client hung up before there was an answer
+                status = CLIENT_CLOSED_REQUEST
+            # Only routes that exist become labels: paths are the client's to invent.
+            route = getattr(scope.get("route"), "path", "(none)").rstrip("/") or "/"
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - began)

@@ -1,0 +1,84 @@
+"""The server process: opens the port at once, loads the model behind it, ends when told to or left without a model."""
+
+import logging
+import signal
+import socket
+
+import uvicorn
+
+from tuneserve.errors import SettingsError
+from tuneserve.lifecycle.store import Store
+from tuneserve.serving.api import create_app
+from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.engine import TorchEngine
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 5
+"""Seconds that accepted requests get to finish after SIGTERM; `docker stop` kills after ten."""
+
+
+def champion_slot(settings: Settings, *, threads: int) -> Slot:
+    """An empty slot that loads the store's champion when filled."""
+    store = Store(settings.model_path)
+
+    def load() -> Classifier:
+        version = store.champion()
+        return Classifier(version, TorchEngine(version.folder, settings, threads=threads))
+
+    return Slot(load)
+
+
+def serve(settings: Settings, *, threads: int) -> None:
+    """Serve the champion until SIGTERM or SIGINT.
+
+    Raises:
+        NoModelError: the store holds no model.
+        TuneserveError: its model cannot be loaded.
+        SettingsError: the address cannot be listened on.
+    """
+    champion = Store(settings.model_path).champion()
+    slot = champion_slot(settings, threads=threads)
+    config = uvicorn.Config(
+        create_app(settings, slot),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    server = uvicorn.Server(config)
+
+    def stop_on_failure() -> None:
+        if slot.failure is not None:
+            server.should_exit = True
+
+    with listen(settings.host, settings.port) as listener:
+        logger.info("serving version %s on http://%s:%d (docs at /docs)", champion.id, settings.host, settings.port)
+        slot.fill_in_background(stop_on_failure)
+        try:
+            server.run(sockets=[listener])
+        except SystemExit as end:
+            # uvicorn repeats the signal that ended it; for a server that finished its work this is no failure.
+            if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+                raise
+    if slot.failure is not None:
+        raise slot.failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"HOST={host} PORT={port} cannot be listened on: {error.strerror}.") from None
+    return listener

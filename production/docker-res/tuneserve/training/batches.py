@@ -1,0 +1,68 @@
+"""Which texts share a batch, and the batch as tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tuneserve.training.tokens import TokenizedSplit
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+WINDOW_BATCHES = 16
+"""Batches' worth of shuffled texts that are sorted by length together: little padding, still a random order."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts end to end, without padding: `input_ids` int64 [tokens]; `lengths` and `label_ids` int64 [texts]."""
+
+    input_ids: torch.Tensor
+    lengths: Array
+    label_ids: torch.Tensor
+
+    def padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The texts as rows of equal length, and which places are filled: both int64 [texts, tokens of the longest]."""
+        filled = np.arange(self.lengths.max()) < self.lengths[:, None]
+        mask = torch.from_numpy(filled).to(self.input_ids.device)
+        input_ids = torch.full(filled.shape, pad_id, dtype=torch.int64, device=self.input_ids.device)
+        input_ids[mask] = self.input_ids
+        return input_ids, mask.long()
+
+
+def shuffled_batches(lengths: Array, batch_size: int, rng: np.random.Generator) -> list[Array]:
+    """Rows of each batch of one epoch: random, but texts of like length together (fewer padding tokens)."""
+    order = rng.permutation(len(lengths))
+    window = batch_size * WINDOW_BATCHES
+    batches: list[Array] = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return [batches[place] for place in rng.permutation(len(batches))]
+
+
+def sorted_batches(lengths: Array, max_tokens: int) -> list[Array]:
+    """Rows of each batch, shortest texts first: for evaluation, where order does not matter."""
+    return split_by_tokens(np.argsort(lengths, kind="stable"), lengths, max_tokens)
+
+
+def split_by_tokens(rows: Array, lengths: Array, max_tokens: int) -> list[Array]:
+    """The rows in their order, in parts of at most `max_tokens` tokens, padding included, and at least one text."""
+    parts: list[Array] = []
+    begin, longest = 0, 0
+    for end, row in enumerate(rows):
+        longest = max(longest, int(lengths[row]))
+        if end > begin and (end - begin + 1) * longest > max_tokens:
+            parts.append(rows[begin:end])
+            begin, longest = end, int(lengths[row])
+    return [*parts, rows[begin:]] if len(rows) else []
+
+
+def collate(split: TokenizedSplit, rows: Sequence[int] | Array, device: torch.device) -> Batch:
+    """The given rows of a split as one batch on the device."""
+    input_ids = np.concatenate([split.text_ids(row) for row in rows]).astype(np.int64)
+    label_ids = split.label_ids[np.asarray(rows)]
+    return Batch(torch.from_numpy(input_ids).to(device), split.lengths[rows], torch.from_numpy(label_ids).to(device))

@@ -1,0 +1,189 @@
+"""Training that was interrupted, on disk: weights, optimizer, and the place in the data.
+
+Random states need no place in it: the order of the texts follows from the seed and the epoch, dropout from the seed and
+the step. One safetensors file a checkpoint, replaced whole; its header holds what is not a tensor, as JSON. No pickles.
+"""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tuneserve.artifact import is_disk_error, sync
+from tuneserve.errors import StoreError
+from tuneserve.training.gradient import Step
+from tuneserve.training.optimizer import Optimizer
+from tuneserve.training.world import World
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+"""Checkpoints kept of one run: the newest, and the one before in case the newest cannot be read."""
+BEST = "best.safetensors"
+
+
+@dataclass
+class Position:
+    """How far a run has come: `step` batches into `epoch` (both from 0), and what it has seen.
+
+    `first_loss` is that of the untrained model; `places` went through the model, padding included; `best_epoch` counts from 1, 0 being none yet; `part_tokens` is
+    the loop's, 0 being its default.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    first_loss: float = 0.0
+    smooth_loss: float = 0.0
+    texts: int = 0
+    tokens: int = 0
+    places: int = 0
+    fit_s: float = 0.0
+    part_tokens: int = 0
+    best_epoch: int = 0
+    idle_epochs: int = 0
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def count_step(self, texts: int, step: Step, *, seconds: float) -> None:
+        """One more batch is learned."""
+        if self.texts == 0:
+            self.first_loss = self.smooth_loss = step.loss
+        self.smooth_loss = 0.95 * self.smooth_loss + 0.05 * step.loss
+        self.step += 1
+        self.texts += texts
+        self.tokens += step.tokens
+        self.places += step.places
+        self.fit_s += seconds
+        self.loss_sum += step.loss * texts
+
+    def count_epoch(self, figures: dict[str, float], *, epochs: int, patience: int) -> bool:
+        """One more epoch is validated; answer whether it is the best so far."""
+
+        def rank(seen: dict[str, float]) -> tuple[float, float]:
+            return seen["validation_macro_f1"], -seen["validation_loss"]
+
+        better = self.best_epoch == 0 or rank(figures) > rank(self.history[self.best_epoch - 1])
+        moved = better or figures["validation_loss"] < min(one["validation_loss"] for one in self.history)
+        self.history.append(figures)
+        self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.best_epoch = self.epoch if better else self.best_epoch
+        self.idle_epochs = 0 if moved else self.idle_epochs + 1
+        self.finished = self.epoch >= epochs or (patience > 0 and self.idle_epochs >= patience)
+        return better
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own."""
+
+    def __init__(self, folder: Path, *, every_minutes: float) -> None:
+        self.folder = folder
+        self._every_s = every_minutes * 60
+        self._saved = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the interval has passed since the last one."""
+        return time.monotonic() - self._saved >= self._every_s
+
+    def save(self, position: Position, optimizer: Optimizer, world: World) -> None:
+        """Write a checkpoint and remove all but the newest two; only the leading process writes.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        self._saved = time.monotonic()
+        if world.leads:
+            name = f"{position.epoch:05d}-{position.step:08d}.safetensors"
+            self._write(name, optimizer.tensors(), {"position": json.dumps(asdict(position))})
+            for old in self._newest_first()[KEPT:]:
+                old.unlink(missing_ok=True)
+
+    def restore(self, optimizer: Optimizer, world: World) -> Position:
+        """Load the newest checkpoint that is whole; without one, the position of a fresh start.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        position = "{}"
+        for unfinished in self.folder.glob(".*") if world.leads else []:  # a process was killed while it wrote
+            unfinished.unlink(missing_ok=True)
+        for path in self._newest_first() if world.leads else []:
+            try:
+                header = _read(path, optimizer.tensors())
+            except Exception as error:
+                if is_disk_error(error):
+                    raise StoreError(f"The checkpoint {path} cannot be read: {error}") from error
+                if not isinstance(error, (SafetensorError, ValueError)):  # want of memory is not the file's fault
+                    raise
+                logger.warning("%s is damaged and left out: %s", path, error)
+                path.unlink(missing_ok=True)
+                continue
+            position = header["position"]
+            break
+        position = world.tell(position)
+        for tensor in optimizer.tensors().values():
+            world.broadcast(tensor)
+        optimizer.refresh()
+        return Position(**json.loads(position))
+
+    def save_best(self, optimizer: Optimizer, world: World) -> None:
+        """Keep the weights as the best so far.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        if world.leads:
+            self._write(BEST, optimizer.weights_alone(), {})
+
+    def load_best(self, optimizer: Optimizer, world: World) -> None:
+        """Give the leading process the weights that were kept as the best.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        if world.leads:
+            try:
+                _read(self.folder / BEST, optimizer.weights_alone())
+            except Exception as error:
+                raise StoreError(f"The best epoch's weights cannot be read from {self.folder}: {error}") from error
+            optimizer.refresh()
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+        temporary = self.folder / f".{name}-{uuid4().hex[:8]}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
+            sync(temporary)
+            temporary.replace(self.folder / name)
+            sync(self.folder)
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            if is_disk_error(error):
+                raise StoreError(f"The checkpoint cannot be written to {self.folder}: {error}") from error
+            raise
+
+    def remove(self) -> None:
+        """Forget the run: it is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def _read(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Copy what a file holds into the tensors; nothing is changed unless it holds all of them, in their shapes."""
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in tensors}
+        header = file.metadata() or {}
+    if any(found[name].shape != tensor.shape for name, tensor in tensors.items()):
+        raise ValueError(f"{path} is of another model")
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
+    return dict(header)

@@ -1,0 +1,211 @@
+"""Reading labelled texts: a file, a folder, a URL or a hub name becomes splits of rows, memory-mapped on disk."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from tuneserve.errors import DataError, StoreError
+from tuneserve.settings import SAMPLE, without_password
+from tuneserve.training import hub
+from tuneserve.training.rows import BATCH_ROWS, ENDINGS, Columns, Row, in_batches, read_file, spell
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
+STEMS = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+TEXT_NAMES = {"text", "sentence", "review", "content", "comment", "message", "document", "body", "tweet", "question"}
+LABEL_NAMES = {"label", "labels", "sentiment", "category", "class", "target", "intent", "coarse_label"}
+SCHEMA = pa.schema({"row": pa.int64(), "text": pa.string(), "label": pa.string()})
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows as they were read: `row` (its number), `text`, `label`, memory-mapped; a missing label is empty."""
+
+    rows: Dataset
+    where: str
+
+    def place(self, index: int) -> str:
+        """Where the author of the data finds a row; `index` counts from 0."""
+        return f"{self.where}, row {self.rows[index]['row']}"
+
+
+def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
+    """Read a data set into `train` and, where it has them, `valid` and `test`.
+
+    Raises:
+        DataError: naming the file, row and column at fault, or why the source cannot be reached.
+        StoreError: the cache cannot be written.
+    """
+    disable_progress_bars()
+    path = SAMPLE_FOLDER if dataset == SAMPLE else Path(dataset).expanduser()
+    try:
+        if "://" in dataset:
+            shown = without_password(dataset)
+            files = _find_files(_fetch(dataset, shown, cache / "downloads"), shown)
+        elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
+            files, shown = _find_files(path, str(path)), ""
+        elif dataset.startswith(("/", ".", "~")) or path.suffix.lower() in ENDINGS:
+            raise DataError(f"DATASET={dataset}: there is no such file or folder.")
+        else:
+            return _read_hub(dataset, columns, cache)
+        return {split: _read_file(file, columns, shown or str(file), cache) for split, file in files.items()}
+    except OSError as error:
+        raise StoreError(f"DATA_PATH={cache} cannot be written to: {error}") from error
+
+
+def _fetch(url: str, shown: str, folder: Path) -> Path:
+    """Copy what a URL names to a folder of its own; always anew, since the data may have grown."""
+    import fsspec
+
+    local = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    incoming = folder / f".{local.name}-{uuid4().hex[:8]}"
+    incoming.mkdir(parents=True)
+    try:
+        files, remote = fsspec.core.url_to_fs(url)
+        is_folder = files.isdir(remote)
+        found = files.ls(remote, detail=False) if is_folder else [remote]
+        for name in found:
+            target = incoming / Path(name.split("?")[0]).name
+            if target.suffix.lower() in ENDINGS:
+                files.get_file(name, str(target))
+            elif not is_folder:
+                raise DataError(f"DATASET={shown}: cannot read {target.suffix or 'this'}; use {', '.join(ENDINGS)}.")
+    except DataError:
+        raise
+    except Exception as error:  # each file system of fsspec raises exceptions of its own library
+        reason = f"{type(error).__name__}: {error}".replace(url, shown)
+        raise DataError(f"DATASET={shown} cannot be fetched: {reason}") from error
+    else:
+        shutil.rmtree(local, ignore_errors=True)
+        incoming.rename(local)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+    return local if is_folder else next(local.iterdir())
+
+
+def _find_files(path: Path, shown: str) -> dict[str, Path]:
+    if path.is_file():
+        return {"train": path}
+    try:
+        listed = sorted(path.iterdir())
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror}") from error
+    found: dict[str, Path] = {}
+    for file in listed:
+        split = STEMS.get(file.name.split(".")[0])
+        if split is None or not file.is_file():
+            continue
+        if file.suffix.lower() not in ENDINGS:
+            raise DataError(f"{shown}: {file.name} looks like the {split} split; use one of {', '.join(ENDINGS)}.")
+        if split in found:
+            raise DataError(f"{shown}: {found[split].name} and {file.name} are both the {split} split; keep one.")
+        found[split] = file
+    if "train" not in found:
+        raise DataError(f"DATASET={shown} is a folder without a train file (train with one of {', '.join(ENDINGS)}).")
+    return found
+
+
+def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:
+    rows = read_file(path, where, partial(_find_columns, wanted=columns, where=where))
+    return Source(_memory_map(rows, where, cache), where)
+
+
+def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
+    name, _, configuration = dataset.partition(":")
+    reached = hub.connect()
+    logger.info("reading %s from the Hugging Face hub%s", dataset, "" if reached else "'s copy on disk")
+    try:
+        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"))
+    except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
+        if not reached:
+            reason = "and the hub cannot be reached"
+        elif isinstance(error, DatasetNotFoundError):
+            reason = "and the hub has no data set of this name (a private one needs HF_TOKEN)"
+        else:
+            reason = f"and the hub does not give it: {_root_cause(error)}"
+        raise DataError(f"DATASET={dataset} is not a file or folder here, {reason}.") from error
+    sources = {}
+    for split, data in found.items():
+        if split in STEMS and not _is_unlabelled(data):
+            where = f"{dataset}, split {split}"
+            sources[STEMS[split]] = Source(_memory_map(_hub_rows(data, columns, where), where, cache), where)
+    if "train" not in sources:
+        raise DataError(f"DATASET={dataset} has no labelled train split; it has {', '.join(found)}.")
+    return sources
+
+
+def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
+    columns = _find_columns(data.column_names, wanted=columns, where=where)
+    feature = data.features[columns.label]
+    row = 0
+    for batch in data.select_columns([columns.text, columns.label]).iter(batch_size=BATCH_ROWS):
+        for text, label in zip(batch[columns.text], batch[columns.label], strict=True):
+            row += 1
+            yield row, spell(text), spell(label, feature).strip()
+
+
+def _is_unlabelled(data: Dataset) -> bool:
+    """Whether this is a contest's test split, whose labels are withheld: every one of them is -1."""
+    return any(
+        isinstance(feature, ClassLabel) and set(data.unique(name)) == {-1} for name, feature in data.features.items()
+    )
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
+    """Write rows to an Arrow file, named by its content, and map it into memory."""
+    folder = cache / "arrow"
+    folder.mkdir(parents=True, exist_ok=True)
+    incoming = folder / f".{uuid4().hex}"
+    content = hashlib.sha256()
+    count = 0
+    try:
+        with pa.OSFile(str(incoming), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+            for batch in in_batches(rows, lambda row: len(row[1])):
+                content.update(repr(batch).encode())
+                count += len(batch)
+                arrays = [
+                    pa.array(values, kind.type) for values, kind in zip(zip(*batch, strict=True), SCHEMA, strict=True)
+                ]
+                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        if count == 0:
+            raise DataError(f"{where} has no rows.")
+        incoming.replace(folder / f"{content.hexdigest()[:32]}.arrow")
+    finally:
+        incoming.unlink(missing_ok=True)
+    return Dataset.from_file(str(folder / f"{content.hexdigest()[:32]}.arrow"))
+
+
+def _find_columns(names: list[str], wanted: Columns, where: str) -> Columns:
+    label = wanted.label or _only([name for name in names if name.casefold() in LABEL_NAMES and name != wanted.text])
+    text = wanted.text or _only([name for name in names if name.casefold() in TEXT_NAMES and name != label])
+    if len(names) == 2 and (text in names) != (label in names):  # two columns, one of them known
+        text = text or next(name for name in names if name != label)
+        label = label or next(name for name in names if name != text)
+    for kind, name in (("text", text), ("label", label)):
+        if name not in names:
+            missing = f"has no column {name!r}" if name else f"does not say which column holds the {kind}"
+            raise DataError(f"{where} {missing}; its columns are {', '.join(names)}. Set {kind.upper()}_COLUMN.")
+    if text == label:
+        raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
+    return Columns(text, label)
+
+
+def _only(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ""

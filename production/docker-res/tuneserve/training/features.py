@@ -1,0 +1,173 @@
+"""A frozen body's work, done once: what the head reads of every text, kept on disk.
+
+With TRAIN_BODY=0 the body gives the same states in every epoch and every run; so each text goes through it once, and
+what is left to train reads a table.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tuneserve.errors import StoreError
+from tuneserve.training.batches import Array, Batch, collate, sorted_batches
+from tuneserve.training.forward import PROBE_TOLERANCE, Forward, probe
+from tuneserve.training.progress import counted
+from tuneserve.training.tokens import TokenizedSplit
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid")
+
+WINDOW_TEXTS = 8192
+"""Texts that are encoded, sorted by length, between two notes of how far the table has come."""
+ENCODING_TOKENS = 4096
+"""Tokens that go through the model at once."""
+
+
+class Head(nn.Module):
+    """What follows the body's last hidden state, as a module of its own that shares the model's weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.shell = copy.copy(model)
+        modules = dict(model._modules)
+        modules[model.base_model_prefix] = _GivenBody(getattr(model.base_model, "pooler", None))
+        self.shell._modules = modules
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [texts, channels] → logits [texts, labels]."""
+        logits = self.shell(inputs_embeds=features[:, None]).logits
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+
+class _GivenBody(nn.Module):
+    """Stands where the body was, and gives what it would have given."""
+
+    def __init__(self, pooler: nn.Module | None) -> None:
+        super().__init__()
+        self.pooler = pooler
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPooling:
+        pooled = None if self.pooler is None else self.pooler(inputs_embeds)
+        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
+
+
+class Encoder:
+    """The frozen body: a batch to what the head reads of it. The model is the encoder's own."""
+
+    def __init__(self, model: PreTrainedModel, forward: Forward) -> None:
+        self.model, self.forward = model, forward
+        self._states = torch.empty(0)
+        model.base_model.register_forward_hook(self._keep)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [texts, channels] and, by the way, the logits [texts, labels], both fp32."""
+        logits = self.forward(batch)
+        return self._states[:, 0].float(), logits.float()
+
+    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._states = output[0]
+
+
+@torch.inference_mode()
+def agree(encoder: Encoder, head: Head) -> bool:
+    """Whether body and head, one after the other, give what the whole model gives; both in fp32."""
+    states, logits = encoder(probe(encoder.model))
+    try:
+        return torch.allclose(head(states), logits, rtol=1e-4, atol=PROBE_TOLERANCE)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def encode(encoder: Encoder, split: TokenizedSplit, folder: Path, *, stopping: Callable[[], bool]) -> Array:
+    """The features of a split, float32 [texts, channels], memory-mapped; found again if `folder` has them.
+
+    What was encoded before an interruption is not encoded again; it is cut short when `stopping` says yes.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    table, note = folder / "features.npy", folder / "encoded.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        said = note.read_text() if note.exists() and table.exists() else ""
+        done = int(said) if said.isdecimal() else 0  # a note is empty if the process was killed while it wrote
+        if done < len(split):
+            _encode(encoder, split, table, note, done, stopping)
+        else:
+            logger.info("%d texts are encoded already", len(split))
+        features: Array = np.load(table, mmap_mode="r")
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written to: {error}") from error
+    return features
+
+
+def _encode(
+    encoder: Encoder,
+    split: TokenizedSplit,
+    table: Path,
+    note: Path,
+    done: int,
+    stopping: Callable[[], bool],
+) -> None:
+    device = encoder.model.device
+    channels = encoder(collate(split, [0], device))[0].shape[1]
+    mode = "r+" if done else "w+"
+    features = np.lib.format.open_memmap(table, mode=mode, dtype=np.float32, shape=(len(split), channels))
+    if hasattr(os, "posix_fallocate"):
+        with table.open("r+b") as file:  # on a full disk, this is an error; writing to the map would end the process
+            os.posix_fallocate(file.fileno(), 0, table.stat().st_size)
+    for begin in range(done, len(split), WINDOW_TEXTS):
+        end = min(begin + WINDOW_TEXTS, len(split))
+        for rows in counted(sorted_batches(split.lengths[begin:end], ENCODING_TOKENS), "encoding"):
+            if stopping():
+                return
+            features[begin + rows] = encoder(collate(split, begin + rows, device))[0].cpu().numpy()
+        features.flush()
+        note.write_text(str(end))
+        logger.info("encoded %d of %d texts", end, len(split))
+
+
+def as_splits(tokens: Mapping[str, TokenizedSplit]) -> dict[str, TokenizedSplit]:
+    """The training and validation texts as texts of one token, their row among all features: what `LookUp` takes."""
+    splits, begin = {}, 0
+    for name in SPLITS:
+        size = len(tokens[name])
+        ids = np.arange(begin, begin + size, dtype=np.int32)
+        splits[name] = TokenizedSplit(ids, np.arange(size + 1), tokens[name].label_ids, truncated=0)
+        begin += size
+    return splits
+
+
+class LookUp:
+    """The head over tables of features; the batch's token ids are rows of the training texts', then of the others'."""
+
+    pads = False
+
+    def __init__(self, head: Head, tables: Mapping[str, Array], device: torch.device) -> None:
+        self.head, self.device = head, device
+        self.tables = [tables[name] for name in SPLITS]
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits of each text."""
+        rows = batch.input_ids.cpu().numpy()
+        table, begin = self.tables[0], 0
+        if rows[0] >= len(table):
+            table, begin = self.tables[1], len(table)
+        logits = self.head(torch.from_numpy(table[rows - begin]).to(self.device))
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+    def remove(self) -> None:
+        """Nothing was changed."""

@@ -1,0 +1,136 @@
+"""The gradient of one optimizer step, made in as many parts as memory needs."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from tuneserve.errors import TrainingError
+from tuneserve.training.batches import Array, Batch, collate, split_by_tokens
+from tuneserve.training.forward import Forward
+from tuneserve.training.optimizer import Optimizer
+from tuneserve.training.recipe import Recipe
+from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.world import World
+
+logger = logging.getLogger(__name__)
+
+PART_TOKENS = {"cpu": 4096, "cuda": 1 << 20}
+"""Most tokens that go through the model at once; a step of more is made in parts, its gradients added up. On a CPU
+larger parts are no faster, and a signal is looked at between them."""
+SMALLEST_PART = 64
+"""Tokens below which memory is not short but missing."""
+
+SHORT_OF_MEMORY = re.compile(
+    r"can't allocate memory|bad_alloc|STATUS_ALLOC_FAILED"
+    r"|could not (create a primitive$|execute a primitive|create a mem)"
+)
+"""How torch's allocator, C++, cuBLAS and oneDNN say it; the last has these words for other failures too, rarely."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step has seen: real tokens and places fed, padding included; the mean loss over all processes.
+
+    `stop`: a process was asked to stop. Not `whole`: that was in its middle, and there is no gradient.
+    """
+
+    tokens: int = 0
+    places: int = 0
+    loss: float = 0.0
+    stop: bool = False
+    whole: bool = True
+
+
+class Gradient:
+    """The gradient of a step's loss, made in parts that memory holds.
+
+    Out of memory, the step is begun again in parts of half the tokens; it stays the same step. Random numbers follow
+    from the seed and the step, so that a step made again, or after a resumption, is made alike.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        optimizer: Optimizer,
+        train: TokenizedSplit,
+        recipe: Recipe,
+        *,
+        stopping: Callable[[], bool],
+        world: World,
+    ) -> None:
+        self.forward, self.optimizer, self.train, self.recipe = forward, optimizer, train, recipe
+        self.stopping, self.world, self.lengths = stopping, world, train.lengths
+        self.device = optimizer.gradient.device
+        self.part_tokens = PART_TOKENS[self.device.type]
+        weights = recipe.class_weights
+        self.class_weights = None if weights is None else torch.tensor(weights, device=self.device)
+
+    def of(self, rows: Array, number: int) -> Step:
+        """Leave this process' share of the gradient of step `number`, over these rows, in the optimizer.
+
+        Raises:
+            TrainingError: memory does not even hold the smallest part.
+        """
+        step = None
+        while step is None:
+            seed = np.random.SeedSequence([self.recipe.seed, number, self.world.rank]).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+            try:
+                step = self._in_parts(rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                largest = min(self.part_tokens, int(self.lengths[rows].max()) * len(rows))
+                if largest <= SMALLEST_PART:
+                    raise TrainingError(f"Memory does not hold a part of {largest} tokens: {error}") from error
+            if step is None:  # and here the failed attempt's tensors are gone, which the error's traceback held
+                self.part_tokens = largest // 2
+                self.optimizer.drop()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                logger.warning("out of memory: going on with at most %d tokens at a time", self.part_tokens)
+        if not step.whole:
+            self.optimizer.drop()
+        figures = torch.tensor([step.loss, step.places, self.stopping()], dtype=torch.float64, device=self.device)
+        self.world.add_up(figures)
+        loss, places, stop = figures.tolist()
+        return Step(int(self.lengths[rows].sum()), int(places), loss, stop=stop > 0 or not step.whole, whole=step.whole)
+
+    def _in_parts(self, rows: Array) -> Step:
+        train = self.train
+        label_ids = torch.from_numpy(train.label_ids[rows]).to(self.device)
+        whole = len(rows) if self.class_weights is None else self.class_weights[label_ids].sum()
+        words = np.unique(np.concatenate([train.text_ids(row) for row in rows])).astype(np.int64)
+        self.optimizer.begin(torch.from_numpy(words).to(self.device))
+        loss, places = torch.zeros((), device=self.device), 0
+        for part in split_by_tokens(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
+            if self.world.size == 1 and self.stopping():
+                return Step(whole=False)
+            batch = collate(train, part, self.device)
+            loss += self._of_part(batch, whole)
+            self.optimizer.collect()
+            places += len(part) * int(batch.lengths.max()) if self.forward.pads else int(batch.lengths.sum())
+        return Step(places=places, loss=float(loss))
+
+    def _of_part(self, batch: Batch, whole: torch.Tensor | int) -> torch.Tensor:
+        """Leave the gradient in the model and return the loss; all else is freed with this function's names."""
+        losses = functional.cross_entropy(
+            self.forward(batch).float(),
+            batch.label_ids,
+            self.class_weights,
+            reduction="sum",
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        loss = losses / whole
+        loss.backward()
+        return loss.detach()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a library failed for want of memory; on a CPU, and in cuBLAS, they only say so in words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or SHORT_OF_MEMORY.search(str(error)) is not None

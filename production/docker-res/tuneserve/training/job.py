@@ -1,0 +1,181 @@
+"""The recipe, top to bottom: from settings to a version in the store."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+import tuneserve
+from tuneserve.artifact import Version
+from tuneserve.hardware import Precision, choose_device, choose_precision
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import Settings
+from tuneserve.signals import Stop
+from tuneserve.tokenization import TextEncoder
+from tuneserve.training import base_model, checks, data
+from tuneserve.training.checkpoint import Checkpoints
+from tuneserve.training.learning import Run
+from tuneserve.training.model import load_classifier, load_tokenizer
+from tuneserve.training.publication import publish
+from tuneserve.training.rows import Columns
+from tuneserve.training.tokens import TokenizedSplit, tokenize
+from tuneserve.training.trackers import Trackers, open_trackers, require_extra
+from tuneserve.training.world import World
+
+logger = logging.getLogger(__name__)
+
+DECISIVE = {
+    *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
+    *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "seed"),
+}
+"""The settings that, with the data and the base model, decide what training ends with."""
+
+
+def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str, str] | None = None) -> Version | None:
+    """Train a version and make it the champion; with the settings and data of a finished one, take that one.
+
+    Args:
+        settings: of the run.
+        stop: asked whether to end early.
+        threads: CPU threads to compute with.
+        environ: where torchrun's variables stand if this is one of several processes.
+
+    Returns:
+        The version; None in processes that only help.
+
+    Raises:
+        TuneserveError: with the reason, in the user's words.
+        SystemExit: a signal came; what was learned so far is in a checkpoint.
+    """
+    require_extra(settings.mlflow_tracking_uri.get_secret_value())
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    device, reason = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    logger.info("device: %s (%s), %s, %d CPU threads", device.type, reason, precision, threads)
+    with World.joined(environ or {}, device) as world:
+        return _train(settings, stop, device, precision, world)
+
+
+def _train(settings: Settings, stop: Stop, device: torch.device, precision: Precision, world: World) -> Version | None:
+    began = time.perf_counter()
+    store = Store(settings.model_path)
+    if world.leads:
+        store.prepare()
+    with world.one_a_node_first():
+        base, splits = gather(settings)
+    fingerprint = fingerprint_run(settings, base, splits)
+    known = store.find(fingerprint) if world.leads else None
+    if world.any(known is not None):
+        if known is not None:
+            logger.info("already trained: version %s has these settings and data", known.id)
+            store.set_champion(known)
+        return known
+
+    with world.one_a_node_first():
+        tokenizer, tokens = read_tokens(settings, base, splits)
+    truncated = {name: one.truncated / len(one) for name, one in tokens.items()}
+    shares = ", ".join(f"{share:.1%} of {name}" for name, share in truncated.items())
+    logger.info("texts cut at %d tokens: %s", settings.num_max_positions, shares)
+
+    model = load_classifier(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
+    checkpoints = Checkpoints(store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes)
+    with _trackers(settings, fingerprint, checkpoints, world) as trackers:
+        trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
+        with stop.deferred():
+            run = Run(
+                settings,
+                model,
+                tokens,
+                splits.labels,
+                precision,
+                checkpoints,
+                lambda: stop.requested,
+                world,
+                trackers.record,
+            )
+            seen = run.learn() if settings.train_body else run.learn_head(base.content)
+        if not world.leads:
+            return None
+        metadata = {
+            "fingerprint": fingerprint,
+            "labels": splits.labels,
+            "settings": settings.public(),
+            "base_model": base.record(),
+            "data": {
+                "dataset": settings.dataset,
+                "fingerprints": splits.fingerprints,
+                **splits.findings,
+                "truncated_share": truncated,
+            },
+            "device": device.type,
+            "precision": precision,
+            "processes": world.size,
+            "history": seen.history,
+            "best_epoch": seen.best_epoch,
+            "fit_s": round(seen.fit_s, 3),
+            "tokens_per_s": round(seen.tokens / seen.fit_s, 1),
+            "padding_share": round(1 - seen.tokens / seen.places, 4),
+        }
+        version = publish(store, model, tokenizer, tokens, metadata, precision=precision, began=began)
+        trackers.finish(version)
+    checkpoints.remove()
+    return version
+
+
+def _trackers(settings: Settings, fingerprint: str, checkpoints: Checkpoints, world: World) -> Trackers:
+    """Those that are wanted; only the leading process talks to them."""
+    if not world.leads:
+        return Trackers()
+    return open_trackers(
+        log_path=settings.log_path,
+        run_name=fingerprint[:16],
+        mlflow_tracking_uri=settings.mlflow_tracking_uri.get_secret_value(),
+        mlflow_experiment=settings.mlflow_experiment_name,
+        memory=checkpoints.folder / "mlflow-run",
+    )
+
+
+def gather(settings: Settings) -> tuple[base_model.BaseModel, checks.Splits]:
+    """Find the base model, read the data and check them."""
+    base = base_model.resolve(settings.base_model, revision=settings.base_model_revision, cache=settings.data_path)
+    logger.info("base model: %s from the %s, SHA-256 %s…", base.name, base.source, base.sha256[:12])
+    splits = checks.check(
+        data.read(settings.dataset, Columns(settings.text_column, settings.label_column), cache=settings.data_path),
+        num_train=settings.num_train,
+        num_test=settings.num_test,
+        valid_fraction=settings.valid_pct,
+        test_fraction=settings.test_pct,
+        seed=settings.seed,
+    )
+    for line in checks.describe(splits.findings):
+        logger.info("%s", line)
+    return base, splits
+
+
+def read_tokens(
+    settings: Settings, base: base_model.BaseModel, splits: checks.Splits
+) -> tuple[PreTrainedTokenizerBase, dict[str, TokenizedSplit]]:
+    """The base model's tokenizer, and all splits as tokens."""
+    tokenizer = load_tokenizer(base.folder, max_tokens=settings.num_max_positions)
+    encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=settings.num_max_positions)
+    named = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    return tokenizer, {name: tokenize(split, encoder, cache=settings.data_path) for name, split in named.items()}
+
+
+def fingerprint_run(settings: Settings, base: base_model.BaseModel, splits: checks.Splits) -> str:
+    """What names a run: equal fingerprints mean equal settings, data and base model."""
+    decisive = settings.model_dump(mode="json", include=DECISIVE)
+    content = {
+        "settings": decisive,
+        "data": splits.fingerprints,
+        "base_model": base.content,
+        "recipe": tuneserve.__version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

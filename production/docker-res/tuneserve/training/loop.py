@@ -1,0 +1,134 @@
+"""The training loop, written out."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import nn
+
+from tuneserve.errors import TrainingError
+from tuneserve.hardware import Precision
+from tuneserve.training.batches import shuffled_batches
+from tuneserve.training.checkpoint import Checkpoints, Position
+from tuneserve.training.forward import Forward
+from tuneserve.training.gradient import Gradient
+from tuneserve.training.optimizer import Optimizer
+from tuneserve.training.progress import Progress
+from tuneserve.training.recipe import Recipe
+from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.world import ALONE, World
+
+logger = logging.getLogger(__name__)
+
+WARMUP_FRACTION = 0.1
+EXPLODED = 4.0
+"""Times the loss of plain guessing, or of the untrained model if that is worse; a smoothed loss beyond it does not come
+back."""
+
+
+def fit(
+    model: nn.Module,
+    forward: Forward,
+    train: TokenizedSplit,
+    recipe: Recipe,
+    *,
+    precision: Precision,
+    validate: Callable[[], dict[str, float]],
+    checkpoints: Checkpoints,
+    stopping: Callable[[], bool] = lambda: False,
+    record: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None,
+    world: World = ALONE,
+) -> Position:
+    """Train `model` in place, on the device it is on, and leave it with its best epoch's weights, in fp32.
+
+    A run that was interrupted goes on where its newest checkpoint stands. When `stopping` answers yes, the run saves
+    one more and returns early: then `finished` of the position is false.
+
+    Args:
+        model: in fp32; parameters that need no gradient stay as they are.
+        forward: how a batch goes through it.
+        train: the texts; every epoch sees each once.
+        recipe: epochs, rates, seed.
+        precision: of the model's products; master weights, word embeddings and the optimizer stay fp32.
+        validate: figures at the end of an epoch, the model being in evaluation mode; the epoch with the highest
+            `validation_macro_f1` is the best, of equal ones that with the lowest `validation_loss`.
+        checkpoints: where this run's are kept.
+        stopping: asked after each step and, in one process, between the parts of a step.
+        record: told the figures of each step and epoch.
+        world: the processes that train together; each takes its share of every batch.
+
+    Raises:
+        TrainingError: the loss is not a finite number any more, or memory does not hold a single text.
+        StoreError: a checkpoint cannot be written.
+    """
+    steps = math.ceil(len(train) / recipe.batch_size)
+    guess = math.log(max(2, int(train.label_ids.max()) + 1))
+    with Optimizer(
+        model, learning_rate=recipe.learning_rate, max_norm=recipe.max_norm, precision=precision
+    ) as optimizer:
+        position = checkpoints.restore(optimizer, world)
+        if position.texts:
+            logger.info("resuming in epoch %d at batch %d of %d", position.epoch + 1, position.step + 1, steps)
+        gradient = Gradient(forward, optimizer, train, recipe, stopping=stopping, world=world)
+        gradient.part_tokens = position.part_tokens or gradient.part_tokens
+
+        while not position.finished:
+            order = np.random.default_rng([recipe.seed, position.epoch])
+            batches = shuffled_batches(train.lengths, recipe.batch_size, order)
+            title = f"epoch {position.epoch + 1}/{recipe.epochs}"
+            model.train()
+            with Progress(title, total=len(train), done=position.step * recipe.batch_size) as progress:
+                for rows in batches[position.step :]:
+                    began = time.perf_counter()
+                    done = position.epoch * steps + position.step
+                    step = gradient.of(rows, done)
+                    if step.whole:
+                        share = warm_up_and_fall(done, steps * recipe.epochs)
+                        norm = optimizer.step(share, world.add_up)
+                        position.part_tokens = gradient.part_tokens
+                        position.count_step(len(rows), step, seconds=time.perf_counter() - began)
+                        _require_sense(position, step.loss, norm, guess, recipe.learning_rate)
+                        progress.advance(len(rows), loss=step.loss)
+                        rate = recipe.learning_rate * share
+                        record(done + 1, {"loss": step.loss, "learning_rate": rate, "gradient_norm": norm})
+                    if step.stop or checkpoints.due():
+                        checkpoints.save(position, optimizer, world)
+                    if step.stop:
+                        return position
+            optimizer.settle()
+            model.eval()
+            figures = {"train_loss": position.loss_sum / len(train), **validate()}
+            if world.any(stopping()):
+                checkpoints.save(position, optimizer, world)
+                return position
+            logger.info("epoch=%d; %s", position.epoch + 1, " ".join(f"{k}={v:.4f};" for k, v in figures.items()))
+            record(position.epoch * steps + steps, figures)
+            better = position.count_epoch(figures, epochs=recipe.epochs, patience=recipe.patience)
+            if better and not position.finished:
+                checkpoints.save_best(optimizer, world)
+            checkpoints.save(position, optimizer, world)
+        if position.best_epoch != position.epoch:
+            logger.info("epoch %d was the best: its weights are taken", position.best_epoch)
+            checkpoints.load_best(optimizer, world)
+    return position
+
+
+def warm_up_and_fall(step: int, steps: int) -> float:
+    """Share of the peak rate at a step: a linear rise over the first tenth of all steps, then a linear fall to zero."""
+    warm_up = max(1, round(steps * WARMUP_FRACTION))
+    return (step + 1) / warm_up if step < warm_up else (steps - step) / max(1, steps - warm_up)
+
+
+def _require_sense(position: Position, loss: float, norm: float, guess: float, learning_rate: float) -> None:
+    reason = ""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        reason = f"The loss became {loss}, its gradient's norm {norm}"
+    elif position.smooth_loss > EXPLODED * max(guess, position.first_loss):
+        reason = f"The loss rose to {position.smooth_loss:.3g}, where plain guessing has {guess:.3g}"
+    if reason:
+        raise TrainingError(
+            f"{reason}, in epoch {position.epoch + 1} at batch {position.step}. "
+            f"LR={learning_rate:g} is probably too high; try a third of it."
+        )

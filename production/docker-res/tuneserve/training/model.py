@@ -1,0 +1,114 @@
+"""A base model made into a classifier with transformers' own head, and the tokenizer that goes with it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tuneserve.errors import BaseModelError
+from tuneserve.hardware import Precision
+
+DROPOUTS = {
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "dropout",
+    "attention_dropout",
+    "seq_classif_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "pooler_dropout",
+    "cls_dropout",
+}
+"""The names under which the encoders' configurations keep their dropouts."""
+
+NUMBER_FORMAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""torch's types by the names that PRECISION knows."""
+
+ATTENTION = {"cpu": "eager"}
+"""What attention to train with where transformers' own choice is not the fastest: on a CPU the backward pass of torch's
+fused attention takes twice as long on short texts (docs/decisions/0002-training-defaults.md)."""
+
+
+def load_tokenizer(folder: Path, *, max_tokens: int) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, told to read at most `max_tokens`.
+
+    Raises:
+        BaseModelError: it has no fast tokenizer, or reads fewer tokens than asked for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise BaseModelError(f"The tokenizer in {folder} has no tokenizer.json and cannot be converted to one.")
+    limit = min(tokenizer.model_max_length, config.get("max_position_embeddings") or tokenizer.model_max_length)
+    if max_tokens > limit:
+        raise BaseModelError(
+            f"NUM_MAX_POSITIONS={max_tokens}, but this base model reads {limit} tokens at most; set it no higher."
+        )
+    tokenizer.model_max_length = max_tokens
+    return tokenizer
+
+
+def load_classifier(
+    folder: Path, labels: Sequence[str], *, dropout: float, seed: int, device: torch.device
+) -> PreTrainedModel:
+    """The base model with a new classification head, in fp32 on the device; `seed` decides the new weights.
+
+    Raises:
+        BaseModelError: transformers cannot classify with this model.
+    """
+    torch.manual_seed(seed)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        for name in DROPOUTS & set(config.to_dict()):
+            setattr(config, name, dropout)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: place for place, label in enumerate(labels)}
+        config.num_labels = len(labels)
+        config.problem_type = "single_label_classification"
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            attn_implementation=ATTENTION.get(device.type),
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseModelError(f"{folder} cannot be loaded as a classifier: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    nn.Module.to(model, device)
+    return model
+
+
+def cast(model: nn.Module, precision: Precision) -> None:
+    """Let a model compute in this format. Its buffers stay as they are: rounded frequencies would shift positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(NUMBER_FORMAT[precision])
+
+
+def body_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """What leads up to the last hidden state, by the model's names; pooler and classifier come after it."""
+    prefix = f"{model.base_model_prefix}."
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
+    ]
+
+
+def freeze_body(model: PreTrainedModel) -> None:
+    """Leave only what follows the body's last hidden state to train: pooler and classifier for BERT."""
+    for _, parameter in body_parameters(model):
+        parameter.requires_grad = False

@@ -1,0 +1,117 @@
+"""A trained model made a version: calibrated, saved, loaded again as anyone would, tested, and put in service."""
+
+import copy
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+from scipy.special import softmax
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+import tuneserve
+from tuneserve.artifact import METADATA, Version, new_version, read_version, write_json
+from tuneserve.hardware import Precision
+from tuneserve.lifecycle.store import Store
+from tuneserve.training import calibration
+from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
+from tuneserve.training.forward import choose_forward
+from tuneserve.training.model import cast
+from tuneserve.training.tokens import TokenizedSplit
+
+logger = logging.getLogger(__name__)
+
+
+def publish(
+    store: Store,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, TokenizedSplit],
+    metadata: dict[str, Any],
+    *,
+    precision: Precision,
+    began: float,
+) -> Version:
+    """Calibrate the model, save it, load it again as anyone would, test what was loaded, and make it the champion.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    created = datetime.now(UTC)
+    folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{metadata['fingerprint'][:8]}")
+    temperature = calibrate(model, tokens["valid"], precision)
+    with new_version(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        saved = AutoModelForSequenceClassification.from_pretrained(temporary, dtype=torch.float32)
+        metrics, errors = test(saved.to(model.device), tokens, metadata["labels"], precision, temperature)
+        (temporary / "report").mkdir()
+        for name, figures in metrics.items():
+            write_json(temporary / "report" / f"{name}.json", figures)
+        metadata = metadata | {
+            # The matrix of a thousand labels has a million figures; it stays in the report.
+            "metrics": {
+                name: {k: v for k, v in one.items() if k != "confusion_matrix"} for name, one in metrics.items()
+            },
+            "calibration": {"temperature": temperature, "ece_before": errors},
+            "files": {path.name: path.stat().st_size for path in temporary.iterdir() if path.is_file()},
+            "versions": versions(),
+            "created_at": created.isoformat(timespec="seconds"),
+            "duration_s": round(time.perf_counter() - began, 3),
+        }
+        write_json(temporary / METADATA, metadata)
+    version = read_version(folder)
+    store.set_champion(version)
+    test_figures = metrics["test"]
+    logger.info(
+        "test_accuracy=%.4f; test_macro_f1=%.4f; test_log_loss=%.4f; test_ece=%.4f; test_ece_before_calibration=%.4f;",
+        *(test_figures[name] for name in ("accuracy", "macro_f1", "log_loss", "ece")),
+        errors["test"],
+    )
+    logger.info("version %s saved in %s after %.1f s", version.id, folder, metadata["duration_s"])
+    return version
+
+
+def calibrate(model: PreTrainedModel, valid: TokenizedSplit, precision: Precision) -> float:
+    """Fold the temperature that fits the validation texts into the model; return it, 1 if nothing was changed."""
+    logits = _logits(model, valid, precision)
+    temperature = calibration.fit_temperature(logits, valid.label_ids)
+    return temperature if calibration.fold(model, temperature) else 1.0
+
+
+def test(
+    saved: PreTrainedModel,
+    tokens: Mapping[str, TokenizedSplit],
+    labels: list[str],
+    precision: Precision,
+    temperature: float,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The figures of each split by name, and the calibration errors that there were before the temperature."""
+    metrics, errors = {}, {}
+    for name in ("valid", "test"):
+        logits = _logits(saved, tokens[name], precision)
+        metrics[name] = score(logits, tokens[name].label_ids, labels)
+        errors[name] = expected_calibration_error(softmax(logits * temperature, axis=1), tokens[name].label_ids)
+    return metrics, errors
+
+
+def _logits(model: PreTrainedModel, split: TokenizedSplit, precision: Precision) -> Array:
+    """Logits of a split, computed as the device computes, by a copy; the model itself stays fp32."""
+    model = copy.deepcopy(model).eval()
+    forward = choose_forward(model)
+    cast(model, precision)
+    return predict_logits(forward, split, labels=int(model.config.num_labels or 0), device=model.device)
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    return {
+        "tuneserve": tuneserve.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,111 @@
+"""Texts as token ids on disk: tokenized once, memory-mapped, found again by content.
+
+A folder holds `ids.i32` (all texts end to end), `starts.npy` (where each begins, and the end) and `truncated.npy`.
+"""
+
+import hashlib
+import logging
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from tuneserve.artifact import sync_tree
+from tuneserve.errors import StoreError
+from tuneserve.tokenization import TextEncoder
+from tuneserve.training.checks import Split
+from tuneserve.training.rows import in_batches
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """Token ids and label ids of a split.
+
+    `ids` is int32 [all tokens], memory-mapped; `starts` int64 [texts + 1]; `label_ids` int64 [texts].
+    """
+
+    ids: Array
+    starts: Array
+    label_ids: Array
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.label_ids)
+
+    @cached_property
+    def lengths(self) -> Array:
+        """Tokens of each text, int64 [texts]."""
+        return np.diff(self.starts)
+
+    def text_ids(self, row: int) -> Array:
+        """The token ids of one text, int32 [its length]."""
+        return self.ids[self.starts[row] : self.starts[row + 1]]
+
+
+def tokenize(split: Split, encoder: TextEncoder, *, cache: Path) -> TokenizedSplit:
+    """Tokenize a split, or find it done before with the same texts, tokenizer and limit.
+
+    Raises:
+        StoreError: the cache cannot be written.
+    """
+    key = hashlib.sha256(encoder.to_json().encode())
+    for text in split:
+        key.update(hashlib.sha256(text.encode()).digest())
+    folder = cache / "tokens" / key.hexdigest()[:32]
+    if not _is_whole(folder):
+        try:
+            _write(split, encoder, folder)
+        except OSError as error:
+            raise StoreError(f"DATA_PATH={cache} cannot be written to: {error}") from error
+    return TokenizedSplit(
+        ids=np.memmap(folder / "ids.i32", dtype=np.int32, mode="r"),
+        starts=np.load(folder / "starts.npy"),
+        label_ids=split.label_ids.astype(np.int64),
+        truncated=int(np.load(folder / "truncated.npy")),
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        tokens = int(np.load(folder / "starts.npy")[-1])
+        return (folder / "truncated.npy").is_file() and (folder / "ids.i32").stat().st_size == tokens * 4
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+def _write(split: Split, encoder: TextEncoder, folder: Path) -> None:
+    temporary = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    lengths: list[Array] = []
+    truncated = 0
+    try:
+        with (temporary / "ids.i32").open("wb") as file:
+            for batch in in_batches(split, len):
+                tokens = encoder.encode(batch)
+                lengths.append(np.array([len(one.ids) for one in tokens], dtype=np.int64))
+                truncated += sum(one.truncated for one in tokens)
+                file.write(np.fromiter(chain.from_iterable(one.ids for one in tokens), dtype=np.int32).tobytes())
+        np.save(temporary / "starts.npy", np.r_[0, np.cumsum(np.concatenate(lengths))])
+        np.save(temporary / "truncated.npy", np.int64(truncated))
+        _take_name(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_name(temporary: Path, folder: Path) -> None:
+    sync_tree(temporary)  # after a power cut, too, a file under the name has all of its content
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not _is_whole(folder):  # else another job has just done the same
+            raise

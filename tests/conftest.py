@@ -1,0 +1,154 @@
+"""What several test modules share: processes of their own, a hub, a web server and a small disk, all of them real."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneserve.settings import PROJECT
+
+PACKAGE = PROJECT / "production" / "docker-res"
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Run a Python of its own that finds the package and nothing of this process's environment."""
+
+    def run(*arguments: str | Path, timeout_s: float = 60, **variables: str) -> "subprocess.CompletedProcess[str]":
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env=environment | {"PYTHONPATH": str(PACKAGE)} | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    return run
+
+
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class Files(SimpleHTTPRequestHandler):
+    """The files of a folder, without a word on standard error."""
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A web server: its address, and the folder it serves."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    with serving(partial(Files, directory=str(folder))) as address:
+        yield address, folder
+
+
+class Hub(Files):
+    """As much of the Hugging Face hub as a download asks for; `models/` and `datasets/` hold its repositories."""
+
+    commit = hashlib.sha1(b"the only commit").hexdigest()
+
+    def do_GET(self) -> None:
+        """Answer `/api/<kind>/<owner>/<name>/...` and `/<owner>/<name>/resolve/<revision>/<file>`."""
+        if self.path == "/":
+            self.answer(200)
+            return
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts[0] == "api":
+            kind, name, (verb, *rest) = parts[1], "/".join(parts[2:4]), parts[4:] or ["revision", self.commit]
+        else:
+            kind = parts.pop(0) if parts[0] == "datasets" else "models"
+            name, (verb, *rest) = "/".join(parts[:2]), parts[2:] or [""]
+        folder = Path(self.directory, kind, name)
+        if not folder.is_dir():
+            self.answer(404, X_Error_Code="RepoNotFound")
+        elif rest[0] not in ("main", self.commit):
+            self.answer(404, X_Error_Code="RevisionNotFound")
+        elif verb == "resolve":
+            file = folder.joinpath(*rest[1:])
+            if file.is_file():
+                content = file.read_bytes()
+                self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.commit)
+            else:
+                self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
+        else:
+            files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in files.items()]
+            about = {"id": name, "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
+            self.answer(200, json.dumps(tree if verb == "tree" else about).encode(), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes = b"{}", **headers: str) -> None:
+        """Send headers, whose names are given with underscores, and the body unless it is not wanted."""
+        self.send_response(status)
+        for name, value in {**headers, "Content_Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A hub: its address, and the folder with its `models/` and `datasets/`."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    with serving(partial(Hub, directory=str(folder))) as address:
+        yield address, folder
+
+
+@pytest.fixture(params=["closed", "silent"])
+def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An address where nobody answers: the port is closed, or whoever listens never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if request.param == "silent":
+            listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+class Disk:
+    """A file system of 256 KiB."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
+
+    def fill(self) -> None:
+        with pytest.raises(OSError, match="No space left"):
+            (self.path / "ballast").write_bytes(bytes(1 << 20))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A real disk of its own; only root may mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield Disk(path)
+    subprocess.run(["umount", "--lazy", path], check=True)

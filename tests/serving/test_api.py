@@ -1,0 +1,242 @@
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from tuneserve.artifact import Version
+from tuneserve.errors import NoModelError, StoreError
+from tuneserve.serving.api import create_app
+from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+
+@pytest.fixture
+def slot(classifier: Classifier) -> Slot:
+    slot = Slot(lambda: classifier)
+    slot.fill()
+    return slot
+
+
+@pytest.fixture
+def client(settings: Settings, slot: Slot) -> Iterator[TestClient]:
+    with TestClient(create_app(settings, slot), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/inference", "/inference/"])
+def test_one_text_gets_one_answer(client: TestClient, version: Version, path: str) -> None:
+    answer = client.post(path, json={"text": "a great film"})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert set(body) == {"label", "scores", "tokens", "truncated", "model_version"}
+    assert body["label"] == max(body["scores"], key=body["scores"].get) == "good"
+    assert (body["tokens"], body["truncated"], body["model_version"]) == (5, False, version.id)
+
+
+def test_a_batch_is_answered_in_order(client: TestClient) -> None:
+    texts = ["film " * (1 + place % 9) for place in range(100)]
+    body = client.post("/inference/batch", json={"texts": texts}).json()
+    assert [one["tokens"] for one in body["predictions"]] == [len(text.split()) + 2 for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/inference", {}, ["body", "text"]),
+        ("/inference", {"text": ""}, ["body", "text"]),
+        ("/inference", {"text": " \n"}, ["body", "text"]),
+        ("/inference", {"text": 5}, ["body", "text"]),
+        ("/inference", {"text": ["film"]}, ["body", "text"]),
+        ("/inference", {"texts": ["film"]}, ["body", "text"]),
+        ("/inference", ["film"], ["body"]),
+        ("/inference/batch", {"texts": []}, ["body", "texts"]),
+        ("/inference/batch", {"texts": "film"}, ["body", "texts"]),
+        ("/inference/batch", {"texts": ["film", None]}, ["body", "texts", 1]),
+        ("/inference/batch", {"texts": ["film", "film", ""]}, ["body", "texts", 2]),
+    ],
+)
+def test_bad_input_is_422_with_the_field_named(client: TestClient, path: str, body: Any, field: list[Any]) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == field
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"text": "\\ud800"}', b'{"text": "\xff"}', b"\xff\xfe"])
+def test_what_is_no_json_or_no_text_is_422(client: TestClient, body: bytes) -> None:
+    answer = client.post("/inference", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert client.post("/inference", json={"text": "film"}).status_code == 200
+
+
+def test_a_thousand_problems_are_not_all_listed(client: TestClient) -> None:
+    answer = client.post("/inference/batch", json={"texts": [1] * 1000})
+    assert answer.status_code == 422
+    assert len(answer.json()["detail"]) == 20
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes_may_ask_with_head(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+
+
+def test_what_was_sent_is_not_repeated_in_the_error(client: TestClient) -> None:
+    assert "private" not in client.post("/inference", json={"text": ["private"]}).text
+
+
+def test_a_text_of_any_script_is_answered(client: TestClient) -> None:
+    for text in ("電影很好看", "😀" * 50, "\x00 film", "e\u0301", "فيلم رائع"):
+        assert client.post("/inference", json={"text": text}).status_code == 200, text
+
+
+def test_a_body_beyond_the_limit_is_413_declared_or_not(client: TestClient) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b'{"text": "'
+        for _ in range(8):
+            yield b"film " * 200
+        yield b'"}'
+
+    assert client.post("/inference", content=b"".join(chunks())).status_code == 413
+    assert client.post("/inference", content=chunks()).status_code == 413
+
+
+def test_too_many_texts_are_413(client: TestClient) -> None:
+    assert client.post("/inference/batch", json={"texts": ["film"] * 101}).status_code == 413
+
+
+def test_without_a_model_everything_says_so_and_when_to_come_back(settings: Settings) -> None:
+    def load() -> Classifier:
+        raise NoModelError("There is no model.")
+
+    slot = Slot(load)
+    with TestClient(create_app(settings, slot)) as client:
+        slot.fill()
+        for answer in (client.post("/inference", json={"text": "film"}), client.get("/model"), client.get("/readyz")):
+            assert answer.status_code == 503
+            assert int(answer.headers["Retry-After"]) > 0
+        assert client.get("/readyz").json()["phase"] == "empty"
+        assert client.get("/livez").status_code == 200
+
+
+def test_a_model_that_cannot_be_loaded_is_never_ready(settings: Settings) -> None:
+    def load() -> Classifier:
+        raise StoreError("torn")
+
+    slot = Slot(load)
+    slot.fill()
+    with TestClient(create_app(settings, slot)) as client:
+        assert client.get("/readyz").json()["phase"] == "failed"
+        assert isinstance(slot.failure, StoreError)
+
+
+def test_a_model_that_cannot_answer_a_first_text_is_never_ready(version: Version) -> None:
+    class BrokenEngine:
+        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    slot = Slot(lambda: Classifier(version, BrokenEngine()))
+    slot.fill()
+    assert slot.phase == "failed"
+    with pytest.raises(NoModelError):
+        slot.classifier()
+
+
+def test_overload_is_429_at_once(settings: Settings, version: Version) -> None:
+    class HeldEngine:
+        def __init__(self) -> None:
+            self.go = threading.Event()
+
+        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
+            assert self.go.wait(10)
+            return np.zeros((len(input_ids), 2), dtype=np.float32)
+
+    engine = HeldEngine()
+    engine.go.set()
+    slot = Slot(lambda: Classifier(version, engine))
+    slot.fill()
+    engine.go.clear()
+    app = create_app(settings.model_copy(update={"max_waiting": 2}), slot)
+    with TestClient(app) as client, ThreadPoolExecutor(3) as pool:
+        requests = [pool.submit(client.post, "/inference", json={"text": "film"}) for _ in range(3)]
+        [first] = wait(requests, timeout=10, return_when=FIRST_COMPLETED).done
+        assert first.result().status_code == 429
+        assert int(first.result().headers["Retry-After"]) > 0
+        engine.go.set()
+        assert sorted(one.result(10).status_code for one in requests) == [200, 200, 429]
+
+
+def test_the_api_key_guards_answers_and_metadata_but_not_health(settings: Settings, slot: Slot) -> None:
+    guarded = Settings.from_environ({"API_KEY": "open sesame ü"})
+    key = "open sesame ü".encode()
+    with TestClient(create_app(guarded, slot)) as client:
+        for headers in ({}, {"X-API-Key": b"open"}, {"Authorization": b"Bearer wrong"}, {"Authorization": b"Basic x"}):
+            answer = client.post("/inference", json={"text": "film"}, headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert client.get("/model").status_code == 401
+        for headers in ({"X-API-Key": key}, {"Authorization": b"Bearer " + key}):
+            assert client.post("/inference", json={"text": "film"}, headers=headers).status_code == 200
+        gateway = {"X-API-Key": key, "Authorization": b"Bearer of a gateway"}
+        assert client.post("/inference", json={"text": "film"}, headers=gateway).status_code == 200
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert client.get(path).status_code == 200
+
+
+def test_the_model_page_is_the_versions_metadata(client: TestClient, version: Version) -> None:
+    assert client.get("/model").json() == {"version": version.id, **version.metadata}
+
+
+def test_metrics_count_by_route_and_status_and_invent_no_routes(client: TestClient, version: Version) -> None:
+    client.post("/inference", json={"text": "film"})
+    client.post("/inference/", json={"text": "film"})
+    client.post("/inference", json={})
+    client.get("/nothing/here")
+    families = {one.name: one for one in text_string_to_metric_families(client.get("/metrics").text)}
+    counts = {
+        (sample.labels["route"], sample.labels["status"]): sample.value
+        for sample in families["tuneserve_requests"].samples
+        if sample.name.endswith("_total")
+    }
+    assert counts == {("/inference", "200"): 2, ("/inference", "422"): 1, ("(none)", "404"): 1}
+    [model] = families["tuneserve_model_info"].samples
+    assert (model.labels["version"], model.value) == (version.id, 1)
+
+
+def test_an_unknown_failure_is_500_without_its_words(settings: Settings, version: Version) -> None:
+    class FailingEngine:
+        calls = 0
+
+        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("internal words")
+            return np.zeros((len(input_ids), 2), dtype=np.float32)
+
+    slot = Slot(lambda: Classifier(version, FailingEngine()))
+    slot.fill()
+    with TestClient(create_app(settings, slot), raise_server_exceptions=False) as client:
+        answer = client.post("/inference", json={"text": "film"})
+        assert answer.status_code == 500
+        assert "internal words" not in answer.text
+
+
+def test_the_documentation_has_examples_of_every_request_and_answer(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("InferenceRequest", "BatchRequest", "PredictionResponse"):
+        assert schemas[name]["examples"]
+    assert client.get("/docs").status_code == 200
+    assert client.get("/").status_code == 200
+
+
+def test_a_slot_keeps_no_model_when_its_store_is_empty(tmp_path: Path) -> None:
+    from tuneserve.serving.server import champion_slot
+
+    slot = champion_slot(Settings.from_environ({"MODEL_PATH": str(tmp_path)}), threads=1)
+    slot.fill()
+    assert slot.phase == "empty"

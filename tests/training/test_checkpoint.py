@@ -1,0 +1,130 @@
+"""Checkpoints on disk: whole ones, torn ones, and what a killed process leaves."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from tuneserve.errors import StoreError
+from tuneserve.training import checkpoint
+from tuneserve.training.checkpoint import Checkpoints, Position
+from tuneserve.training.optimizer import Optimizer
+from tuneserve.training.world import ALONE
+
+
+@pytest.fixture
+def optimizer() -> Iterator[Optimizer]:
+    with Optimizer(tiny.make_classifier(), learning_rate=1e-3, max_norm=1.0, precision="bf16") as optimizer:
+        yield optimizer
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "run", every_minutes=10)
+
+
+def save(checkpoints: Checkpoints, optimizer: Optimizer, *, step: int) -> None:
+    """A checkpoint whose tensors all hold the step's number."""
+    for tensor in optimizer.tensors().values():
+        tensor.fill_(step)
+    checkpoints.save(Position(epoch=1, step=step, history=[{"validation_loss": 0.1}]), optimizer, ALONE)
+
+
+def files(checkpoints: Checkpoints) -> list[Path]:
+    return sorted(checkpoints.folder.iterdir())
+
+
+def test_the_newest_is_restored_and_the_two_newest_are_kept(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    assert checkpoints.restore(optimizer, ALONE) == Position()
+    for step in (1, 2, 10):
+        save(checkpoints, optimizer, step=step)
+    assert [path.name for path in files(checkpoints)] == ["00001-00000002.safetensors", "00001-00000010.safetensors"]
+    for tensor in optimizer.tensors().values():
+        tensor.zero_()
+    assert checkpoints.restore(optimizer, ALONE) == Position(epoch=1, step=10, history=[{"validation_loss": 0.1}])
+    assert all((tensor == 10).all() for tensor in optimizer.tensors().values())
+    assert (optimizer.weights == 10).all()  # what the model computes with, too
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_torn_one_is_left_out_and_the_one_before_is_taken(
+    checkpoints: Checkpoints, optimizer: Optimizer, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    for step in (1, 2):
+        save(checkpoints, optimizer, step=step)
+    newest = files(checkpoints)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1] if content is None else content)
+    assert checkpoints.restore(optimizer, ALONE).step == 1
+    assert all((tensor == 1).all() for tensor in optimizer.tensors().values())
+    assert f"{newest} is damaged and left out" in caplog.text
+    assert newest not in files(checkpoints)
+
+
+def test_one_of_another_model_changes_nothing(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    save(checkpoints, optimizer, step=1)
+    other = tiny.make_classifier(intermediate_size=48)
+    with Optimizer(other, learning_rate=1e-3, max_norm=1.0, precision="fp32") as wider:
+        before = {name: tensor.clone() for name, tensor in wider.tensors().items()}
+        assert checkpoints.restore(wider, ALONE) == Position()
+        assert all(torch.equal(before[name], tensor) for name, tensor in wider.tensors().items())
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError(), RuntimeError("can't allocate")])
+def test_one_that_cannot_be_read_just_now_is_not_thrown_away(
+    checkpoints: Checkpoints, optimizer: Optimizer, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    save(checkpoints, optimizer, step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read", fail)
+        with pytest.raises(StoreError if isinstance(error, OSError) else type(error)):
+            checkpoints.restore(optimizer, ALONE)
+    assert checkpoints.restore(optimizer, ALONE).step == 1
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(
+    checkpoints: Checkpoints, optimizer: Optimizer
+) -> None:
+    save(checkpoints, optimizer, step=1)
+    checkpoints.save_best(optimizer, ALONE)
+    whole = files(checkpoints)
+    (checkpoints.folder / ".00001-00000002.safetensors-0123abcd").write_bytes(b"half")
+    (checkpoints.folder / ".best.safetensors-0123abcd").write_bytes(b"half")
+    assert checkpoints.restore(optimizer, ALONE).step == 1
+    assert files(checkpoints) == whole
+
+
+def test_the_best_weights_come_back_without_the_moments(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    for tensor in optimizer.tensors().values():
+        tensor.fill_(3)
+    checkpoints.save_best(optimizer, ALONE)
+    for tensor in optimizer.tensors().values():
+        tensor.fill_(4)
+    checkpoints.load_best(optimizer, ALONE)
+    found = {name: float(tensor.float().mean()) for name, tensor in optimizer.tensors().items()}
+    assert {name for name, value in found.items() if value == 3} == {"masters", "rows.table"}
+    assert (optimizer.weights == 3).all()
+    (checkpoints.folder / checkpoint.BEST).unlink()
+    with pytest.raises(StoreError, match="The best epoch's weights cannot be read from"):
+        checkpoints.load_best(optimizer, ALONE)
+
+
+def test_a_full_disk_is_said_and_the_last_one_stays(optimizer: Optimizer, disk: Any) -> None:
+    checkpoints = Checkpoints(disk.path / "run", every_minutes=10)
+    save_size = sum(tensor.nbytes for tensor in optimizer.tensors().values())
+    assert save_size > 256 * 1024  # more than the disk holds
+    with pytest.raises(StoreError, match="The checkpoint cannot be written to"):
+        save(checkpoints, optimizer, step=1)
+    assert files(checkpoints) == []
+
+
+def test_one_is_due_when_its_time_has_passed(tmp_path: Path, optimizer: Optimizer) -> None:
+    assert not Checkpoints(tmp_path, every_minutes=10).due()
+    assert Checkpoints(tmp_path, every_minutes=0).due()

@@ -1,0 +1,193 @@
+"""A frozen body's features: made once, kept, found again, and the same as what the whole model sees."""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tuneserve.artifact import Version
+from tuneserve.errors import StoreError
+from tuneserve.settings import Settings
+from tuneserve.signals import Stop
+from tuneserve.training import features, job
+from tuneserve.training.forward import choose_forward
+from tuneserve.training.tokens import TokenizedSplit
+
+
+@pytest.fixture
+def head_only(environment: dict[str, str]) -> dict[str, str]:
+    return environment | {"TRAIN_BODY": "0", "N_EPOCHS": "1", "LR": "1e-2"}
+
+
+def train(environment: dict[str, str], **changed: str) -> Version:
+    version = job.train(Settings.from_environ(environment | changed), Stop(), threads=1)
+    assert version is not None
+    return version
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts went through the body, batch by batch; what `agree` tries aside."""
+    seen: list[int] = []
+    encode = features._encode
+
+    def counting(encoder: Any, *arguments: Any) -> None:
+        def count(batch: Any) -> Any:
+            seen.append(len(batch.lengths))
+            return encoder(batch)
+
+        count.model = encoder.model  # type: ignore[attr-defined]
+        encode(count, *arguments)
+
+    monkeypatch.setattr(features, "_encode", counting)
+    return seen
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.KINDS))
+def test_body_and_head_one_after_the_other_are_the_whole_model(kind: str, tmp_path: Path) -> None:
+    base = tiny.make_base_model(tmp_path / kind, kind)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    head = features.Head(model)
+    encoder = features.Encoder(body := copy.deepcopy(model), choose_forward(body))
+    assert features.agree(encoder, head)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
+    trained = {id(one) for one in head.parameters()}
+    assert trained < {id(one) for one in model.parameters()}  # shared, and not all of them
+
+
+def test_a_head_that_gives_other_logits_by_itself_is_found_out(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.make_base_model(tmp_path / "base"), num_labels=3)
+    encoder = features.Encoder(body := copy.deepcopy(model.eval()), choose_forward(body))
+    head = features.Head(model)
+    assert features.agree(encoder, head)
+    with torch.no_grad():
+        model.classifier.weight += 1
+    assert not features.agree(encoder, head)
+
+
+def test_another_rate_encodes_nothing_again(head_only: dict[str, str], encoded: list[int]) -> None:
+    first = train(head_only)
+    assert sum(encoded) > 150  # training and validation texts, and one more of each to see how wide a row is
+    encoded.clear()
+    other = train(head_only, LR="3e-3")
+    assert encoded == []
+    assert other.id != first.id
+    train(head_only, SEED="7")  # other texts are held out
+    assert sum(encoded) > 100
+
+
+def test_the_head_learns_and_the_body_does_not_move(head_only: dict[str, str], tmp_path: Path) -> None:
+    base = tiny.make_base_model(tmp_path / "base", initializer_range=0.5)  # a random body that tells words apart
+    version = train(head_only, BASE_MODEL=str(base))
+    history = version.metadata["history"]
+    assert len(history) > 1  # passes go on until it has converged, whatever N_EPOCHS says
+    assert min(one["train_loss"] for one in history) < 0.7 * history[0]["train_loss"]
+    before = AutoModelForSequenceClassification.from_pretrained(base).base_model.state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(version.folder).base_model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if "pooler" not in name)
+    assert not torch.equal(before["pooler.dense.weight"], after["pooler.dense.weight"])
+
+
+def test_an_encoding_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(features, "WINDOW_TEXTS", 10)
+    monkeypatch.setattr(features, "ENCODING_TOKENS", 40)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.make_base_model(tmp_path / "base"), num_labels=2)
+    encoder = features.Encoder(model.eval(), choose_forward(model))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, 35)
+    split = TokenizedSplit(
+        rng.integers(5, 20, lengths.sum()).astype(np.int32), np.r_[0, np.cumsum(lengths)], np.zeros(35, dtype=int), 0
+    )
+    whole = features.encode(encoder, split, tmp_path / "whole", stopping=lambda: False)
+    asked = 0
+
+    def later() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 9
+
+    features.encode(encoder, split, tmp_path / "parts", stopping=later)
+    done = int((tmp_path / "parts" / "encoded.txt").read_text())
+    assert 0 < done < 35
+    caplog.clear()
+    again = features.encode(encoder, split, tmp_path / "parts", stopping=lambda: False)
+    assert np.array_equal(again, whole)
+    assert f"encoded {done} of 35 texts" not in caplog.text  # that part was not made again
+    assert "encoded 35 of 35 texts" in caplog.text
+
+
+@pytest.fixture
+def frozen() -> Callable[..., features.Encoder]:
+    def make(**changed: Any) -> features.Encoder:
+        model = tiny.make_classifier(**changed).eval()
+        return features.Encoder(model, choose_forward(model))
+
+    return make
+
+
+def test_a_note_that_a_killed_process_left_empty_counts_for_nothing(
+    tmp_path: Path, frozen: Callable[..., features.Encoder]
+) -> None:
+    split = tiny.make_split([5, 9, 3])
+    whole = np.array(features.encode(frozen(), split, tmp_path, stopping=lambda: False))
+    (tmp_path / "encoded.txt").write_text("")
+    assert np.array_equal(features.encode(frozen(), split, tmp_path, stopping=lambda: False), whole)
+
+
+def test_a_full_disk_is_said_and_does_not_end_the_process(disk: Any, frozen: Callable[..., features.Encoder]) -> None:
+    split = tiny.make_split([2] * 4000)  # half a megabyte of features, on a quarter
+    with pytest.raises(StoreError, match="cannot be written to: .*No space left on device"):
+        features.encode(frozen(), split, disk.path / "features", stopping=lambda: False)
+
+
+def test_means_over_tokens_are_features_too(frozen: Callable[..., features.Encoder]) -> None:
+    encoder = frozen(kind="modernbert", classifier_pooling="mean")
+    assert features.agree(encoder, features.Head(encoder.model))
+
+
+def test_a_head_that_cannot_stand_alone_is_trained_behind_its_body(
+    head_only: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(features, "agree", lambda encoder, head: False)
+    version = train(head_only)
+    assert "cannot be trained by itself" in caplog.text
+    before = AutoModelForSequenceClassification.from_pretrained(head_only["BASE_MODEL"]).base_model.state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(version.folder).base_model.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+    }
+
+
+def test_another_base_model_is_encoded_anew(head_only: dict[str, str], encoded: list[int], tmp_path: Path) -> None:
+    train(head_only)
+    encoded.clear()
+    base = shutil.copytree(head_only["BASE_MODEL"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
+    train(head_only, BASE_MODEL=str(base))
+    assert sum(encoded) > 150
+
+
+def test_a_table_that_is_gone_is_made_again(head_only: dict[str, str], encoded: list[int]) -> None:
+    train(head_only)
+    for table in Path(head_only["DATA_PATH"]).glob("features/*/features.npy"):
+        table.unlink()
+    encoded.clear()
+    train(head_only, LR="3e-3")
+    assert sum(encoded) > 150

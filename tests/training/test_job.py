@@ -1,0 +1,308 @@
+"""The job as a function, and as a real process that is killed."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from tuneserve.artifact import Version
+from tuneserve.errors import BaseModelError, DeviceError, NoModelError, TrainingError
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import PROJECT, Settings
+from tuneserve.signals import Stop
+from tuneserve.training import job, learning
+
+RUN = PROJECT / "production" / "docker-res" / "run.py"
+
+
+def train(environment: dict[str, str], **changed: str) -> Version:
+    return job.train(Settings.from_environ(environment | changed), Stop(), threads=1)
+
+
+def start_process(environment: dict[str, str], verb: str = "train") -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, str(RUN), verb],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_version_is_a_checkpoint_that_anything_loads(environment: dict[str, str]) -> None:
+    version = train(environment)
+    classify = pipeline("text-classification", str(version.folder))
+    assert [answer["label"] for answer in classify(["the film was great", "the food was awful"])] == ["good", "bad"]
+    assert version.metadata["metrics"]["test"]["accuracy"] >= 0.9
+    assert sorted(path.name for path in version.folder.iterdir()) == [
+        "config.json",
+        "metadata.json",
+        "model.safetensors",
+        "report",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    config = json.loads((version.folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+
+
+def test_what_is_saved_gives_the_logits_of_what_was_trained(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    load = job.load_classifier
+    monkeypatch.setattr(job, "load_classifier", lambda *a, **k: trained.append(load(*a, **k)) or trained[-1])
+    version = train(environment)
+    saved = AutoModelForSequenceClassification.from_pretrained(version.folder).eval()
+    batch = AutoTokenizer.from_pretrained(version.folder)(
+        ["a warm film", "cold food"], padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(saved(**batch).logits, trained[0].eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_metadata_has_what_readers_rely_on(environment: dict[str, str]) -> None:
+    version = train(environment, API_KEY="a secret")
+    metadata = version.metadata
+    assert metadata["labels"] == ["bad", "good"]
+    assert metadata["settings"]["lr"] == 5e-3
+    assert set(metadata["metrics"]["test"]) >= {
+        "accuracy",
+        "macro_f1",
+        "log_loss",
+        "ece",
+        "per_class",
+    }
+    matrix = json.loads((version.folder / "report" / "test.json").read_text())["confusion_matrix"]
+    assert np.sum(matrix) == sum(metadata["data"]["counts"]["test"].values())
+    assert set(metadata["data"]) >= {"fingerprints", "counts", "truncated_share", "repeated_train_texts"}
+    assert len(metadata["base_model"]["sha256"]) == 64
+    assert set(metadata["versions"]) == {"tuneserve", "python", "torch", "transformers"}
+    assert 0 < metadata["fit_s"] < metadata["duration_s"]
+    assert metadata["tokens_per_s"] > 0
+    assert len(metadata["history"]) == 3
+    assert "a secret" not in json.dumps(metadata)
+
+
+def test_the_same_settings_and_data_are_not_trained_twice(
+    environment: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = train(environment)
+    assert train(environment, PORT="9000", LOG_PATH="/elsewhere").id == first.id
+    assert "already trained" in caplog.text
+    other = train(environment, LR="1e-3")
+    assert other.id != first.id
+    assert Store(Path(environment["MODEL_PATH"])).champion().id == other.id
+    assert train(environment).id == first.id
+    assert Store(Path(environment["MODEL_PATH"])).champion().id == first.id
+
+
+def test_a_damaged_version_is_trained_anew(environment: dict[str, str]) -> None:
+    first = train(environment)
+    weights = first.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert train(environment).id != first.id
+
+
+def test_another_base_model_or_recipe_is_trained_anew(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(environment)
+    base = shutil.copytree(environment["BASE_MODEL"], tmp_path / "base")
+    assert train(environment, BASE_MODEL=str(base)).id == first.id
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
+    assert train(environment, BASE_MODEL=str(base)).id != first.id
+    monkeypatch.setattr("tuneserve.__version__", "9.9.9")
+    assert train(environment).id != first.id
+
+
+def test_changed_data_are_trained_anew(environment: dict[str, str], tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "mine.csv", tiny.sentences(120))
+    first = train(environment, DATASET=str(data))
+    tiny.write_csv(data, tiny.sentences(124))
+    assert train(environment, DATASET=str(data)).id != first.id
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.KINDS))
+def test_every_encoder_learns_and_its_head_alone_leaves_the_body_as_it_was(
+    kind: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    base = tiny.make_base_model(tmp_path / kind, kind)
+    version = train(environment, BASE_MODEL=str(base), TRAIN_BODY="0", N_EPOCHS="1")
+    before = AutoModelForSequenceClassification.from_pretrained(base).base_model.state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(version.folder).base_model.state_dict()
+    body = [name for name in before if "pooler" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in body)
+    whole = train(environment, BASE_MODEL=str(base), LR="2e-3", N_EPOCHS="30")
+    assert whole.metadata["history"][-1]["train_loss"] < 0.5 * whole.metadata["history"][0]["train_loss"]
+
+
+def test_the_heads_weights_do_change(environment: dict[str, str], tiny_bert: Path) -> None:
+    version = train(environment, TRAIN_BODY="0", N_EPOCHS="1")
+    before = AutoModelForSequenceClassification.from_pretrained(tiny_bert).base_model.state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(version.folder).base_model.state_dict()
+    assert not torch.equal(before["pooler.dense.weight"], after["pooler.dense.weight"])
+
+
+def test_balanced_class_weights_find_the_rare_class_more_often(environment: dict[str, str], tmp_path: Path) -> None:
+    # "two" is likelier in the rare class, but most texts that have it are common all the same.
+    rows = [(f"{'two' if number % 5 < 1 else 'one'} film {number}", "common") for number in range(600)]
+    rows += [(f"{'two' if number % 5 < 3 else 'one'} film {number + 600}", "rare") for number in range(80)]
+    shared = {
+        "DATASET": str(tiny.write_csv(tmp_path / "skewed.csv", rows)),
+        "N_EPOCHS": "12",
+        "LR": "1e-3",
+        "TEST_PCT": "0.5",
+        "VALID_PCT": "0.3",
+    }
+    recall = {
+        weights: train(environment, **shared, CLASS_WEIGHTS=weights).metadata["metrics"]["test"]["per_class"]["rare"][
+            "recall"
+        ]
+        for weights in ("none", "balanced")
+    }
+    assert recall["balanced"] > recall["none"]
+
+
+def test_cuda_without_a_gpu_fails_and_says_why(environment: dict[str, str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(DeviceError, match=r"DEVICE=cuda, but no GPU can be used: .+"):
+        train(environment, DEVICE="cuda")
+
+
+def test_a_limit_beyond_the_base_models_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(BaseModelError, match="NUM_MAX_POSITIONS=256, but this base model reads 64 tokens"):
+        train(environment, NUM_MAX_POSITIONS="256")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(environment: dict[str, str], tmp_path: Path) -> None:
+    base = tiny.make_base_model(tmp_path / "huge")
+    weights = load_file(base / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][:] = float("inf")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        TrainingError, match=r"loss became nan, .* in epoch 1 at batch 1\. LR=0\.005 is probably too high"
+    ):
+        train(environment, BASE_MODEL=str(base))
+    with pytest.raises(NoModelError):
+        Store(Path(environment["MODEL_PATH"])).champion()
+
+
+def weights(version: Version) -> bytes:
+    return (version.folder / "model.safetensors").read_bytes()
+
+
+def interrupt(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, after_looks: int) -> None:
+    """Run the job and let a signal come, as far as the loop can see; it looks before and after each gradient."""
+    stop, fit, asked = Stop(), learning.fit, 0
+
+    def interrupted_fit(*arguments: Any, stopping: Any, **named: Any) -> Any:
+        def counting() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked > after_looks:
+                stop.signal = signal.SIGTERM
+            return bool(stopping())
+
+        return fit(*arguments, stopping=counting, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "fit", interrupted_fit)
+        with pytest.raises(SystemExit) as end:
+            job.train(Settings.from_environ(environment), stop, threads=1)
+    assert end.value.code == 143
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(
+    environment: dict[str, str], tmp_path: Path, dropout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment |= {"DROPOUT": dropout}
+    whole = train(environment, MODEL_PATH=str(tmp_path / "whole"))
+    for looks in (6, 23, 1, 0):  # in the first epoch; in the second, after a step; after another; in the middle of one
+        interrupt(environment, monkeypatch, after_looks=looks)
+    resumed = train(environment)
+    assert weights(resumed) == weights(whole)
+    assert resumed.metadata["history"] == whole.metadata["history"]
+    assert list(Store(Path(environment["MODEL_PATH"])).checkpoints_folder.iterdir()) == []
+
+
+def test_a_signal_during_validation_loses_no_step(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 13  # all of the first epoch; the next question comes when it has been validated
+    interrupt(environment, monkeypatch, after_looks=2 * steps)
+    [saved] = Store(Path(environment["MODEL_PATH"])).checkpoints_folder.glob("*/*.safetensors")
+    assert saved.name == f"00000-{steps:08d}.safetensors"
+    assert [round(epoch["train_loss"], 9) for epoch in train(environment).metadata["history"]] == [
+        round(epoch["train_loss"], 9)
+        for epoch in train(environment, MODEL_PATH=environment["MODEL_PATH"] + "-whole").metadata["history"]
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
+    environment: dict[str, str], number: signal.Signals, code: int
+) -> None:
+    environment |= {"N_EPOCHS": "400", "LR": "1e-4"}
+    checkpoints = Store(Path(environment["MODEL_PATH"])).checkpoints_folder
+    process = start_process(environment)
+    wait_for(lambda: any(checkpoints.glob("*/*.safetensors")))
+    began = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == code, output
+    assert time.monotonic() - began < 10
+    process = start_process(environment)
+    lines = iter(process.stdout or [])
+    assert any("resuming in epoch" in line for line in lines)
+    process.kill()
+    process.communicate()
+
+
+def test_a_killed_process_leaves_nothing_that_would_be_served(environment: dict[str, str]) -> None:
+    """Kill -9 at several moments of the writing: the store stays as it was, or holds one whole version more."""
+    store = Store(Path(environment["MODEL_PATH"]))
+    for delay in (0.0, 0.02, 0.05, 0.1):
+        before = set(store.versions_folder.glob("*"))
+        process = start_process(environment | {"SEED": str(int(delay * 1000)), "N_EPOCHS": "1"})
+        while process.poll() is None and not set(store.versions_folder.glob("*")) - before:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        output, _ = process.communicate()
+        assert set(store.versions_folder.glob("*")) - before, output
+        for version in store.versions():
+            AutoModelForSequenceClassification.from_pretrained(version.folder)
+        if store.pointer.exists():
+            assert store.champion().labels == ["bad", "good"]
+
+
+def test_without_a_terminal_progress_is_plain_lines(environment: dict[str, str]) -> None:
+    process = start_process(environment)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "\r" not in output
+    assert "validation_accuracy=" in output
+    assert all(line.startswith("20") for line in output.splitlines()), output

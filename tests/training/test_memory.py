@@ -1,0 +1,68 @@
+"""Memory that hardly grows with the number of rows: measured in processes of their own, stage by stage."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from tuneserve.settings import PROJECT
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+FEW, MANY = 40_000, 160_000
+WORDS = 60
+MOST_BYTES = 200
+"""A row's hash, label, place, length and order take about 80; its text alone, kept as a string, would take 350."""
+
+MEASURE = """
+import sys
+from itertools import islice
+from pathlib import Path
+import rows
+path, base_model, stages = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rows.measure(islice(rows.prepare(path, base_model, path.parent), 1 + stages), path.suffix)
+"""
+
+
+def write(path: Path, rows: int) -> Path:
+    """Different texts of about 300 characters, as one array or one row group, which nothing makes small."""
+    path.parent.mkdir()
+    words = tiny.WORDS * 8
+    texts = [f"{number} {' '.join(words[number % 50 : number % 50 + WORDS])} {number}" for number in range(rows)]
+    labels = [("bad", "good")[number % 2] for number in range(rows)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts, "label": labels}), path, compression="none", use_dictionary=False)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]))
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
+    return path
+
+
+def peaks(python: Python, path: Path, base_model: Path, stages: int) -> dict[str, float]:
+    """The most anonymous memory of each stage, in bytes."""
+    benchmarks = str(PROJECT / "benchmarks")
+    done = python("-c", MEASURE, path, base_model, str(stages), PYTHONPATH=benchmarks, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
+    return {stage: float(mib) * 2**20 for _, stage, _, _, mib in rows}
+
+
+@pytest.mark.parametrize(("ending", "stages"), [("csv", 6), ("json", 1), ("parquet", 1)])
+def test_memory_hardly_grows_with_the_rows(
+    ending: str, stages: int, tiny_bert: Path, tmp_path: Path, python: Python
+) -> None:
+    few, many = (
+        peaks(python, write(tmp_path / str(rows) / f"reviews.{ending}", rows), tiny_bert, stages)
+        for rows in (FEW, MANY)
+    )
+    assert len(few) == stages
+    growth = {stage: (many[stage] - few[stage]) / (MANY - FEW) for stage in few}
+    assert max(growth.values()) < MOST_BYTES, growth
