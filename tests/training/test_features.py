@@ -150,7 +150,7 @@ def test_a_note_that_a_killed_process_left_empty_counts_for_nothing(
 
 def test_a_full_disk_is_said_and_does_not_end_the_process(disk: Any, frozen: Callable[..., features.Encoder]) -> None:
     split = tiny.make_split([2] * 4000)  # half a megabyte of features, on a quarter
-    with pytest.raises(StoreError, match="cannot be written to: .*No space left on device"):
+    with pytest.raises(StoreError, match=r"cannot be written to: .*No space left on device"):
         features.encode(frozen(), split, disk.path / "features", stopping=lambda: False)
 
 

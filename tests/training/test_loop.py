@@ -16,7 +16,6 @@ from tuneserve.training.forward import choose_forward
 from tuneserve.training.loop import fit, warm_up_and_fall
 from tuneserve.training.recipe import Recipe
 
-
 LENGTHS = [5, 9, 12, 4, 7, 7, 20, 3]
 STEPS = 3
 """Of an epoch, at three texts each."""

@@ -33,8 +33,8 @@ BEST = "best.safetensors"
 class Position:
     """How far a run has come: `step` batches into `epoch` (both from 0), and what it has seen.
 
-    `first_loss` is that of the untrained model; `places` went through the model, padding included; `best_epoch` counts from 1, 0 being none yet; `part_tokens` is
-    the loop's, 0 being its default.
+    `first_loss` is that of the untrained model; `places` went through the model, padding included; `best_epoch` counts
+    from 1, 0 being none yet; `part_tokens` is the loop's, 0 being its default.
     """
 
     epoch: int = 0
