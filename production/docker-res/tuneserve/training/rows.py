@@ -221,6 +221,7 @@ def _skip_space(text: str, place: int) -> int:
 
 
 def _read_parquet(path: Path, where: str, find: Find) -> Iterator[Row]:
+    pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps up to 70 MiB of what was given back
     try:
         # Read as it comes: by itself the library loads whole row groups, and one may be the whole file.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
