@@ -67,6 +67,26 @@ class TooLargeError(TuneserveError):
 
 
 class OverloadedError(TuneserveError):
-    """More requests are waiting than will be answered soon."""
+    """More requests are waiting than will be answered soon; there is room again after `retry_after_s`."""
 
     status = 429
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TimeoutExceededError(TuneserveError):
+    """The request waited longer than it may."""
+
+    status = 504
+
+
+class TextError(TuneserveError):
+    """One text cannot be classified: it is empty, no Unicode, or too long."""
+
+    status = 422
+
+
+class EngineError(TuneserveError):
+    """The engine failed on a text, or gave a figure that is not a number."""

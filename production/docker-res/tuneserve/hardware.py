@@ -83,6 +83,11 @@ def choose_device(setting: Literal["auto", "cpu", "cuda"]) -> tuple["torch.devic
     return torch.device("cpu"), f"no GPU can be used: {obstacle}"
 
 
+def gpu_may_be_there(devices: Path = Path("/dev")) -> bool:
+    """Whether the system shows an NVIDIA device at all (WSL's is `dxg`): if not, nobody needs to load torch to ask."""
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+
+
 def _cuda_obstacle() -> str | None:
     import torch
 
@@ -114,11 +119,11 @@ def choose_precision(setting: Literal["auto", "fp32", "bf16"], device: "torch.de
         if setting == "bf16" and not native:
             raise DeviceError("PRECISION=bf16, but this GPU does not compute in bf16; use PRECISION=fp32.")
     else:
-        native = _cpu_has_bf16()
+        native = cpu_has_bf16()
     return ("bf16" if native else "fp32") if setting == "auto" else setting
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware (AVX512_BF16, AMX; BF16 on Arm)."""
     try:
         flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8")))

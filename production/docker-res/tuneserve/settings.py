@@ -138,11 +138,24 @@ class Settings(BaseModel):
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
 
-    max_batch_texts: int = Field(default=1024, ge=1)
-    """Most texts in one `POST /inference/batch`; beyond it: 413."""
+    long_text: Literal["truncate", "error", "window"] = "truncate"
+    """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
+    probabilities are averaged."""
 
-    max_waiting: int = Field(default=128, ge=1)
-    """Requests that may wait for the model at once; beyond it: 429 with Retry-After."""
+    max_batch_tokens: int = Field(default=0, ge=0)
+    """Tokens that the engine takes at once. 0: 1024 on a CPU, 16384 on a GPU."""
+
+    max_queue_tokens: int = Field(default=16384, ge=1)
+    """Tokens that may wait for the engine; beyond it: 429 with the seconds until there is room in Retry-After."""
+
+    request_timeout_s: float = Field(default=30, gt=0)
+    """Seconds after which a request is given up (504) if its client has not said less in `X-Request-Timeout-S`."""
+
+    log_format: Literal["plain", "json"] = "plain"
+    """How lines are logged: for people, or one JSON object each."""
+
+    access_log: bool = False
+    """Log every request: route, status, milliseconds and id, never the text."""
 
     @field_validator("dataset")
     @classmethod

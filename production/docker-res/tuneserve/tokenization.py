@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 LINE_BREAK_TAG = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
 
@@ -19,30 +19,48 @@ def plain(text: str) -> str:
     return LINE_BREAK_TAG.sub(" ", text)
 
 
+WINDOW_OVERLAP = 0.25
+"""Share of a window that the next one repeats, so that no phrase is only seen cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The ids of one text, special tokens included, and whether the text was longer than what was read."""
+    """What was read of one text.
 
-    ids: list[int]
+    `windows` are token ids, special ones included, of the text from its beginning: one, unless long texts are read in
+    several; `read` counts each token once; `truncated` says whether the text went on behind the last window.
+    """
+
+    windows: list[list[int]]
+    read: int
     truncated: bool
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the first window, and mostly only one."""
+        return self.windows[0]
 
 
 class TextEncoder:
     """A `tokenizer.json` with the length limit of one model. Safe to share between threads.
 
-    Texts are cut at `max_tokens`, special tokens included; nothing is padded here.
+    Texts are cut at `max_tokens`, special tokens included, or read in overlapping `windows` of so many; nothing is
+    padded here.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, windows: bool = False) -> None:
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_tokens)
+        self._special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        self._overlap = int((max_tokens - self._special) * WINDOW_OVERLAP) if windows else 0
+        self._windows = windows
+        self._tokenizer.enable_truncation(max_tokens, stride=self._overlap)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_tokens: int) -> "TextEncoder":
+    def from_folder(cls, folder: Path, *, max_tokens: int, windows: bool = False) -> "TextEncoder":
         """Read `tokenizer.json` from a model's folder."""
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens=max_tokens)
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens=max_tokens, windows=windows)
 
     @classmethod
     def from_json(cls, tokenizer: str, *, max_tokens: int) -> "TextEncoder":
@@ -52,7 +70,15 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Token ids of each text, in order; the library spreads the texts over its threads."""
         encodings = self._tokenizer.encode_batch_fast([plain(text) for text in texts])
-        return [Tokens(encoding.ids, bool(encoding.overflowing)) for encoding in encodings]
+        return [self._read(encoding) for encoding in encodings]
+
+    def _read(self, encoding: Encoding) -> Tokens:
+        if not self._windows or not encoding.overflowing:
+            ids = encoding.ids
+            return Tokens([ids], len(ids), bool(encoding.overflowing))
+        windows = [encoding.ids, *(one.ids for one in encoding.overflowing)]
+        repeated = (len(windows) - 1) * (self._overlap + self._special)
+        return Tokens(windows, sum(map(len, windows)) - repeated, truncated=False)
 
     def to_json(self) -> str:
         """The tokenizer and its limits as JSON: equal texts encode equally wherever this string is equal."""

@@ -1,21 +1,17 @@
-"""A version that can be asked: texts in, predictions out."""
+"""A version that can be asked: texts to token ids, logits to predictions."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tuneserve.artifact import Version
-from tuneserve.errors import TuneserveError
-from tuneserve.serving.engine import Engine
+from tuneserve.errors import EngineError, TextError
+from tuneserve.serving.engine import Engine, infer
 from tuneserve.tokenization import TextEncoder, Tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-BATCH_TEXTS = 32
-"""Texts that go through the engine together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,52 +26,95 @@ class Prediction:
 
 
 class Classifier:
-    """Tokenizer, engine and label names of one version. Not for several threads at once."""
+    """Tokenizer, engine and label names of one version.
 
-    def __init__(self, version: Version, engine: Engine) -> None:
+    Args:
+        version: in the store.
+        engine: for one thread at a time; `read` and `describe` are for any.
+        long_text: what becomes of a text that is longer than the model reads.
+    """
+
+    def __init__(
+        self, version: Version, engine: Engine, *, long_text: Literal["truncate", "error", "window"] = "truncate"
+    ) -> None:
         self.version = version
-        self._engine = engine
+        self.engine = engine
+        self._labels = version.labels
+        self._id = version.id
+        self._long_text = long_text
         self._encoder = TextEncoder.from_folder(
-            version.folder, max_tokens=version.metadata["settings"]["num_max_positions"]
+            version.folder,
+            max_tokens=version.metadata["settings"]["num_max_positions"],
+            windows=long_text == "window",
         )
-        config = json.loads((version.folder / "config.json").read_text(encoding="utf-8"))
-        self._pad_id = config.get("pad_token_id") or 0
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        """Classify texts; the answers come in their order, in batches of like length inside.
+    def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
+        """The tokens of each text, or why it cannot be read."""
+        problems = [_problem(text) for text in texts]
+        found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
+        return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
+
+    def describe(self, tokens: Tokens, logits: Sequence[Array]) -> Prediction:
+        """The prediction that follows from the logits float [labels] of each of a text's windows."""
+        # The tens of microseconds that NumPy wants for a handful of figures would be most of the work here.
+        probabilities = _softmax(logits[0]) if len(logits) == 1 else np.mean([_softmax(row) for row in logits], axis=0)
+        values = probabilities.tolist()
+        return Prediction(
+            label=self._labels[values.index(max(values))],
+            scores=dict(zip(self._labels, values, strict=True)),
+            tokens=tokens.read,
+            truncated=tokens.truncated,
+            model_version=self._id,
+        )
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction | TextError]:
+        """Classify texts on this thread, in batches of like length; the answers come in their order.
 
         Raises:
-            TuneserveError: the engine gave a figure that is not a number.
+            EngineError: the engine gave a figure that is not a number.
         """
-        tokens = self._encoder.encode(texts)
-        order = sorted(range(len(tokens)), key=lambda place: len(tokens[place].ids))
-        predictions: dict[int, Prediction] = {}
-        for first in range(0, len(order), BATCH_TEXTS):
-            places = order[first : first + BATCH_TEXTS]
-            for place, row in zip(places, self._probabilities([tokens[place] for place in places]), strict=True):
-                predictions[place] = self._describe(tokens[place], row)
-        return [predictions[place] for place in range(len(texts))]
+        readings = self.read(texts)
+        windows = [
+            (place, ids) for place, one in enumerate(readings) if isinstance(one, Tokens) for ids in one.windows
+        ]
+        logits: dict[int, list[Array]] = {}
+        for batch in _batches(windows, self.engine.max_batch_tokens):
+            rows = infer(self.engine, [ids for _, ids in batch])
+            if not np.isfinite(rows).all():
+                raise EngineError("The model gave a figure that is not a number.")
+            for (place, _), row in zip(batch, rows, strict=True):
+                logits.setdefault(place, []).append(row)
+        return [
+            self.describe(one, logits[place]) if isinstance(one, Tokens) else one for place, one in enumerate(readings)
+        ]
 
-    def _probabilities(self, tokens: list[Tokens]) -> Array:
-        longest = max(len(one.ids) for one in tokens)
-        input_ids = np.full((len(tokens), longest), self._pad_id, dtype=np.int64)
-        mask = np.zeros_like(input_ids)
-        for row, one in enumerate(tokens):
-            input_ids[row, : len(one.ids)] = one.ids
-            mask[row, : len(one.ids)] = 1
-        logits = self._engine.infer(input_ids, mask).astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise TuneserveError("The model gave a figure that is not a number.")
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities: Array = odds / odds.sum(axis=1, keepdims=True)
-        return probabilities
+    def _fit(self, tokens: Tokens) -> Tokens | TextError:
+        if tokens.truncated and self._long_text == "error":
+            return TextError(f"the text has more than {self._encoder.max_tokens} tokens, the most this model reads")
+        return tokens
 
-    def _describe(self, tokens: Tokens, probabilities: Array) -> Prediction:
-        labels = self.version.labels
-        return Prediction(
-            label=labels[int(probabilities.argmax())],
-            scores=dict(zip(labels, probabilities.tolist(), strict=True)),
-            tokens=len(tokens.ids),
-            truncated=tokens.truncated,
-            model_version=self.version.id,
-        )
+
+def _problem(text: str) -> str:
+    if not text.strip():
+        return "the text is empty"
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "the text holds half a surrogate pair, which is not Unicode text"
+    return ""
+
+
+def _softmax(logits: Array) -> Array:
+    odds: Array = np.exp(logits.astype(np.float64) - logits.max())
+    return odds / odds.sum()
+
+
+def _batches(windows: list[tuple[int, list[int]]], max_tokens: int) -> list[list[tuple[int, list[int]]]]:
+    """Windows in batches of at most `max_tokens`, and at least one, those of like length together."""
+    batches: list[list[tuple[int, list[int]]]] = []
+    tokens = max_tokens
+    for window in sorted(windows, key=lambda window: len(window[1])):
+        if not batches or tokens + len(window[1]) > max_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(window)
+        tokens += len(window[1])
+    return batches

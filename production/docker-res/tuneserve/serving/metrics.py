@@ -2,25 +2,58 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
 
 class Metrics:
     """The server's own registry."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "tuneserve_requests", "Requests answered.", ["route", "status"], registry=self._registry
-        )
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter("tuneserve_requests", "Requests answered.", ["route", "status"], registry=registry)
         self.seconds = Histogram(
             "tuneserve_request_seconds",
             "Time from a request's first byte to its answer's last.",
             ["route"],
-            registry=self._registry,
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self.stages = Histogram(
+            "tuneserve_stage_seconds",
+            "Time of a request in the tokenizer and the queue, and of a batch in the engine.",
+            ["stage"],
+            registry=registry,
+            buckets=SECONDS,
         )
         self.model = Gauge(
-            "tuneserve_model_info", "1 for the version that answers.", ["version"], registry=self._registry
+            "tuneserve_model_info", "1 for the version that answers.", ["version"], registry=registry
         )
+        self.queue_tokens = Gauge("tuneserve_queue_tokens", "Tokens that wait for the engine.", registry=registry)
+        self.batch_texts = Histogram(
+            "tuneserve_batch_texts",
+            "Texts that went through the engine together.",
+            registry=registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+        )
+        self.tokens = Counter("tuneserve_tokens", "Tokens that went through the engine.", registry=registry)
+        self.places = Counter(
+            "tuneserve_places", "Places that went through the engine: tokens and padding.", registry=registry
+        )
+        self.texts = Counter("tuneserve_texts", "Texts classified.", registry=registry)
+        self.truncated = Counter("tuneserve_truncated_texts", "Texts of which only the beginning was read.", registry=registry)
+        self.labels = Counter("tuneserve_predicted", "Texts by predicted label.", ["label"], registry=registry)
+        self.engine_failures = Counter(
+            "tuneserve_engine_failures", "Texts on which the engine failed.", registry=registry
+        )
+        self.not_finite = Counter(
+            "tuneserve_not_finite", "Texts for which the engine gave a figure that is not a number.", registry=registry
+        )
+
+    def batch(self, texts: int, tokens: int, places: int) -> None:
+        """Note a batch."""
+        self.batch_texts.observe(texts)
+        self.tokens.inc(tokens)
+        self.places.inc(places)
 
     def render(self) -> bytes:
         """All figures in Prometheus' text format."""

@@ -8,12 +8,11 @@ transformers' encoders call `attend` through their `AttentionInterface` under th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
@@ -48,6 +47,45 @@ class Block:
     places: torch.Tensor | None = None
     filled: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+
+
+class Layout(Protocol):
+    """How texts lie in a batch whose tokens are one row; what layers that know of several texts ask."""
+
+    @property
+    def first(self) -> torch.Tensor:
+        """The place of each text's first token, int64 [texts]."""
+        ...
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Each token's place in its text, int64 [tokens]."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        window: int = -1,
+        first_only: bool = False,
+    ) -> torch.Tensor:
+        """Attention of every token, or of each text's first one, to its own text.
+
+        Query [tokens or texts, heads, channels], key and value [tokens, heads, channels] → as query. Tokens further
+        apart than `window` do not see each other; -1 is no limit.
+        """
+        ...
+
+    def attend_together(self, joint: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        """The same of queries, keys and values in one: [tokens, 3, heads, channels] → [tokens, heads, channels]."""
+        ...
+
+    def mean(self, states: torch.Tensor) -> torch.Tensor:
+        """The mean state of each text: [tokens, channels] → [texts, channels]."""
+        ...
 
 
 class Spans:
@@ -102,6 +140,53 @@ class Spans:
             yield self._block(begin, end, int(longest))
             begin = end
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        window: int = -1,
+        first_only: bool = False,
+    ) -> torch.Tensor:
+        """See `Layout.attend`."""
+        if _has_kernel(query):
+            found = varlen_attn(
+                query.contiguous(),
+                key.contiguous(),
+                value.contiguous(),
+                self.one_each if first_only else self.cu_seqlens,
+                self.cu_seqlens,
+                1 if first_only else self.longest,
+                self.longest,
+                scale=scaling,
+                window_size=(window, window),
+            )
+        else:
+            found = _InBlocks.apply(  # type: ignore[no-untyped-call]
+                query, key, value, self, scaling, window, first_only
+            )
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def attend_together(self, joint: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        """See `Layout.attend_together`."""
+        if _has_kernel(joint):
+            query, key, value = joint.unbind(1)
+            return self.attend(query, key, value, scaling=scaling)
+        found = _TogetherInBlocks.apply(joint, self, scaling)  # type: ignore[no-untyped-call]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def mean(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Layout.mean`."""
+        lengths = torch.as_tensor(self.lengths, device=states.device)
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))  # a sum in bf16 stops growing
+        sums = exact.new_zeros(len(lengths), states.shape[1])
+        sums = sums.index_add(0, torch.repeat_interleave(lengths), exact)
+        return (sums / lengths[:, None]).to(states.dtype)
+
     def _block(self, begin: int, end: int, longest: int) -> Block:
         span = int(self.starts[begin]), int(self.starts[end]), end - begin, longest
         if (self.lengths[begin:end] == longest).all():
@@ -125,10 +210,9 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    spans: Spans,
+    spans: "Layout",
     scaling: float | None = None,
     sliding_window: int | None = None,
-    pooled_by: nn.Module | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Let every token attend to its own text.
@@ -142,7 +226,6 @@ def attend(
         spans: where each text lies.
         scaling: of the scores; by default 1/√channels.
         sliding_window: half the window plus one, as transformers counts it: tokens further apart do not see each other.
-        pooled_by: the layer of which only each text's first token is read afterwards; the others are left zero.
 
     Returns:
         [1, tokens, heads, channels] and, as transformers wants it, the absent weights.
@@ -150,60 +233,10 @@ def attend(
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None else sliding_window - 1
-    first_only = module is pooled_by
-    wanted = query[spans.first] if first_only else query
-    if _has_kernel(query):
-        found = varlen_attn(
-            wanted.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            spans.one_each if first_only else spans.cu_seqlens,
-            spans.cu_seqlens,
-            1 if first_only else spans.longest,
-            spans.longest,
-            scale=scaling,
-            window_size=(window, window),
-        )
-    else:
-        found = _InBlocks.apply(  # type: ignore[no-untyped-call]
-            wanted, key, value, spans, scaling, window, first_only
-        )
-    assert isinstance(found, torch.Tensor)
-    if first_only:
-        found = torch.zeros_like(query).index_copy(0, spans.first, found)
-    return found.unsqueeze(0), None
+    return spans.attend(query, key, value, scaling=scaling, window=window).unsqueeze(0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-def attend_together(
-    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, spans: Spans, *, heads: int, scaling: float
-) -> torch.Tensor:
-    """Project states to queries, keys and values in one product, and let every token attend to its own text.
-
-    Args:
-        states: [tokens, channels].
-        weight: [3 · channels, channels], of queries, keys and values.
-        bias: [3 · channels].
-        spans: where each text lies.
-        heads: number of heads.
-        scaling: of the scores.
-
-    Returns:
-        [tokens, channels].
-    """
-    joint = functional.linear(states, weight, bias).view(len(states), 3, heads, -1)
-    if _has_kernel(joint):
-        query, key, value = joint.unbind(1)
-        cuts, longest = spans.cu_seqlens, spans.longest
-        found = varlen_attn(
-            query.contiguous(), key.contiguous(), value.contiguous(), cuts, cuts, longest, longest, scale=scaling
-        )
-    else:
-        found = _TogetherInBlocks.apply(joint, spans, scaling)  # type: ignore[no-untyped-call]
-    assert isinstance(found, torch.Tensor)
-    return found.flatten(1)
 
 
 def _has_kernel(states: torch.Tensor) -> bool:

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.training.attention import IMPLEMENTATION, Spans, attend_together
+from tuneserve.training.attention import IMPLEMENTATION, Layout, Spans
 from tuneserve.training.batches import Batch
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class Packed:
 
     Attention keeps the texts apart (see `attention`), position ids start anew with each, and what the classification
     head reads, the first token's state or the mean, is gathered for each text behind the encoder. In encoders built
-    like BERT's, queries, keys and values are one product, and the last layer's feed-forward part is computed for first
-    tokens alone, for nothing else is read from it.
+    like BERT's, queries, keys and values are one product, and the last layer's queries and feed-forward part are made
+    for first tokens alone, for nothing else is read from it.
 
     Args:
         model: an encoder with transformers' sequence-classification head, in evaluation or training mode.
@@ -72,7 +73,7 @@ class Packed:
     def __init__(self, model: PreTrainedModel, *, first_position: int = 0, like_bert: bool = False) -> None:
         self.model = model
         self.first_position = first_position
-        self._spans: Spans | None = None
+        self._spans: Layout | None = None
         self._mean = getattr(model.config, "classifier_pooling", "cls") == "mean"
         body = model.base_model
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -81,6 +82,7 @@ class Packed:
         self._hooks = [body.register_forward_hook(self._pool_output)]
         if self._tail is not None:
             self._hooks.append(self._tail.attention.output.register_forward_pre_hook(self._keep_first_tokens))
+            self._tail.attention.self.forward = partial(self._attend_first, self._tail.attention.self)
         for layer in self._layers:
             layer.attention.self.forward = partial(self._attend, layer.attention.self)
         if isinstance(pooler := getattr(body, "pooler", None), nn.Module):
@@ -88,18 +90,20 @@ class Packed:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of each text."""
+        return self.run(batch.input_ids, Spans(batch.lengths, batch.input_ids.device))
+
+    def run(self, input_ids: torch.Tensor, spans: Layout) -> torch.Tensor:
+        """Logits [texts, labels] of texts that lie in `input_ids` int64 [tokens] as `spans` says."""
         config = self.model.config
         usual = config._attn_implementation
-        self._spans = spans = Spans(batch.lengths, batch.input_ids.device)
-        input_ids = batch.input_ids[None]
-        types = {"token_type_ids": torch.zeros_like(input_ids)} if self._takes_types else {}
+        self._spans = spans
+        types = {"token_type_ids": torch.zeros_like(input_ids[None])} if self._takes_types else {}
         config._attn_implementation = IMPLEMENTATION
         try:
             logits = self.model(
-                input_ids=input_ids,
+                input_ids=input_ids[None],
                 position_ids=(spans.positions + self.first_position)[None],
                 spans=spans,
-                pooled_by=self._tail and self._tail.attention.self,
                 **types,
             ).logits
         finally:
@@ -112,30 +116,35 @@ class Packed:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        for layer in self._layers:
+        for layer in [*self._layers, self._tail] if self._tail is not None else []:
             layer.attention.self.__dict__.pop("forward", None)
 
     def _attend(self, module: Any, hidden_states: torch.Tensor, **arguments: Any) -> Any:
         if self._spans is None:
             return type(module).forward(module, hidden_states, **arguments)
-        linears = module.query, module.key, module.value
-        found = attend_together(
-            hidden_states[0],
-            torch.cat([one.weight for one in linears]),
-            torch.cat([one.bias for one in linears]),
-            self._spans,
-            heads=module.num_attention_heads,
+        joint = _project(hidden_states[0], module.num_attention_heads, module.query, module.key, module.value)
+        return self._spans.attend_together(joint, scaling=module.attention_head_size**-0.5).flatten(1)[None], None
+
+    def _attend_first(self, module: Any, hidden_states: torch.Tensor, **arguments: Any) -> Any:
+        if self._spans is None:
+            return type(module).forward(module, hidden_states, **arguments)
+        states, heads = hidden_states[0], module.num_attention_heads
+        query = _project(states[self._spans.first], heads, module.query)
+        key_value = _project(states, heads, module.key, module.value)
+        found = self._spans.attend(
+            query[:, 0],
+            key_value[:, 0],
+            key_value[:, 1],
             scaling=module.attention_head_size**-0.5,
+            first_only=True,
         )
-        return found[None], None
+        return found.flatten(1)[None], None
 
     def _keep_first_tokens(
-        self, module: nn.Module, states: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        if self._spans is None:
-            return None
-        first = self._spans.first
-        return tuple(one[:, first] for one in states)
+        self, module: nn.Module, states: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of what goes into the last layer's attention output: found for first tokens, and the states before."""
+        return None if self._spans is None else (states[0], states[1][:, self._spans.first])
 
     def _pool_input(self, module: nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return None if self._spans is None else (self._pool(states[0]), *states[1:])
@@ -148,26 +157,22 @@ class Packed:
     def _pool(self, states: torch.Tensor) -> torch.Tensor:
         """States [1, tokens, channels] → [texts, 1, channels], what the head would read of each text."""
         assert self._spans is not None
-        spans, states = self._spans, states[0]
+        states = states[0]
         if self._mean:
-            lengths = torch.as_tensor(spans.lengths, device=states.device)
-            exact = states.to(torch.promote_types(states.dtype, torch.float32))  # a sum in bf16 stops growing
-            sums = exact.new_zeros(len(lengths), states.shape[1])
-            sums = sums.index_add(0, torch.repeat_interleave(lengths), exact)
-            states = (sums / lengths[:, None]).to(states.dtype)
+            states = self._spans.mean(states)
         elif self._tail is None:
-            states = states[spans.first]
+            states = states[self._spans.first]
         return states[:, None]
 
 
-def choose_forward(model: PreTrainedModel) -> Forward:
+def choose_forward(model: PreTrainedModel, *, learns: bool = True) -> Forward:
     """The fastest way that gives this model's own logits, found by trying on a few made-up texts.
 
     Encoders that do not use transformers' attention interface (DeBERTa), or add to the scores what the packed kernels
-    cannot (MPNet), and models with dropout inside attention, are fed padded rows.
+    cannot (MPNet), and models with dropout inside attention that are to learn, are fed padded rows.
     """
     padded = Padded(model)
-    if not getattr(model, "_supports_attention_backend", False) or _attention_dropout(model):
+    if not getattr(model, "_supports_attention_backend", False) or (learns and _attention_dropout(model)):
         return padded
     training = model.training
     model.eval()
@@ -208,6 +213,12 @@ def probe(model: PreTrainedModel) -> Batch:
     input_ids = input_ids % model.config.vocab_size
     device = model.device
     return Batch(torch.from_numpy(input_ids).to(device), lengths, torch.zeros(len(lengths), dtype=torch.int64))
+
+
+def _project(states: torch.Tensor, heads: int, *linears: Any) -> torch.Tensor:
+    """Several linear layers as one product: states [tokens, channels] → [tokens, layers, heads, channels of a head]."""
+    weight, bias = (torch.cat([getattr(one, name) for one in linears]) for name in ("weight", "bias"))
+    return functional.linear(states, weight, bias).view(states.shape[0], len(linears), heads, -1)
 
 
 def _bert_layers(body: nn.Module) -> list[Any]:

@@ -60,7 +60,7 @@ class Run:
         freeze_body(self.model)
         began = time.perf_counter()
         body = copy.deepcopy(self.model).eval()
-        encoder = features.Encoder(body, choose_forward(body))
+        encoder = features.Encoder(body, choose_forward(body, learns=False))
         head = features.Head(self.model)
         if not features.agree(encoder, head):
             logger.info("the head of this model cannot be trained by itself: every pass goes through the body")

@@ -102,7 +102,7 @@ def test(
 def _logits(model: PreTrainedModel, split: TokenizedSplit, precision: Precision) -> Array:
     """Logits of a split, computed as the device computes, by a copy; the model itself stays fp32."""
     model = copy.deepcopy(model).eval()
-    forward = choose_forward(model)
+    forward = choose_forward(model, learns=False)
     cast(model, precision)
     return predict_logits(forward, split, labels=int(model.config.num_labels or 0), device=model.device)
 

@@ -1,0 +1,215 @@
+"""The exported model: an OpenVINO graph for CPUs, how texts are laid out for it, and how it is run.
+
+    <version>/engine/model.xml, model.bin    the graph
+    <version>/engine/engine.json             its layout, and what the comparison with torch gave
+
+`packed`: rows of several texts each, end to end, kept apart by a mask. `padded`: one text a row. Both come in few
+shapes, so that a server can warm them all up and nothing is compiled under load.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+from tuneserve.errors import StoreError
+from tuneserve.hardware import Precision
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FOLDER = "engine"
+MODEL = "model.xml"
+DESCRIPTION = "engine.json"
+
+ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of rows that a batch may have."""
+
+NARROW = 64
+"""Tokens of the narrowest row in batches of several rows; wider ones double."""
+
+PLACES_A_TEXT = (16, 4)
+"""The graph reads a result for every 16th or 4th place of a batch: most texts are longer than 16 tokens, few than 4."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch laid out: the graph's inputs, the number of texts, and the places computed, padding included."""
+
+    inputs: tuple[Array, ...]
+    texts: int
+    places: int
+
+
+class Graph:
+    """One exported model, loaded. Batches may be prepared on any thread; one at a time is run.
+
+    Args:
+        folder: of the version.
+        precision: number format of the products; fp32 is taken where the comparison with torch refused another.
+        threads: CPU threads to use.
+        max_tokens: the longest text.
+
+    Raises:
+        StoreError: the files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, *, precision: Precision, threads: int, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        try:
+            self.description = json.loads((folder / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
+            self._packed = self.description["layout"] == "packed"
+            self.precision: Precision = precision if precision in self.description.get("formats", [precision]) else "fp32"
+            core = openvino.Core()
+            model = core.read_model(folder / FOLDER / MODEL)
+            compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.precision],
+                    "INFERENCE_NUM_THREADS": threads,
+                    "NUM_STREAMS": 1,
+                },
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise StoreError(f"The engine in {folder / FOLDER} cannot be loaded: {error}") from error
+        self._request = compiled.create_infer_request()
+        self._widths = row_widths(max_tokens)
+
+    def prepare(self, texts: Sequence[Sequence[int]]) -> Prepared:
+        """Lay texts out, each of them token ids, special tokens included."""
+        lengths = [len(text) for text in texts]
+        if not self._packed:
+            return self._pad(texts, lengths)
+        shape, rows = plan(lengths, self._widths)
+        return _pack(texts, lengths, shape, rows)
+
+    def begin(self, prepared: Prepared) -> None:
+        """Start to compute; other threads may work meanwhile."""
+        self._running = prepared
+        self._request.start_async(prepared.inputs, share_inputs=True)
+
+    def result(self) -> Array:
+        """Wait for what was begun: logits float32 [texts, labels]."""
+        self._request.wait()
+        logits: Array = self._request.get_output_tensor(0).data[: self._running.texts].copy()
+        return logits
+
+    def warm_up_shapes(self, max_batch_tokens: int) -> None:
+        """Run every shape once that batches of this size can have."""
+        for width in self._widths:
+            for rows in ROW_COUNTS:
+                if rows > 1 and (rows * width > max_batch_tokens or not _is_batch_width(width, self.max_tokens)):
+                    break
+                for texts in {rows, *_result_counts(rows, width)} if self._packed else {rows}:
+                    length = width if texts == rows else max(1, rows * width // texts)
+                    self.begin(self.prepare([[0] * length] * texts))
+                    self.result()
+
+    def _pad(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> Prepared:
+        width = next(one for one in self._widths if one >= max(lengths))
+        rows = _at_least(len(texts))
+        input_ids = np.zeros((rows, width), dtype=np.int64)
+        mask = np.zeros((rows, width), dtype=np.int64)
+        mask[:, 0] = 1  # a row of padding alone would attend to nothing
+        for row, text in enumerate(texts):
+            input_ids[row, : len(text)] = text
+            mask[row, : len(text)] = 1
+        return Prepared((input_ids, mask), len(texts), rows * width)
+
+
+def row_widths(max_tokens: int) -> list[int]:
+    """Widths that a row may have, up to that of the longest text: steps of a fifth or less, for single texts."""
+    widths = [16, 24, 32, 40, 48, 56]
+    base = NARROW
+    while base < max_tokens:
+        widths += [base * step // 4 for step in range(4, 8)]
+        base *= 2
+    return [*(width for width in widths if width < max_tokens), max_tokens]
+
+
+def _is_batch_width(width: int, max_tokens: int) -> bool:
+    """Whether batches of several rows use this width: 64 and its doubles, and the widest."""
+    return width == max_tokens or (width >= NARROW and width & (width - 1) == 0)
+
+
+def plan(lengths: Sequence[int], widths: Sequence[int]) -> tuple[tuple[int, int], list[list[int]]]:
+    """The shape (rows, width) with the fewest places that holds these texts, and which texts each row gets.
+
+    Args:
+        lengths: tokens of each text.
+        widths: as `row_widths` gives them.
+    """
+    total, longest = sum(lengths), max(lengths)
+    single = next((width for width in widths if width >= total), None)
+    if single is not None:
+        return (1, single), [list(range(len(lengths)))]
+    order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+    best: tuple[tuple[int, int], list[list[int]]] | None = None
+    for width in widths:
+        if width < longest or not _is_batch_width(width, widths[-1]):
+            continue
+        rows = _first_fit(order, lengths, width)
+        shape = _at_least(len(rows)), width
+        if best is None or shape[0] * width < best[0][0] * best[0][1]:
+            best = shape, rows
+    assert best is not None
+    return best
+
+
+def _first_fit(order: list[int], lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Texts in rows: each, the longest first, goes to the first row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    first_with_room = 0
+    for text in order:
+        length = lengths[text]
+        for row in range(first_with_room, len(rows)):
+            if room[row] >= length:
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(width)
+        rows[row].append(text)
+        room[row] -= length
+        while first_with_room < len(rows) and room[first_with_room] < 2:
+            first_with_room += 1
+    return rows
+
+
+def _at_least(rows: int) -> int:
+    return next((count for count in ROW_COUNTS if count >= rows), rows)
+
+
+def _result_counts(rows: int, width: int) -> list[int]:
+    """Numbers of results that a batch of this shape is read at."""
+    return sorted(
+        {1} | {rows * width // places for places in PLACES_A_TEXT}
+        if rows == 1
+        else {rows * width // places for places in PLACES_A_TEXT}
+    )
+
+
+def _pack(
+    texts: Sequence[Sequence[int]], lengths: list[int], shape: tuple[int, int], rows: list[list[int]]
+) -> Prepared:
+    input_ids = np.zeros(shape, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    owners = np.full(shape, -1, dtype=np.int64)
+    results = next((count for count in _result_counts(*shape) if count >= len(texts)), len(texts))
+    first = np.zeros(results, dtype=np.int64)
+    width = shape[1]
+    for row, members in enumerate(rows):
+        begin = 0
+        for text in members:
+            end = begin + lengths[text]
+            input_ids[row, begin:end] = texts[text]
+            positions[row, begin:end] = np.arange(end - begin)
+            owners[row, begin:end] = text
+            first[text] = row * width + begin
+            begin = end
+    return Prepared((input_ids, positions, owners, first), len(texts), shape[0] * width)

@@ -1,0 +1,313 @@
+"""One thread that feeds the engine: what waits goes together, up to a number of tokens, without a timer.
+
+A text that waits alone leaves at once. While a batch runs the next is laid out. Of a window of the longest waiting
+texts those of like length are taken, always with the oldest among them, so that none is passed over for ever.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from tuneserve.errors import EngineError, NoModelError, OverloadedError, TimeoutExceededError
+from tuneserve.serving.engine import Engine, infer
+from tuneserve.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Outcome = Array | Exception
+"""Logits float32 [labels] of a text, or why there are none."""
+
+WINDOW_BATCHES = 4
+"""Batches' worth of waiting texts among which those of like length are sought."""
+
+FIRST_RATE = 5000.0
+"""Tokens a second that are believed before anything was measured."""
+SMOOTHING = 0.1
+"""Weight of the newest batch in the measured rate."""
+
+
+@dataclass(eq=False)
+class Job:
+    """The texts of one request that were handed in together."""
+
+    outcomes: list[Outcome | None]
+    answer: "asyncio.Future[list[Outcome]]"
+    deadline: float
+    queued_at: float
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = len(self.outcomes)
+
+    @property
+    def forsaken(self) -> bool:
+        """Whether nobody waits any more: the client hung up, or its time is over."""
+        return self.answer.cancelled() or time.monotonic() > self.deadline
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One text in the queue."""
+
+    ids: Sequence[int]
+    job: Job
+    place: int
+
+
+class Batcher:
+    """The queue before an engine, and the thread behind it.
+
+    Args:
+        engine: used by this thread alone from now on.
+        metrics: told of batches, waiting and failures.
+        max_queue_tokens: that may wait.
+        on_death: called if the thread ends by an error; whoever still waited was told.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        max_queue_tokens: int,
+        on_death: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.tokens_waiting = 0
+        self.tokens_per_s = FIRST_RATE
+        self.dead: BaseException | None = None
+        self._engine = engine
+        self._metrics = metrics
+        self._max_queue_tokens = max_queue_tokens
+        self._max_batch_tokens = engine.max_batch_tokens
+        self._on_death = on_death
+        self._queue: deque[Item] = deque()
+        self._arrived = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens that go through the engine together."""
+        return self._max_batch_tokens
+
+    def require_room(self, wait_s: float = math.inf) -> None:
+        """Refuse a request that came too late to be answered soon.
+
+        Raises:
+            OverloadedError: the queue is full, or would take longer than `wait_s`.
+        """
+        expected_s = self.tokens_waiting / self.tokens_per_s
+        if self.tokens_waiting >= self._max_queue_tokens or expected_s > wait_s:
+            again_s = max(1, math.ceil(expected_s / 2))
+            raise OverloadedError(
+                f"{self.tokens_waiting} tokens are waiting; try again in {again_s} s.", retry_after_s=again_s
+            )
+
+    def submit(self, texts: Sequence[Sequence[int]], *, deadline: float) -> "asyncio.Future[list[Outcome]]":
+        """Queue the token ids of some texts; the future, of the running loop, has their outcomes in order.
+
+        Raises:
+            NoModelError: the engine has ended.
+        """
+        now = time.monotonic()
+        job = Job([None] * len(texts), asyncio.get_running_loop().create_future(), deadline, now)
+        with self._arrived:
+            if self.dead or self._closed:
+                raise NoModelError("The engine has stopped.")
+            self._queue.extend(Item(ids, job, place) for place, ids in enumerate(texts))
+            self.tokens_waiting += sum(map(len, texts))
+            self._arrived.notify()
+        return job.answer
+
+    def close(self) -> None:
+        """Answer what waits, then end the thread."""
+        with self._arrived:
+            self._closed = True
+            self._arrived.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        running: list[Item] = []
+        try:
+            while True:
+                batch = self._take(wait=not running)
+                if not batch and not running:
+                    return
+                running = self._turn(running, batch)
+        except BaseException as error:  # whatever it is, nobody must wait for a thread that is gone
+            self._die(error, running)
+
+    def _turn(self, running: list[Item], batch: list[Item]) -> list[Item]:
+        """Finish the batch that runs and start the next, which was laid out meanwhile; returns what runs now."""
+        began = time.perf_counter()
+        prepared, failure = None, None
+        if batch:
+            try:
+                prepared = self._engine.prepare([item.ids for item in batch])
+                self._metrics.batch(len(batch), sum(len(item.ids) for item in batch), prepared.places)
+            except Exception as error:
+                failure = error
+        outcomes = self._finish(running) if running else []
+        started: list[Item] = []
+        if prepared is not None:
+            try:
+                self._engine.begin(prepared)
+                started = batch
+                self._begun = time.perf_counter()
+            except Exception as error:
+                failure = error
+        if running:
+            self._deliver(running, outcomes)
+        if failure is not None:
+            self._deliver(batch, self._in_halves(batch, failure))
+        del began
+        return started
+
+    def _finish(self, running: list[Item]) -> list[Outcome]:
+        try:
+            outcomes = self._checked(self._engine.result())
+        except Exception as error:
+            return self._in_halves(running, error)
+        seconds = time.perf_counter() - self._begun
+        self._metrics.stages.labels("infer").observe(seconds)
+        rate = sum(len(item.ids) for item in running) / max(seconds, 1e-6)
+        self.tokens_per_s += SMOOTHING * (rate - self.tokens_per_s)
+        return outcomes
+
+    def _in_halves(self, batch: list[Item], error: Exception) -> list[Outcome]:
+        """Try again in smaller batches: memory may suffice for them, and one bad text fails alone."""
+        if len(batch) == 1:
+            logger.error("the engine failed on a text of %d tokens: %r", len(batch[0].ids), error)
+            self._metrics.engine_failures.inc()
+            self._prove(error)
+            return [EngineError("The engine failed on this text.")]
+        if _is_out_of_memory(error):
+            self._max_batch_tokens = max(1, sum(len(item.ids) for item in batch) // 2)
+            logger.warning("out of memory; batches have %d tokens from now on", self._max_batch_tokens)
+        outcomes: list[Outcome] = []
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            try:
+                outcomes += self._checked(infer(self._engine, [item.ids for item in half]))
+            except Exception as again:
+                outcomes += self._in_halves(half, again)
+        return outcomes
+
+    def _prove(self, error: Exception) -> None:
+        """Let the engine answer something harmless after a failure; if it cannot, it is broken and not the text."""
+        try:
+            infer(self._engine, [[0] * 4])
+        except Exception:
+            raise error from None
+
+    def _checked(self, logits: Array) -> list[Outcome]:
+        good = np.isfinite(logits).all(axis=1)
+        if not good.all():
+            self._metrics.not_finite.inc(int((~good).sum()))
+            logger.error("the engine gave figures that are not numbers for %d texts", (~good).sum())
+        return [
+            row if fine else EngineError("The model gave a figure that is not a number.")
+            for row, fine in zip(logits, good, strict=True)
+        ]
+
+    def _take(self, *, wait: bool) -> list[Item]:
+        """The next batch; none if nothing waits and that is not to be waited for, or all is over."""
+        with self._arrived:
+            while True:
+                self._drop_forsaken()
+                if self._queue or not wait or self._closed:
+                    break
+                self._arrived.wait()
+            if not self._queue:
+                return []
+            batch = self._choose()
+            self.tokens_waiting -= sum(len(item.ids) for item in batch)
+        now = time.monotonic()
+        for item in batch:
+            if item.place == 0:
+                self._metrics.stages.labels("queue").observe(now - item.job.queued_at)
+        return batch
+
+    def _drop_forsaken(self) -> None:
+        while self._queue and self._queue[0].job.forsaken:
+            self._drop(self._queue.popleft())
+
+    def _drop(self, item: Item) -> None:
+        self.tokens_waiting -= len(item.ids)
+        self._deliver([item], [TimeoutExceededError("The request waited longer than it may.")])
+
+    def _choose(self) -> list[Item]:
+        window: list[Item] = []
+        tokens = 0
+        for item in islice(self._queue, WINDOW_BATCHES * self._max_batch_tokens):
+            if item.job.forsaken:
+                continue  # dropped when it comes to the front
+            window.append(item)
+            tokens += len(item.ids)
+            if tokens >= WINDOW_BATCHES * self._max_batch_tokens:
+                break
+        oldest = window[0]
+        window.sort(key=lambda item: len(item.ids))
+        low = high = window.index(oldest)
+        tokens = len(oldest.ids)
+        while True:  # grow around the oldest towards the nearer length
+            shorter = window[low - 1] if low else None
+            longer = window[high + 1] if high + 1 < len(window) else None
+            if shorter and (not longer or len(oldest.ids) - len(shorter.ids) <= len(longer.ids) - len(oldest.ids)):
+                chosen = shorter
+            elif longer:
+                chosen = longer
+            else:
+                break
+            if tokens + len(chosen.ids) > self._max_batch_tokens:
+                break
+            tokens += len(chosen.ids)
+            low, high = (low - 1, high) if chosen is shorter else (low, high + 1)
+        batch = window[low : high + 1]
+        taken = set(map(id, batch))
+        reach = next(place for place, item in enumerate(reversed(self._queue)) if id(item) in taken)
+        head = [self._queue.popleft() for _ in range(len(self._queue) - reach)]
+        self._queue.extendleft(item for item in reversed(head) if id(item) not in taken)
+        return batch
+
+    def _deliver(self, batch: list[Item], outcomes: Sequence[Outcome]) -> None:
+        done: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+        for item, outcome in zip(batch, outcomes, strict=True):
+            job = item.job
+            job.outcomes[item.place] = outcome
+            job.left -= 1
+            if job.left == 0:
+                done.setdefault(job.answer.get_loop(), []).append(job)
+        for loop, jobs in done.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_answer, jobs)
+
+    def _die(self, error: BaseException, running: list[Item]) -> None:
+        logger.critical("the engine has stopped: %r", error, exc_info=error)
+        with self._arrived:
+            self.dead = error
+            lost = [*running, *self._queue]
+            self._queue.clear()
+            self.tokens_waiting = 0
+        self._deliver(lost, [NoModelError("The engine has stopped.")] * len(lost))
+        self._on_death(error)
+
+
+def _answer(jobs: list[Job]) -> None:
+    for job in jobs:
+        if not job.answer.done():
+            job.answer.set_result([outcome for outcome in job.outcomes if outcome is not None])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error).lower() or "alloc" in str(error).lower()
