@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
     verb = parser.parse_args(arguments).verb
     try:
         settings = Settings.from_environ(os.environ)
-        logs.start(settings.log_path, speaks=os.environ.get("RANK", "0") == "0")
+        leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
+        logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         VERBS[verb](settings, stop, threads)
     except TuneserveError as error:

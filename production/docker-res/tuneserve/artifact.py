@@ -1,6 +1,8 @@
 """A version's folder: a Hugging Face model and `metadata.json`. Written whole or not at all.
 
 <version>/config.json, model.safetensors, tokenizer.json, tokenizer_config.json
+<version>/engine/        the exported graph, if there is one
+<version>/golden.json    a few texts and the answers that the model gave when it was saved
 <version>/report/        the test in full
 <version>/metadata.json  written last: a folder without it is not a version
 """
@@ -18,6 +20,7 @@ from uuid import uuid4
 from tuneserve.errors import StoreError
 
 METADATA = "metadata.json"
+GOLDEN = "golden.json"
 UNFINISHED = ".unfinished-"
 
 
@@ -37,6 +40,34 @@ class Version:
     def labels(self) -> list[str]:
         """Label names; a label's place is its id in the model."""
         return list(self.metadata["labels"])
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Texts, and the probability of each label that a version gave them when it was saved, by torch in fp32."""
+
+    texts: list[str]
+    scores: list[dict[str, float]]
+
+
+def read_golden(version: Version) -> Golden:
+    """What a version must answer before it may serve.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    path = version.folder / GOLDEN
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Golden([one["text"] for one in content], [one["scores"] for one in content])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} cannot be read: {error!r}") from error
+
+
+def write_golden(folder: Path, golden: Golden) -> None:
+    """Write it into a version's folder."""
+    pairs = zip(golden.texts, golden.scores, strict=True)
+    write_json(folder / GOLDEN, [{"text": text, "scores": scores} for text, scores in pairs])
 
 
 def is_whole(version: Version) -> bool:

@@ -76,6 +76,12 @@ class OverloadedError(TuneserveError):
         self.retry_after_s = retry_after_s
 
 
+class ClientGoneError(TuneserveError):
+    """Nobody waits for the answer any more; the status is nginx's and only seen in logs and metrics."""
+
+    status = 499
+
+
 class TimeoutExceededError(TuneserveError):
     """The request waited longer than it may."""
 

@@ -62,7 +62,9 @@ class Graph:
         try:
             self.description = json.loads((folder / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
             self._packed = self.description["layout"] == "packed"
-            self.precision: Precision = precision if precision in self.description.get("formats", [precision]) else "fp32"
+            self.precision: Precision = (
+                precision if precision in self.description.get("formats", [precision]) else "fp32"
+            )
             core = openvino.Core()
             model = core.read_model(folder / FOLDER / MODEL)
             compiled = core.compile_model(

@@ -1,20 +1,23 @@
 """The HTTP API over a slot: routes, and every error's translation."""
 
+import asyncio
 import hmac
+import json
 import logging
+import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ValidationError
 from starlette.types import Lifespan
 
 import tuneserve
-from tuneserve.errors import TooLargeError, TuneserveError, UnauthorizedError
+from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
 from tuneserve.serving.classifier import Prediction
-from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.middleware import BodyLimit, Stopwatch
 from tuneserve.serving.schemas import (
     BatchRequest,
@@ -25,7 +28,6 @@ from tuneserve.serving.schemas import (
     Readiness,
 )
 from tuneserve.serving.slot import Slot
-from tuneserve.serving.turns import Turns
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,13 +35,16 @@ logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 20
 """Most problems that a 422 lists."""
 
-RETRY_AFTER_S = {429: "1", 503: "5"}
+RETRY_AFTER_S = "5"
+"""Seconds after which a server without a model may be asked again."""
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Answers = TypeVar("Answers")
 
 
 def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The ASGI application; it does not load the model, whoever made the slot does."""
-    metrics = Metrics()
-    turns = Turns(max_waiting=settings.max_waiting)
+    metrics = slot.metrics
     key = settings.api_key.get_secret_value()
 
     async def authorize(
@@ -50,14 +55,15 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         if key and not any(hmac.compare_digest(one, key.encode()) for one in shown):
             raise UnauthorizedError("This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`.")
 
-    async def predict(texts: Sequence[str]) -> list[Prediction]:
-        classifier = slot.classifier()
-        return await turns.run(lambda: classifier.predict(texts))
+    async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
+        work = asyncio.ensure_future(slot.model().predict(texts, timeout_s=_timeout_s(request, settings)))
+        return await _unless_gone(work, request)
 
     problems: dict[int | str, dict[str, Any]] = {
         413: {"model": Problem, "description": "The request is larger than this server takes."},
-        429: {"model": Problem, "description": "Too many requests are waiting; see Retry-After."},
+        429: {"model": Problem, "description": "Too much waits; Retry-After says for how long."},
         503: {"model": Problem, "description": "No model can answer yet; see Retry-After."},
+        504: {"model": Problem, "description": "There was no answer in time."},
     }
     app = FastAPI(
         title="tuneserve",
@@ -66,38 +72,54 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
-    app.add_middleware(Stopwatch, metrics=metrics)
+    app.add_middleware(Stopwatch, metrics=metrics, logs=settings.access_log)
     _translate_errors(app)
     guarded = [Depends(authorize)]
 
-    @app.post("/inference/", include_in_schema=False, dependencies=guarded, response_model=PredictionResponse)
+    @app.post("/inference/", include_in_schema=False, dependencies=guarded)
     @app.post(
-        "/inference", tags=["inference"], dependencies=guarded, responses=problems, response_model=PredictionResponse
+        "/inference",
+        tags=["inference"],
+        dependencies=guarded,
+        responses={200: {"model": PredictionResponse}, **problems},
+        openapi_extra=_body(InferenceRequest),
     )
-    async def inference(request: InferenceRequest) -> Prediction:
+    async def inference(request: Request) -> Response:
         """Classify one text."""
-        return (await predict([request.text]))[0]
+        wanted = await _parse(InferenceRequest, request)
+        [prediction] = await predict([wanted.text], request)
+        if isinstance(prediction, TextError):
+            raise RequestValidationError([{"loc": ("body", "text"), "msg": str(prediction), "type": "value_error"}])
+        if isinstance(prediction, TuneserveError):
+            raise prediction
+        return _json(_shown(prediction))
 
-    @app.post("/inference/batch/", include_in_schema=False, dependencies=guarded, response_model=BatchResponse)
+    @app.post("/inference/batch/", include_in_schema=False, dependencies=guarded)
     @app.post(
-        "/inference/batch", tags=["inference"], dependencies=guarded, responses=problems, response_model=BatchResponse
+        "/inference/batch",
+        tags=["inference"],
+        dependencies=guarded,
+        responses={200: {"model": BatchResponse}, **problems},
+        openapi_extra=_body(BatchRequest),
     )
-    async def inference_batch(request: BatchRequest) -> dict[str, list[Prediction]]:
-        """Classify several texts; the predictions come in their order."""
-        if len(request.texts) > settings.max_batch_texts:
-            raise TooLargeError(f"{len(request.texts)} texts; {settings.max_batch_texts} in one request are the most.")
-        return {"predictions": await predict(request.texts)}
+    async def inference_batch(request: Request) -> Response:
+        """Classify several texts; the predictions come in their order, a bad text's being its error."""
+        wanted = await _parse(BatchRequest, request)
+        return _json({"predictions": [_shown(one) for one in await predict(wanted.texts, request)]})
 
     @app.get("/model", tags=["model"], dependencies=guarded, responses={503: problems[503]})
     async def model() -> dict[str, Any]:
         """The metadata of the version that answers: labels, settings, metrics, data, versions."""
-        version = slot.classifier().version
+        version = slot.model().classifier.version
         return {"version": version.id, **version.metadata}
 
     @app.head("/livez", include_in_schema=False)
     @app.get("/livez", tags=["operations"])
-    async def livez() -> dict[str, str]:
-        """Whether the process lives."""
+    async def livez(response: Response) -> dict[str, str]:
+        """Whether the process is worth keeping; 503 once the engine has died."""
+        if slot.phase == "failed":
+            response.status_code = 503
+            return {"status": "failed"}
         return {"status": "alive"}
 
     @app.head("/readyz", include_in_schema=False)
@@ -106,16 +128,18 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         """Whether a model can answer; 503 until then."""
         if slot.phase != "ready":
             response.status_code = 503
-            response.headers["Retry-After"] = RETRY_AFTER_S[503]
+            response.headers["Retry-After"] = RETRY_AFTER_S
             return Readiness(phase=slot.phase)
-        return Readiness(phase=slot.phase, model_version=slot.classifier().version.id)
+        return Readiness(phase=slot.phase, model_version=slot.model().classifier.version.id)
 
     @app.get("/metrics", tags=["operations"])
     async def prometheus() -> Response:
         """Figures for Prometheus."""
         metrics.model.clear()
         if slot.phase == "ready":
-            metrics.model.labels(slot.classifier().version.id).set(1)
+            model = slot.model()
+            metrics.model.labels(model.classifier.version.id).set(1)
+            metrics.queue_tokens.set(model.batcher.tokens_waiting)
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)
@@ -125,12 +149,72 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
     return app
 
 
+def _body(schema: type[BaseModel]) -> dict[str, Any]:
+    """What the API's description says of a body that the route reads itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}}
+
+
+async def _parse(schema: type[Schema], request: Request) -> Schema:
+    try:
+        return schema.model_validate_json(await request.body())
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
+
+
+def _timeout_s(request: Request, settings: Settings) -> float:
+    """Seconds that this request may take: the client may ask for less than the server allows."""
+    asked = request.headers.get("X-Request-Timeout-S")
+    try:
+        seconds = float(asked) if asked else settings.request_timeout_s
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise RequestValidationError(
+            [{"loc": ("header", "X-Request-Timeout-S"), "msg": "should be seconds above 0", "type": "value_error"}]
+        )
+    return min(seconds, settings.request_timeout_s)
+
+
+async def _unless_gone(work: asyncio.Future[Answers], request: Request) -> Answers:
+    """Wait for the work, but stop it when the client hangs up."""
+    gone = asyncio.ensure_future(request.receive())
+    gone.add_done_callback(lambda _: work.cancel())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone.done() and not gone.cancelled():
+            raise ClientGoneError("The client hung up.") from None
+        raise
+    finally:
+        gone.cancel()
+
+
+def _shown(prediction: Prediction | TuneserveError) -> dict[str, Any]:
+    if isinstance(prediction, TuneserveError):
+        return {"error": str(prediction)}
+    return {
+        "label": prediction.label,
+        "scores": prediction.scores,
+        "tokens": prediction.tokens,
+        "truncated": prediction.truncated,
+        "model_version": prediction.model_version,
+    }
+
+
+def _json(content: Any) -> Response:
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return Response(body, media_type="application/json")
+
+
 def _translate_errors(app: FastAPI) -> None:
     @app.exception_handler(TuneserveError)
     async def known(request: Request, error: TuneserveError) -> JSONResponse:
         headers = {}
-        if error.status in RETRY_AFTER_S:
-            headers["Retry-After"] = RETRY_AFTER_S[error.status]
+        if isinstance(error, OverloadedError):
+            headers["Retry-After"] = str(error.retry_after_s)
+        elif error.status == 503:
+            headers["Retry-After"] = RETRY_AFTER_S
         if isinstance(error, UnauthorizedError):
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from tuneserve.errors import EngineError, NoModelError, OverloadedError, TimeoutExceededError
+from tuneserve.errors import EngineError, NoModelError, OverloadedError, TimeoutExceededError, TuneserveError
 from tuneserve.serving.engine import Engine, infer
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Outcome = Array | Exception
+Outcome = Array | TuneserveError
 """Logits float32 [labels] of a text, or why there are none."""
 
 WINDOW_BATCHES = 4
@@ -150,7 +150,6 @@ class Batcher:
 
     def _turn(self, running: list[Item], batch: list[Item]) -> list[Item]:
         """Finish the batch that runs and start the next, which was laid out meanwhile; returns what runs now."""
-        began = time.perf_counter()
         prepared, failure = None, None
         if batch:
             try:
@@ -171,7 +170,6 @@ class Batcher:
             self._deliver(running, outcomes)
         if failure is not None:
             self._deliver(batch, self._in_halves(batch, failure))
-        del began
         return started
 
     def _finish(self, running: list[Item]) -> list[Outcome]:
@@ -217,7 +215,7 @@ class Batcher:
             logger.error("the engine gave figures that are not numbers for %d texts", (~good).sum())
         return [
             row if fine else EngineError("The model gave a figure that is not a number.")
-            for row, fine in zip(logits, good, strict=True)
+            for row, fine in zip(logits, good.tolist(), strict=True)
         ]
 
     def _take(self, *, wait: bool) -> list[Item]:

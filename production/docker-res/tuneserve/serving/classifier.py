@@ -48,6 +48,11 @@ class Classifier:
             windows=long_text == "window",
         )
 
+    @property
+    def refuses_long_texts(self) -> bool:
+        """Whether a text longer than the model reads is an error."""
+        return self._long_text == "error"
+
     def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
         """The tokens of each text, or why it cannot be read."""
         problems = [_problem(text) for text in texts]
@@ -74,9 +79,7 @@ class Classifier:
             EngineError: the engine gave a figure that is not a number.
         """
         readings = self.read(texts)
-        windows = [
-            (place, ids) for place, one in enumerate(readings) if isinstance(one, Tokens) for ids in one.windows
-        ]
+        windows = [(place, ids) for place, one in enumerate(readings) if isinstance(one, Tokens) for ids in one.windows]
         logits: dict[int, list[Array]] = {}
         for batch in _batches(windows, self.engine.max_batch_tokens):
             rows = infer(self.engine, [ids for _, ids in batch])
@@ -89,7 +92,7 @@ class Classifier:
         ]
 
     def _fit(self, tokens: Tokens) -> Tokens | TextError:
-        if tokens.truncated and self._long_text == "error":
+        if tokens.truncated and self.refuses_long_texts:
             return TextError(f"the text has more than {self._encoder.max_tokens} tokens, the most this model reads")
         return tokens
 
@@ -104,7 +107,8 @@ def _problem(text: str) -> str:
 
 def _softmax(logits: Array) -> Array:
     odds: Array = np.exp(logits.astype(np.float64) - logits.max())
-    return odds / odds.sum()
+    odds /= odds.sum()
+    return odds
 
 
 def _batches(windows: list[tuple[int, list[int]]], max_tokens: int) -> list[list[tuple[int, list[int]]]]:

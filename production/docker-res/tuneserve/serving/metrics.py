@@ -25,9 +25,7 @@ class Metrics:
             registry=registry,
             buckets=SECONDS,
         )
-        self.model = Gauge(
-            "tuneserve_model_info", "1 for the version that answers.", ["version"], registry=registry
-        )
+        self.model = Gauge("tuneserve_model_info", "1 for the version that answers.", ["version"], registry=registry)
         self.queue_tokens = Gauge("tuneserve_queue_tokens", "Tokens that wait for the engine.", registry=registry)
         self.batch_texts = Histogram(
             "tuneserve_batch_texts",
@@ -40,7 +38,9 @@ class Metrics:
             "tuneserve_places", "Places that went through the engine: tokens and padding.", registry=registry
         )
         self.texts = Counter("tuneserve_texts", "Texts classified.", registry=registry)
-        self.truncated = Counter("tuneserve_truncated_texts", "Texts of which only the beginning was read.", registry=registry)
+        self.truncated = Counter(
+            "tuneserve_truncated_texts", "Texts of which only the beginning was read.", registry=registry
+        )
         self.labels = Counter("tuneserve_predicted", "Texts by predicted label.", ["label"], registry=registry)
         self.engine_failures = Counter(
             "tuneserve_engine_failures", "Texts on which the engine failed.", registry=registry

@@ -1,14 +1,19 @@
 """What every request passes before the API sees it: a limit to its size, and a stopwatch."""
 
+import logging
 import time
+from uuid import uuid4
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tuneserve.errors import ClientGoneError
 from tuneserve.serving.metrics import Metrics
 
-CLIENT_CLOSED_REQUEST = 499
-"""Status under which requests are counted whose client hung up; the number is nginx's."""
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = b"x-request-id"
+LONGEST_ID = 128
 
 
 class BodyLimit:
@@ -46,10 +51,10 @@ class BodyLimit:
 
 
 class Stopwatch:
-    """Counts and times requests by route and status."""
+    """Counts and times requests by route and status, and gives each an id: the client's, or a new one."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, logs: bool = False) -> None:
+        self.app, self.metrics, self.logs = app, metrics, logs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on and note how it was answered."""
@@ -58,19 +63,26 @@ class Stopwatch:
             return
         began = time.perf_counter()
         status = 0
+        sent = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+        request_id = sent if 0 < len(sent) <= LONGEST_ID and sent.isascii() else uuid4().hex.encode()
 
         async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
             await send(message)
 
         try:
             await self.app(scope, receive, note)
         finally:
             if not status:  # the client hung up before there was an answer
-                status = CLIENT_CLOSED_REQUEST
+                status = ClientGoneError.status
             # Only routes that exist become labels: paths are the client's to invent.
             route = getattr(scope.get("route"), "path", "(none)").rstrip("/") or "/"
             self.metrics.requests.labels(route, str(status)).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.metrics.seconds.labels(route).observe(seconds)
+            if self.logs:
+                shown = {"route": route, "status": status, "ms": round(seconds * 1000, 1), "id": request_id.decode()}
+                logger.info("%(route)s %(status)d %(ms).1f ms %(id)s", shown, extra={"request": shown})

@@ -2,18 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-
-def _require_words(text: str) -> str:
-    if not text.strip():
-        raise ValueError("the text is empty")
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("the text holds half a surrogate pair, which is not Unicode text")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_require_words)]
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class InferenceRequest(BaseModel):
@@ -21,7 +10,7 @@ class InferenceRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "A warm film, and never a dull one."}]})
 
-    text: Text
+    text: str
 
 
 class BatchRequest(BaseModel):
@@ -31,7 +20,7 @@ class BatchRequest(BaseModel):
         json_schema_extra={"examples": [{"texts": ["Worth every minute.", "We left at the interval."]}]}
     )
 
-    texts: Annotated[list[Text], Field(min_length=1)]
+    texts: Annotated[list[str], Field(min_length=1)]
 
 
 class PredictionResponse(BaseModel):
@@ -60,10 +49,16 @@ class PredictionResponse(BaseModel):
     model_version: Annotated[str, Field(description="The version that answered.")]
 
 
+class FailedText(BaseModel):
+    """What stands in a batch for a text that could not be classified."""
+
+    error: Annotated[str, Field(description="Why.")]
+
+
 class BatchResponse(BaseModel):
     """The answers, in the order of the texts."""
 
-    predictions: list[PredictionResponse]
+    predictions: list[PredictionResponse | FailedText]
 
 
 class Readiness(BaseModel):

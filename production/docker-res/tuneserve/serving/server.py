@@ -10,14 +10,14 @@ from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.engine import TorchEngine
+from tuneserve.serving.engine import load_engine
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 5
-"""Seconds that accepted requests get to finish after SIGTERM; `docker stop` kills after ten."""
+DRAIN_S = 25
+"""Seconds that accepted requests get to finish after SIGTERM; Kubernetes kills after 30, `docker stop` after 10."""
 
 
 def champion_slot(settings: Settings, *, threads: int) -> Slot:
@@ -26,9 +26,9 @@ def champion_slot(settings: Settings, *, threads: int) -> Slot:
 
     def load() -> Classifier:
         version = store.champion()
-        return Classifier(version, TorchEngine(version.folder, settings, threads=threads))
+        return Classifier(version, load_engine(version, settings, threads=threads), long_text=settings.long_text)
 
-    return Slot(load)
+    return Slot(load, max_queue_tokens=settings.max_queue_tokens)
 
 
 def serve(settings: Settings, *, threads: int) -> None:
@@ -51,13 +51,13 @@ def serve(settings: Settings, *, threads: int) -> None:
     )
     server = uvicorn.Server(config)
 
-    def stop_on_failure() -> None:
-        if slot.failure is not None:
-            server.should_exit = True
+    def leave() -> None:
+        server.should_exit = True
 
     with listen(settings.host, settings.port) as listener:
         logger.info("serving version %s on http://%s:%d (docs at /docs)", champion.id, settings.host, settings.port)
-        slot.fill_in_background(stop_on_failure)
+        slot.on_failure = leave
+        slot.fill_in_background()
         try:
             server.run(sockets=[listener])
         except SystemExit as end:

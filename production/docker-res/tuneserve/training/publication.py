@@ -14,11 +14,13 @@ from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
-from tuneserve.artifact import METADATA, Version, new_version, read_version, write_json
+from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden, write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.store import Store
+from tuneserve.tokenization import TextEncoder
 from tuneserve.training import calibration
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
+from tuneserve.training.export import export
 from tuneserve.training.forward import choose_forward
 from tuneserve.training.model import cast
 from tuneserve.training.tokens import TokenizedSplit
@@ -49,6 +51,8 @@ def publish(
         tokenizer.save_pretrained(temporary)
         saved = AutoModelForSequenceClassification.from_pretrained(temporary, dtype=torch.float32)
         metrics, errors = test(saved.to(model.device), tokens, metadata["labels"], precision, temperature)
+        engine = export(saved.cpu(), temporary, tokens["valid"], threads=torch.get_num_threads())
+        write_golden(temporary, golden_answers(saved, tokenizer, metadata["labels"]))
         (temporary / "report").mkdir()
         for name, figures in metrics.items():
             write_json(temporary / "report" / f"{name}.json", figures)
@@ -58,7 +62,12 @@ def publish(
                 name: {k: v for k, v in one.items() if k != "confusion_matrix"} for name, one in metrics.items()
             },
             "calibration": {"temperature": temperature, "ece_before": errors},
-            "files": {path.name: path.stat().st_size for path in temporary.iterdir() if path.is_file()},
+            "engine": engine,
+            "files": {
+                path.relative_to(temporary).as_posix(): path.stat().st_size
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            },
             "versions": versions(),
             "created_at": created.isoformat(timespec="seconds"),
             "duration_s": round(time.perf_counter() - began, 3),
@@ -74,6 +83,29 @@ def publish(
     )
     logger.info("version %s saved in %s after %.1f s", version.id, folder, metadata["duration_s"])
     return version
+
+
+GOLDEN_TEXTS = (
+    "Good.",
+    "The parcel came two days late, and the box was torn, but what was in it is exactly what I had hoped for.",
+    "I would not go there again: slow service, cold soup, and nobody who wanted to hear of it.",
+    "¿Dónde está la estación? – 電影很好看 – 12,50 € <br /> (see #4)",
+    "First it seemed to me that nothing would ever happen, and then everything did. " * 40,
+)
+"""Short and long, plain and strange, and none of anybody's data."""
+
+
+@torch.inference_mode()
+def golden_answers(saved: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> Golden:
+    """What the model, in fp32 on the CPU, says to the golden texts."""
+    limit = int(tokenizer.model_max_length)
+    encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=limit)
+    scores = []
+    for tokens in encoder.encode(GOLDEN_TEXTS):
+        ids = torch.tensor([tokens.ids])
+        logits = saved(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+        scores.append(dict(zip(labels, logits.softmax(0).tolist(), strict=True)))
+    return Golden(list(GOLDEN_TEXTS), scores)
 
 
 def calibrate(model: PreTrainedModel, valid: TokenizedSplit, precision: Precision) -> float:
