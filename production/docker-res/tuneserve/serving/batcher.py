@@ -209,13 +209,13 @@ class Batcher:
             raise error from None
 
     def _checked(self, logits: Array) -> list[Outcome]:
-        good = np.isfinite(logits).all(axis=1)
+        good: Array = np.isfinite(logits).all(axis=1)
         if not good.all():
             self._metrics.not_finite.inc(int((~good).sum()))
             logger.error("the engine gave figures that are not numbers for %d texts", (~good).sum())
         return [
             row if fine else EngineError("The model gave a figure that is not a number.")
-            for row, fine in zip(logits, good.tolist(), strict=True)
+            for row, fine in zip(logits, good, strict=True)
         ]
 
     def _take(self, *, wait: bool) -> list[Item]:
