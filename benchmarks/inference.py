@@ -26,8 +26,6 @@ from tuneserve.tokenization import TextEncoder
 Texts = dict[str, list[str]]
 BATCHES = (1, 32, 256)
 """Texts in one call of the classifier."""
-LEAST_S = 3.0
-"""Seconds that a measurement takes at least."""
 
 
 def reference(*, checkpoint: str, texts: Texts) -> dict[str, list[str]]:
@@ -47,7 +45,7 @@ def reference(*, checkpoint: str, texts: Texts) -> dict[str, list[str]]:
         return {name: [label(text) for text in some] for name, some in texts.items()}
 
 
-def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float) -> list[dict[str, Any]]:
+def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seconds: int) -> list[dict[str, Any]]:
     """How fast `Classifier.predict` answers, tokens and all, without a server around it.
 
     Args:
@@ -55,6 +53,7 @@ def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float) -> l
         texts: what is asked, by name.
         body: weights that a token is multiplied by; each is one multiplication and one addition.
         flops: the machine's measured rate of bf16 products, in operations a second.
+        seconds: how long each measurement takes at least.
 
     Returns:
         For each kind of texts and each size of a call `texts_per_s`, `tokens_per_s` (padding left out), and
@@ -69,10 +68,10 @@ def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float) -> l
         for size in BATCHES:
             classifier.predict(some[:size])  # whatever is done once is done now
             began, answered = time.perf_counter(), 0
-            while (seconds := time.perf_counter() - began) < LEAST_S:
+            while (taken := time.perf_counter() - began) < seconds:
                 first = answered % len(some)
                 answered += len(classifier.predict(some[first : first + size]))
-            rate = answered / seconds
+            rate = answered / taken
             needed = 2 * body * tokens * rate
             figures = {"texts_per_s": rate, "tokens_per_s": rate * tokens, "rate_share": needed / flops}
             rows.append({"texts": name, "at_once": size, **figures})

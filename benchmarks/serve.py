@@ -16,8 +16,9 @@ p50, p99    milliseconds within which half of the answers came, and 99 of 100
 errors      answers of 400 and above, broken connections, and answers later than a minute, of all rounds
 ready       seconds from the process's start to its first right answer
 memory      the most that all its processes held together after one of the loads (PSS: shared pages count once)
-accuracy    of labelled texts that are sent once each, 32 at once; no answer is a wrong one
+accuracy    of labelled texts that are sent once each, 32 at once, before any load; no answer is a wrong one
 agreement   with the answers of the checkpoint in torch, fp32, text by text
+unanswered  of those texts, in all rounds
 engine      this project's classifier without a server, and the share of the machine's measured rate of bf16 products
             that its tokens need: 2 operations a token for every weight outside embeddings, pooler and classifier
 
@@ -140,7 +141,7 @@ class Bench:
                 raise SystemExit(f"The checkpoint answers none of the {kind} texts with its label: other labels?")
         if self.options.engine:
             say("measuring the engine alone")
-            about |= {"body": base["body"], "flops": base["flops"]}
+            about |= {"body": base["body"], "flops": base["flops"], "seconds": self.options.seconds}
             try:
                 self.record["engine"] = self._run("inference.py", "engine-alone", told=about)
             except SystemExit as problem:
@@ -166,18 +167,21 @@ class Bench:
 
     def _measure(self, contender: Contender, texts: dict[str, Rows], run: dict[str, Any]) -> None:
         place = {"store": self.store.resolve(), "checkpoint": self.checkpoint, "folder": self.temporary}
+        plain = [text for text, _ in texts["short"]], self.reference["short"]
         with Server(contender, **place, base=self.environment) as server:
-            run["ready_s"] = server.wait_until_right([text for text, _ in texts["short"]], self.reference["short"])
-            run["memory_bytes"] = server.memory_bytes()
+            run["ready_s"] = server.wait_until_right(*plain)
             for kind, rows in texts.items():
                 asked, labels = [text for text, _ in rows], [label for _, label in rows]
                 run[kind] = examine(contender, server.port, asked, labels, self.reference[kind])
-                bodies = write_bodies(contender, asked, self.temporary / f"{contender.name}-{kind}.jsonl")
+            run["memory_bytes"] = server.memory_bytes()
+            for kind, rows in texts.items():
+                bodies = write_bodies(contender, [text for text, _ in rows], self.temporary / f"{kind}.jsonl")
                 for count in self.options.connections:
                     load = {"connections": count, "seconds": self.options.seconds}
                     figures = press(contender, server.port, bodies, **load)
                     run["cells"].append({"texts": kind, "connections": count, **figures})
                     run["memory_bytes"] = max(run["memory_bytes"], server.memory_bytes())
+                    server.wait_until_right(*plain)  # done with what wrk asked for and left
 
     def save(self) -> None:
         """Write down all that is known by now, if a file is wanted."""
@@ -239,7 +243,7 @@ def describe(record: dict[str, Any]) -> str:
 def tabulate_servers(record: dict[str, Any]) -> str:
     """A row for each server: what does not depend on the load, and what went wrong."""
     titles = ["ready s", "memory MiB", *(f"{what}, {kind} %" for what in ("accuracy", "agreement") for kind in KINDS)]
-    rows = [["server", *titles, "failed"], ["---"] * (len(titles) + 2)]
+    rows = [["server", *titles, "unanswered", "failed"], ["---"] * (len(titles) + 3)]
     for server, runs in by_server(record["runs"]).items():
         examined = [
             spread([run[kind][what] if kind in run else None for run in runs], 100, 1)
@@ -249,9 +253,10 @@ def tabulate_servers(record: dict[str, Any]) -> str:
         ready = spread([run.get("ready_s") for run in runs], 1, 1)
         memory = spread([run.get("memory_bytes") for run in runs], 1 / 2**20, 0)
         failures = dict.fromkeys(run["failure"] for run in runs if run["failure"])
-        rows.append([server, ready, memory, *examined, "; ".join(failures) or "-"])
+        unanswered = str(sum(run[kind]["unanswered"] for run in runs for kind in KINDS if kind in run))
+        rows.append([server, ready, memory, *examined, unanswered, "; ".join(failures) or "-"])
     known = [f"{100 * record['texts'][kind]['accuracy']:.1f}" for kind in KINDS]
-    rows.append(["(the checkpoint itself)", "-", "-", *known, "-", "-", "-"])
+    rows.append(["(the checkpoint itself)", "-", "-", *known, *"----"])
     return join(rows)
 
 
@@ -306,7 +311,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=[1, 8, 32, 128],
         help="with commas between (default: 1,8,32,128)",
     )
-    parser.add_argument("--seconds", type=_count, default=10, help="of each load (default: %(default)s)")
+    parser.add_argument("--seconds", type=_count, default=10, help="of each measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=_count, default=2, help="starts of each server (default: %(default)s)")
     parser.add_argument("--texts", type=_count, default=400, help="texts of each kind (default: %(default)s)")
     parser.add_argument("--engine", action=argparse.BooleanOptionalAction, default=True, help="measure it alone, too")

@@ -135,8 +135,8 @@ def test_a_server_that_failed_keeps_its_row() -> None:
         ],
     }
     lines = describe(record).splitlines()
-    assert "| a | 2.0 ± 1.4 | 1024 ± 0 | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 | - |" in lines
-    assert "| b | - | - | - | - | - | - | ended with 1 |" in lines
+    assert "| a | 2.0 ± 1.4 | 1024 ± 0 | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 | 0 | - |" in lines
+    assert "| b | - | - | - | - | - | - | 0 | ended with 1 |" in lines
     assert "| a | 4 | 20.0 ± 14.1 | 1.0 ± 0.0 | 2.0 ± 0.0 | 6 |" in lines
 
 
