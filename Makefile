@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RES := production/docker-res
 
-.PHONY: help setup run test test-containers bench-train lint format docs image
+.PHONY: help setup run test test-containers bench-train bench-serve lint format docs image
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -44,6 +44,9 @@ test-containers: .venv/.dev ## build the image and test it in a real Docker engi
 
 bench-train: .venv/.bench ## training against Hugging Face Trainer, an hour on two cores (ARGS="--help" for options)
 	@$(BIN)/python benchmarks/train.py $(ARGS)
+
+bench-serve: .venv/.setup ## serving against other servers under wrk's load, 35 minutes on two cores
+	@$(BIN)/python benchmarks/serve.py $(ARGS)
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .

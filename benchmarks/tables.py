@@ -24,9 +24,9 @@ def tabulate(runs: Runs, contenders: Sequence[str]) -> str:
     rows = [["contender", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for contender in contenders:
         if own := [run for run in runs if run["contender"] == contender]:
-            cells = [_spread([run[key] for run in own], scale, digits) for key, scale, digits in COLUMNS.values()]
+            cells = [spread([run[key] for run in own], scale, digits) for key, scale, digits in COLUMNS.values()]
             rows.append([f"{contender}, {own[0]['precision']}", *cells])
-    return _join(rows)
+    return join(rows)
 
 
 def compare(runs: Runs, contenders: Sequence[str]) -> str:
@@ -36,26 +36,29 @@ def compare(runs: Runs, contenders: Sequence[str]) -> str:
     rows = [["ratio", *RATIOS, "test accuracy, points"], ["---"] * (2 + len(RATIOS))]
     for contender in others:
         if pairs := [(own[run["seed"]], run) for run in runs if run["contender"] == contender]:
-            cells = [_range([mine[key] / other[key] for mine, other in pairs], "{:.2f}") for key in RATIOS.values()]
+            cells = [span([mine[key] / other[key] for mine, other in pairs], "{:.2f}") for key in RATIOS.values()]
             tested = [(mine["test_accuracy"], other["test_accuracy"]) for mine, other in pairs]
             gains = [100 * (mine - other) for mine, other in tested if mine is not None]
-            rows.append([f"{first} / {contender}", *cells, _range(gains, "{:+.1f}")])
-    return _join(rows)
+            rows.append([f"{first} / {contender}", *cells, span(gains, "{:+.1f}")])
+    return join(rows)
 
 
-def _spread(values: Sequence[float | None], scale: float, digits: int) -> str:
+def spread(values: Sequence[float | None], scale: float, digits: int) -> str:
+    """Mean ± standard deviation of what is known."""
     known = [value * scale for value in values if value is not None]
     if not known:
         return "-"
     return f"{mean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def span(values: Sequence[float], form: str) -> str:
+    """The median (lowest to highest)."""
     if not values:
         return "-"
     middle, lowest, highest = (form.format(of(values)) for of in (median, min, max))
     return middle if len(values) == 1 else f"{middle} ({lowest} to {highest})"
 
 
-def _join(rows: Sequence[Sequence[str]]) -> str:
+def join(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

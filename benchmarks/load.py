@@ -1,0 +1,104 @@
+"""What is sent to a server: each text once, to see whether it is right, and many at once from wrk, to see how fast."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from servers import BenchError, Contender, last_line
+
+SCRIPT = Path(__file__).with_name("post.lua")
+PATIENCE_S = 60
+"""Seconds after which wrk counts an answer as late."""
+GRACE_S = 120
+"""Seconds that wrk gets beyond its own; it waits for nothing, so these only pass when it hangs."""
+AT_ONCE = 32
+
+
+def has_wrk() -> bool:
+    """Whether wrk is installed."""
+    return shutil.which("wrk") is not None
+
+
+def write_bodies(contender: Contender, texts: Sequence[str], path: Path) -> Path:
+    """A file with a line a text: the body that asks this server for it."""
+    path.write_bytes(b"".join(contender.encode(text) + b"\n" for text in texts))
+    return path
+
+
+def press(contender: Contender, port: int, bodies: Path, *, connections: int, seconds: int) -> dict[str, Any]:
+    """Keep as many requests under way as there are connections, for some seconds.
+
+    Returns:
+        As `read_figures`.
+
+    Raises:
+        BenchError: wrk ended without figures.
+    """
+    load = ["--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
+    command = ["wrk", *load, "--timeout", f"{PATIENCE_S}s", "--script", str(SCRIPT)]
+    address = f"http://127.0.0.1:{port}{contender.path}"
+    try:
+        done = subprocess.run(
+            [*command, address, "--", str(bodies)], capture_output=True, text=True, timeout=seconds + GRACE_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchError("wrk hangs") from error
+    if done.returncode:
+        raise BenchError(f"wrk ended with {done.returncode}: {last_line(done.stderr or done.stdout)}")
+    return read_figures(done.stdout)
+
+
+def read_figures(output: str) -> dict[str, Any]:
+    """What `post.lua` printed behind wrk's own words.
+
+    Returns:
+        `requests_per_s` that were answered and not refused; `p50_ms` and `p99_ms` of all answers, None without any;
+        `errors`: answers of 400 and above, connections that failed, and answers that came too late.
+
+    Raises:
+        BenchError: it printed nothing.
+    """
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if not lines:
+        raise BenchError(f"wrk printed no figures: {last_line(output)}")
+    figures = json.loads(lines[-1])
+    answers = figures["answers"]
+    return {
+        "requests_per_s": (answers - figures["refused"]) / (figures["duration_us"] / 1e6),
+        "p50_ms": figures["p50_us"] / 1e3 if answers else None,
+        "p99_ms": figures["p99_us"] / 1e3 if answers else None,
+        "errors": figures["refused"] + figures["unanswered"] + figures["late"],
+    }
+
+
+def examine(
+    contender: Contender, port: int, texts: Sequence[str], labels: Sequence[str], reference: Sequence[str]
+) -> dict[str, Any]:
+    """Ask for every text once, several at a time, so that a server that batches does so.
+
+    Returns:
+        `accuracy`, the share answered with its label; `agreement`, with the reference's; `unanswered`, their number.
+    """
+
+    def ask(text: str) -> str | None:
+        try:
+            return contender.ask(port, text)
+        except BenchError:
+            return None
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = list(pool.map(ask, texts))
+    return {
+        "accuracy": share_equal(answers, labels),
+        "agreement": share_equal(answers, reference),
+        "unanswered": answers.count(None),
+    }
+
+
+def share_equal(answers: Sequence[str | None], labels: Sequence[str]) -> float:
+    """The share of answers that are the label in their place."""
+    return sum(answer == label for answer, label in zip(answers, labels, strict=True)) / len(labels)
