@@ -21,7 +21,7 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
-GROUND = ("artifact", "errors", "hardware", "logs", "settings", "signals", "tokenization")
+GROUND = ("artifact", "columns", "errors", "hardware", "logs", "settings", "signals", "tokenization")
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
