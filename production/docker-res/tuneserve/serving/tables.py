@@ -8,8 +8,9 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from tuneserve.errors import DataError
 from tuneserve.serving.format import ANSWER_FIELDS, Answer, Chunk, Format, answer_names
@@ -46,22 +47,20 @@ class Csv:
 
     def _records(self, file: BinaryIO, where: str) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)
-        reader = csv.reader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=self._separator, strict=True
-        )
-        width = 0
-        try:
-            for row, cells in enumerate(reader, start=1):
-                width = width or len(cells)
-                if cells and len(cells) != width:
-                    raise DataError(f"{where}, row {row}: {len(cells)} fields where the header has {width}.")
-                if cells:  # not a blank line
-                    yield cells
-        except csv.Error as error:
-            raise DataError(f"{where}, line {reader.line_num}: {error} (is a quote missing?)") from None
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise DataError(f"{where}, after line {reader.line_num}: byte 0x{byte:02x} is not UTF-8.") from None
+        with _decoded(file, newline="") as text:
+            reader = csv.reader(text, delimiter=self._separator, strict=True)
+            width = 0
+            try:
+                for row, cells in enumerate(reader, start=1):
+                    width = width or len(cells)
+                    if cells and len(cells) != width:
+                        raise DataError(f"{where}, row {row}: {len(cells)} fields where the header has {width}.")
+                    if cells:  # not a blank line
+                        yield cells
+            except csv.Error as error:
+                raise DataError(f"{where}, line {reader.line_num}: {error} (is a quote missing?)") from None
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, where, reader.line_num) from None
 
     def texts(self, rows: list[list[str]], columns: Sequence[str], text_column: str) -> list[str]:
         """See `Format`."""
@@ -161,13 +160,29 @@ def _json(value: Any) -> str:
 
 def _numbered_lines(file: BinaryIO, where: str) -> Iterator[tuple[int, str]]:
     number = 0
+    with _decoded(file, newline="\n") as text:
+        try:
+            for number, line in enumerate(text, start=1):
+                if line.strip():
+                    yield number, line.strip()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(error, where, number) from None
+
+
+@contextmanager
+def _decoded(file: BinaryIO, *, newline: str) -> Iterator[TextIO]:
+    """The file as text; it is left open to whoever opened it."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     try:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), start=1):
-            if line.strip():
-                yield number, line.strip()
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{where}, after line {number}: byte 0x{byte:02x} is not UTF-8.") from None
+        yield text
+    finally:
+        if not file.closed:
+            text.detach()
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str, line: int) -> DataError:
+    byte = error.object[error.start]
+    return DataError(f"{where}, after line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.")
 
 
 def _parse(numbered: tuple[int, str], where: str) -> dict[str, Any]:
