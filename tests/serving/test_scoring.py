@@ -232,8 +232,12 @@ def test_chunks_lose_and_repeat_nothing_at_their_edges(
             source.write_text("" if ending == ".jsonl" else f"{content}\n")
     run(classifier, source, tmp_path / f"out{ending}")
     assert [row["id"] for row in read(tmp_path / f"out{ending}")] == [str(row) for row in range(count)]
-    if ending in (".csv", ".tsv"):
-        assert (tmp_path / f"out{ending}").read_text().splitlines()[0].split() != []
+    run(classifier, source, tmp_path / "parts")
+    parts = sorted((tmp_path / "parts").glob("part-*"))
+    assert len(parts) == max(1, -(-count // 4))  # no rows are a part, too: a table without rows has columns
+    if ending != ".jsonl":
+        schema = pq.read_schema if ending == ".parquet" else lambda path: path.read_text().splitlines()[0]
+        assert schema(parts[0]) == schema(tmp_path / f"out{ending}")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -307,7 +311,8 @@ def test_a_file_from_the_web_is_scored(classifier: Classifier, tmp_path: Path, w
     assert len(read(tmp_path / "out.csv")) == 10
     with pytest.raises(DataError, match="cannot be read") as caught:
         Source(f"{address}/none.csv?signature=secret")
-    assert "secret" not in str(caught.value).partition(":")[0]
+    assert f"{address}/none.csv" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +492,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_memory_does_not_grow_with_the_rows(python: Python, tmp_path: Path, ending: str) -> None:
-    few, many = 2 * CHUNK_ROWS, 200_000
+    few, many = 40_000, 200_000
     peaks_mib = []
     for count in (few, many):
         texts = np.array([f"{text} {'and a film ' * 20}" for text, _ in tiny.sentences(count)])
@@ -501,5 +506,4 @@ def test_memory_does_not_grow_with_the_rows(python: Python, tmp_path: Path, endi
         assert done.returncode == 0, done.stderr
         peaks_mib.append(int(done.stdout.split()[-1]) / 1024)
     assert (tmp_path / f"{many}{ending}").stat().st_size > 40 << 20
-    print(ending, peaks_mib)
     assert peaks_mib[1] - peaks_mib[0] < 30, peaks_mib

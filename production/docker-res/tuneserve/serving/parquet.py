@@ -25,8 +25,8 @@ ANSWER_TYPES = {
 BLOCK_BYTES = 1 << 20
 """What is read of a Parquet column at once."""
 
-GROUP_ROWS = 1 << 16
-"""Rows of a row group when Parquet parts are joined; parts alone would make groups too small to read fast."""
+GROUP_BYTES = 8 << 20
+"""What the rows of a group take in memory when parts are joined; parts alone can make groups too small to read fast."""
 
 
 class Parquet:
@@ -97,7 +97,7 @@ class Parquet:
         held = [next(tables)]
         with pq.ParquetWriter(file, held[0].schema) as writer:
             for table in tables:
-                if sum(one.num_rows for one in held) >= GROUP_ROWS:
+                if sum(one.nbytes for one in held) >= GROUP_BYTES:
                     writer.write_table(pa.concat_tables(held))
                     held = []
                 held.append(table)

@@ -1,5 +1,6 @@
 """Where files are: a path or an fsspec URL, and what to do when such a place refuses."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from tuneserve.artifact import replace_file
 from tuneserve.errors import TuneserveError
 from tuneserve.logs import in_one_line
 from tuneserve.settings import without_password
+
+QUESTION = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")
+"""What follows a URL's path: there the signature of a signed one stands."""
 
 
 @dataclass(frozen=True)
@@ -89,4 +93,5 @@ def refused_as(kind: type[TuneserveError], words: str) -> Iterator[None]:
     except TuneserveError:
         raise
     except Exception as error:
-        raise kind(f"{words}: {in_one_line(error)}") from error
+        said = QUESTION.sub("", in_one_line(error))
+        raise kind(f"{words}: {said}") from error
