@@ -80,10 +80,9 @@ def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seco
 
 def load_classifier(folder: Path) -> Any:
     """The classifier with the engine that the server would take here."""
-    from tuneserve.serving.classifier import Classifier
-    from tuneserve.serving.engine import TorchEngine
+    from tuneserve.serving import classifier
 
-    return Classifier(read_version(folder), TorchEngine(folder, Settings.from_environ({}), threads=THREADS))
+    return classifier.load_classifier(read_version(folder), Settings.from_environ({}), threads=THREADS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT / "production" / "docker-res"))
 
 from tuneserve.hardware import set_threads
-from tuneserve.serving.server import champion_slot
+from tuneserve.lifecycle.store import Store
+from tuneserve.serving.classifier import Prediction, load_classifier
 from tuneserve.settings import Settings
 from tuneserve.training import data
 from tuneserve.training.rows import Columns
@@ -19,13 +20,13 @@ from tuneserve.training.rows import Columns
 
 def main(file: str) -> None:
     settings = Settings.from_environ(os.environ)
-    slot = champion_slot(settings, threads=set_threads(settings.omp_num_threads))
-    slot.fill()
+    version = Store(settings.model_path).champion()
+    classifier = load_classifier(version, settings, threads=set_threads(settings.omp_num_threads))
     columns = Columns(settings.text_column, settings.label_column)
     rows = data.read(file, columns, cache=settings.data_path)["train"].rows
-    predictions = slot.classifier().predict(rows["text"][:])
-    right = sum(one.label == label for one, label in zip(predictions, rows["label"], strict=True))
-    print(f"{slot.classifier().version.id}: {right} of {len(rows)} right, accuracy {100 * right / len(rows):.1f}%")
+    pairs = zip(classifier.predict(rows["text"][:]), rows["label"], strict=True)
+    right = sum(isinstance(one, Prediction) and one.label == label for one, label in pairs)
+    print(f"{version.id}: {right} of {len(rows)} right, accuracy {100 * right / len(rows):.1f}%")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def test_the_blocks_work_in_their_order(clone: Path) -> None:
     assert [one["label"] for one in json.loads(answers[1])["predictions"]] == ["positive", "negative"]
     assert "validation_accuracy=" in answers[2]
     assert re.search(r"encoded \d+ of \d+ texts", answers[3])
-    assert "'label': 'negative'" in answers[4]
+    assert answers[4].splitlines()[-3].startswith("text,label,predicted_label,score,scores,tokens,truncated,error,")
+    assert "'label': 'negative'" in answers[5]
 
     champion = (clone / "models" / "champion").read_text().strip()
     metadata = read_version(clone / "models" / "versions" / champion).metadata

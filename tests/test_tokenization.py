@@ -51,7 +51,7 @@ def test_all_other_text_stays_as_it_was_written(text: str) -> None:
 def test_a_text_is_cut_at_the_limit_and_the_encoder_says_so(
     text: str, ids: list[int], truncated: bool, tokenizer: Tokenizer
 ) -> None:
-    assert TextEncoder(tokenizer, max_tokens=5).encode([text]) == [Tokens(ids, truncated)]
+    assert TextEncoder(tokenizer, max_tokens=5).encode([text]) == [Tokens([ids], len(ids), truncated)]
 
 
 def test_texts_are_encoded_in_order_and_none_is_padded(tokenizer: Tokenizer) -> None:
@@ -65,7 +65,7 @@ def test_a_folder_and_its_content_encode_alike(tokenizer: Tokenizer, tmp_path: P
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     ours = TextEncoder.from_folder(tmp_path, max_tokens=4)
-    assert ours.encode(["a good film"]) == [Tokens([FIRST, 4, 5, LAST], True)]
+    assert ours.encode(["a good film"]) == [Tokens([[FIRST, 4, 5, LAST]], 4, True)]
     assert ours.encode(["a good film"]) == TextEncoder.from_json(content, max_tokens=4).encode(["a good film"])
 
 

@@ -1,5 +1,6 @@
 """The API as an ASGI application, for servers of one's own: `uvicorn app:app` in this folder."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the model while the port is already open."""
     slot.fill_in_background()
     yield
+    await asyncio.to_thread(slot.close)
 
 
 app = create_app(settings, slot, lifespan=lifespan)

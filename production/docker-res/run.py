@@ -3,6 +3,7 @@
 train-serve   train on DATASET, then serve what was trained (the default)
 train         train, save, stop
 serve         serve the model that the store holds
+predict       write the model's answers to the rows of INPUT to OUTPUT
 """
 
 import argparse
@@ -59,6 +60,13 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     server.serve(settings, threads=threads)
 
 
+def predict(settings: "Settings", stop: Stop, threads: int) -> None:
+    """Score a file, or this process's share of it; a signal ends it at once, and what is finished stays."""
+    from tuneserve.serving import scoring
+
+    scoring.score(settings, threads=threads, environ=os.environ)
+
+
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Train, then serve; a port that is taken is found before the training and not after it."""
     from tuneserve.serving import server
@@ -68,7 +76,7 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     serve(settings, stop, threads)
 
 
-VERBS = {"train-serve": train_serve, "train": train, "serve": serve}
+VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

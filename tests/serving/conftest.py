@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import tiny
 
 from tuneserve.artifact import Version, read_version, write_json
+from tuneserve.graph import Prepared
 from tuneserve.serving.classifier import Classifier
 from tuneserve.settings import Settings
 
@@ -14,13 +16,25 @@ from tuneserve.settings import Settings
 class EchoEngine:
     """An engine whose logits follow from the token ids by a rule a test can work out: their sum, and its opposite."""
 
-    def __init__(self) -> None:
-        self.shapes: list[tuple[int, int]] = []
+    max_batch_tokens = 64
 
-    def infer(self, input_ids: Any, attention_mask: Any) -> Any:
-        self.shapes.append(input_ids.shape)
-        total = (input_ids * attention_mask).sum(axis=1, dtype=np.float32)[:, None] / 100
-        return np.concatenate([-total, total], axis=1)
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def prepare(self, texts: Any) -> Prepared:
+        rows = [np.array(text) for text in texts]
+        return Prepared(tuple(rows), len(rows), sum(map(len, rows)))
+
+    def begin(self, prepared: Prepared) -> None:
+        self.running = prepared.inputs
+
+    def result(self) -> Any:
+        self.batches.append([len(row) for row in self.running])
+        totals = np.array([[row.sum() / 100] for row in self.running], dtype=np.float32)
+        return np.concatenate([-totals, totals], axis=1)
+
+    def warm_up(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -44,5 +58,20 @@ def classifier(version: Version, engine: EchoEngine) -> Classifier:
 
 
 @pytest.fixture
+def make_engine() -> Callable[..., EchoEngine]:
+    """An echo engine whose `result` first does something else; what that returns, if anything, is the result."""
+
+    def make(instead: Callable[[EchoEngine], Any]) -> EchoEngine:
+        class Changed(EchoEngine):
+            def result(self) -> Any:
+                found = instead(self)
+                return super().result() if found is None else found
+
+        return Changed()
+
+    return make
+
+
+@pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings.from_environ({"MODEL_PATH": str(tmp_path / "models"), "MAX_BODY_KB": "4", "MAX_BATCH_TEXTS": "100"})
+    return Settings.from_environ({"MODEL_PATH": str(tmp_path / "models"), "MAX_BODY_KB": "4"})

@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,6 @@ def test_a_batch_is_answered_in_order(client: TestClient) -> None:
         ("/inference/batch", {"texts": []}, ["body", "texts"]),
         ("/inference/batch", {"texts": "film"}, ["body", "texts"]),
         ("/inference/batch", {"texts": ["film", None]}, ["body", "texts", 1]),
-        ("/inference/batch", {"texts": ["film", "film", ""]}, ["body", "texts", 2]),
     ],
 )
 def test_bad_input_is_422_with_the_field_named(client: TestClient, path: str, body: Any, field: list[Any]) -> None:
@@ -106,8 +105,17 @@ def test_a_body_beyond_the_limit_is_413_declared_or_not(client: TestClient) -> N
     assert client.post("/inference", content=chunks()).status_code == 413
 
 
-def test_too_many_texts_are_413(client: TestClient) -> None:
-    assert client.post("/inference/batch", json={"texts": ["film"] * 101}).status_code == 413
+def test_in_a_batch_one_bad_text_fails_alone(client: TestClient) -> None:
+    body = client.post("/inference/batch", json={"texts": ["film", "", "a great film"]}).json()
+    first, bad, last = body["predictions"]
+    assert bad == {"error": "the text is empty"}
+    assert (first["tokens"], last["tokens"]) == (3, 5)
+
+
+def test_a_batch_of_any_size_is_answered_in_order(client: TestClient) -> None:
+    texts = ["film" if place % 7 else "film film" for place in range(400)]
+    body = client.post("/inference/batch", json={"texts": texts}).json()
+    assert [one["tokens"] for one in body["predictions"]] == [len(text.split()) + 2 for text in texts]
 
 
 def test_without_a_model_everything_says_so_and_when_to_come_back(settings: Settings) -> None:
@@ -135,40 +143,91 @@ def test_a_model_that_cannot_be_loaded_is_never_ready(settings: Settings) -> Non
         assert isinstance(slot.failure, StoreError)
 
 
-def test_a_model_that_cannot_answer_a_first_text_is_never_ready(version: Version) -> None:
-    class BrokenEngine:
-        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
-            raise RuntimeError("out of memory")
+def test_a_model_that_cannot_be_warmed_up_is_never_ready(
+    version: Version, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
 
-    slot = Slot(lambda: Classifier(version, BrokenEngine()))
+    monkeypatch.setattr(engine, "warm_up", fail)
+    slot = Slot(lambda: Classifier(version, engine))
     slot.fill()
     assert slot.phase == "failed"
     with pytest.raises(NoModelError):
-        slot.classifier()
+        slot.model()
 
 
-def test_overload_is_429_at_once(settings: Settings, version: Version) -> None:
-    class HeldEngine:
-        def __init__(self) -> None:
-            self.go = threading.Event()
+@pytest.fixture
+def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Slot, threading.Event]]:
+    """A slot whose engine answers nothing before it is told to, and room for six waiting tokens."""
+    go = threading.Event()
 
-        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
-            assert self.go.wait(10)
-            return np.zeros((len(input_ids), 2), dtype=np.float32)
+    def wait_for_it(engine: Any) -> None:
+        assert go.wait(10)
 
-    engine = HeldEngine()
-    engine.go.set()
-    slot = Slot(lambda: Classifier(version, engine))
+    slot = Slot(lambda: Classifier(version, make_engine(wait_for_it)), max_queue_tokens=6)
     slot.fill()
-    engine.go.clear()
-    app = create_app(settings.model_copy(update={"max_waiting": 2}), slot)
-    with TestClient(app) as client, ThreadPoolExecutor(3) as pool:
-        requests = [pool.submit(client.post, "/inference", json={"text": "film"}) for _ in range(3)]
+    yield slot, go
+    go.set()
+
+
+def test_overload_is_429_at_once(settings: Settings, held: tuple[Slot, threading.Event]) -> None:
+    slot, go = held
+    with TestClient(create_app(settings, slot)) as client, ThreadPoolExecutor(9) as pool:
+        requests = [pool.submit(client.post, "/inference", json={"text": "film"}) for _ in range(9)]
         [first] = wait(requests, timeout=10, return_when=FIRST_COMPLETED).done
         assert first.result().status_code == 429
         assert int(first.result().headers["Retry-After"]) > 0
-        engine.go.set()
-        assert sorted(one.result(10).status_code for one in requests) == [200, 200, 429]
+        go.set()
+        statuses = [one.result(10).status_code for one in requests]
+        assert set(statuses) == {200, 429}
+        assert client.post("/inference", json={"text": "film"}).status_code == 200
+
+
+@pytest.mark.parametrize(("header", "status"), [("0.05", 504), ("0", 422), ("soon", 422), ("nan", 422)])
+def test_a_client_may_wait_less(
+    settings: Settings, held: tuple[Slot, threading.Event], header: str, status: int
+) -> None:
+    with TestClient(create_app(settings, held[0])) as client:
+        answer = client.post("/inference", json={"text": "film"}, headers={"X-Request-Timeout-S": header})
+        assert answer.status_code == status
+
+
+def test_an_engine_that_dies_is_seen_by_all_and_the_server_is_told(
+    settings: Settings, version: Version, make_engine: Callable[..., Any]
+) -> None:
+    def die(engine: Any) -> None:
+        raise SystemExit("gone")
+
+    slot = Slot(lambda: Classifier(version, make_engine(die)))
+    slot.fill()
+    told = threading.Event()
+    slot.on_failure = told.set
+    with TestClient(create_app(settings, slot)) as client:
+        assert client.get("/livez").status_code == 200
+        assert client.post("/inference", json={"text": "film"}).status_code == 503
+        assert told.wait(5)
+        assert client.get("/livez").status_code == 503
+        assert client.get("/readyz").status_code == 503
+        assert client.post("/inference", json={"text": "film"}).status_code == 503
+
+
+def test_a_figure_that_is_no_number_is_500_and_counted(
+    settings: Settings, version: Version, make_engine: Callable[..., Any]
+) -> None:
+    engine = make_engine(lambda engine: np.full((len(engine.running), 2), np.nan, dtype=np.float32))
+    slot = Slot(lambda: Classifier(version, engine))
+    slot.fill()
+    with TestClient(create_app(settings, slot)) as client:
+        assert client.post("/inference", json={"text": "film"}).status_code == 500
+        assert "tuneserve_not_finite_total 1.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(("sent", "kept"), [("abc-1", True), ("x" * 200, False), ("", False)])
+def test_every_answer_has_the_requests_id(client: TestClient, sent: str, kept: bool) -> None:
+    answer = client.post("/inference", json={"text": "film"}, headers={"X-Request-Id": sent})
+    assert (answer.headers["X-Request-Id"] == sent) == kept
+    assert answer.headers["X-Request-Id"]
 
 
 def test_the_api_key_guards_answers_and_metadata_but_not_health(settings: Settings, slot: Slot) -> None:
@@ -208,28 +267,30 @@ def test_metrics_count_by_route_and_status_and_invent_no_routes(client: TestClie
     assert (model.labels["version"], model.value) == (version.id, 1)
 
 
-def test_an_unknown_failure_is_500_without_its_words(settings: Settings, version: Version) -> None:
-    class FailingEngine:
-        calls = 0
+def test_a_failure_of_the_engine_is_500_without_its_words(
+    settings: Settings, version: Version, make_engine: Callable[..., Any]
+) -> None:
+    def fail(engine: Any) -> None:
+        if any(len(row) == 5 for row in engine.running):
+            raise RuntimeError("internal words")
 
-        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
-            self.calls += 1
-            if self.calls > 1:
-                raise RuntimeError("internal words")
-            return np.zeros((len(input_ids), 2), dtype=np.float32)
-
-    slot = Slot(lambda: Classifier(version, FailingEngine()))
+    slot = Slot(lambda: Classifier(version, make_engine(fail)))
     slot.fill()
     with TestClient(create_app(settings, slot), raise_server_exceptions=False) as client:
-        answer = client.post("/inference", json={"text": "film"})
+        answer = client.post("/inference", json={"text": "a great film"})
         assert answer.status_code == 500
         assert "internal words" not in answer.text
+        body = client.post("/inference/batch", json={"texts": ["film", "a great film", "film"]}).json()
+        assert ["error" in one for one in body["predictions"]] == [False, True, False]
 
 
 def test_the_documentation_has_examples_of_every_request_and_answer(client: TestClient) -> None:
-    schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    for name in ("InferenceRequest", "BatchRequest", "PredictionResponse"):
-        assert schemas[name]["examples"]
+    description = client.get("/openapi.json").json()
+    schemas = description["components"]["schemas"]
+    assert schemas["PredictionResponse"]["examples"]
+    for path in ("/inference", "/inference/batch"):
+        body = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body["examples"]
     assert client.get("/docs").status_code == 200
     assert client.get("/").status_code == 200
 

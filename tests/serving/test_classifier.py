@@ -1,24 +1,25 @@
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tuneserve.artifact import Version
-from tuneserve.errors import TuneserveError
-from tuneserve.serving.classifier import BATCH_TEXTS, Classifier
+from tuneserve.errors import EngineError, TextError
+from tuneserve.serving.classifier import Classifier
 
 
 def test_answers_come_in_the_order_of_the_texts_whatever_their_lengths(classifier: Classifier) -> None:
-    texts = [" ".join(["film"] * (1 + place * 7 % 11)) for place in range(3 * BATCH_TEXTS + 5)]
+    texts = [" ".join(["film"] * (1 + place * 7 % 11)) for place in range(101)]
     together = classifier.predict(texts)
     assert [one.tokens for one in together] == [len(text.split()) + 2 for text in texts]
     assert together == [classifier.predict([text])[0] for text in texts]
 
 
 def test_batches_hold_texts_of_like_length(classifier: Classifier, engine: Any) -> None:
-    classifier.predict(["film"] * BATCH_TEXTS + ["film " * 12] * BATCH_TEXTS)
-    assert engine.shapes == [(BATCH_TEXTS, 3), (BATCH_TEXTS, 14)]
+    classifier.predict(["film", "film " * 12] * 21)
+    assert engine.batches == [[3] * 21, *[[14] * 4] * 5, [14]]
 
 
 def test_scores_are_probabilities_and_the_label_is_the_likeliest(classifier: Classifier) -> None:
@@ -40,10 +41,32 @@ def test_html_line_breaks_are_read_as_spaces(classifier: Classifier) -> None:
     assert first == second
 
 
-def test_a_figure_that_is_no_number_is_an_error_and_not_a_score(version: Version) -> None:
-    class BrokenEngine:
-        def infer(self, input_ids: Any, attention_mask: Any) -> Any:
-            return np.full((len(input_ids), 2), np.nan, dtype=np.float32)
+def test_a_figure_that_is_no_number_is_an_error_and_not_a_score(
+    version: Version, make_engine: Callable[..., Any]
+) -> None:
+    engine = make_engine(lambda engine: np.full((len(engine.running), 2), np.nan, dtype=np.float32))
+    with pytest.raises(EngineError, match="not a number"):
+        Classifier(version, engine).predict(["film"])
 
-    with pytest.raises(TuneserveError, match="not a number"):
-        Classifier(version, BrokenEngine()).predict(["film"])
+
+@pytest.mark.parametrize("text", ["", " \n", "\ud800"])
+def test_a_text_that_cannot_be_read_fails_alone(classifier: Classifier, text: str) -> None:
+    first, bad, last = classifier.predict(["film", text, "film"])
+    assert isinstance(bad, TextError)
+    assert first == last
+
+
+def test_a_long_text_may_be_an_error(version: Version, engine: Any) -> None:
+    fits, cut = Classifier(version, engine, long_text="error").predict(["film " * 14, "film " * 15])
+    assert fits.tokens == 16
+    assert isinstance(cut, TextError)
+    assert "16 tokens" in str(cut)
+
+
+def test_a_long_text_may_be_read_in_overlapping_windows(version: Version, engine: Any) -> None:
+    classifier = Classifier(version, engine, long_text="window")
+    [one] = classifier.predict(["film " * 30])  # 14 words a window, of which 3 are the last one's
+    assert sorted(engine.batches[0]) == [10, 16, 16]
+    assert (one.tokens, one.truncated) == (32, False)
+    windows = [classifier.predict(["film " * words])[0].scores["good"] for words in (14, 14, 8)]
+    assert one.scores["good"] == pytest.approx(sum(windows) / 3)

@@ -8,12 +8,15 @@ shapes, so that a server can warm them all up and nothing is compiled under load
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or importing openvino calls its makers
 import openvino
 
 from tuneserve.errors import StoreError
@@ -25,8 +28,11 @@ FOLDER = "engine"
 MODEL = "model.xml"
 DESCRIPTION = "engine.json"
 
-ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ROW_COUNTS = (*range(1, 9), *range(10, 21, 2), *range(24, 41, 4), *range(48, 81, 8), *range(96, 257, 16))
 """Numbers of rows that a batch may have."""
+
+SLACK = 1.25
+"""Places to be reckoned with for a token: texts do not fill their rows quite."""
 
 NARROW = 64
 """Tokens of the narrowest row in batches of several rows; wider ones double."""
@@ -104,7 +110,9 @@ class Graph:
         """Run every shape once that batches of this size can have."""
         for width in self._widths:
             for rows in ROW_COUNTS:
-                if rows > 1 and (rows * width > max_batch_tokens or not _is_batch_width(width, self.max_tokens)):
+                if rows > 1 and (
+                    rows * width > SLACK * max_batch_tokens or not _is_batch_width(width, self.max_tokens)
+                ):
                     break
                 for texts in {rows, *_result_counts(rows, width)} if self._packed else {rows}:
                     length = width if texts == rows else max(1, rows * width // texts)

@@ -157,6 +157,19 @@ class Settings(BaseModel):
     access_log: bool = False
     """Log every request: route, status, milliseconds and id, never the text."""
 
+    input: str = ""
+    """What `predict` scores: a CSV, TSV, JSONL or Parquet file, a folder of files of one of these kinds, or the URL of
+    either (`s3://bucket/reviews/`)."""
+
+    output: str = ""
+    """Where `predict` writes: a file, if the name ends as INPUT's files do, else a folder for parts; or its URL."""
+
+    shard: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Which of SHARDS this process scores, from 0. `auto`: JOB_COMPLETION_INDEX, which Kubernetes sets, else 0."""
+
+    shards: int = Field(default=1, ge=1)
+    """Processes that score one INPUT together, each its share of the rows; with several, OUTPUT is a folder."""
+
     @field_validator("dataset")
     @classmethod
     def _dataset_is_named(cls, value: str) -> str:
@@ -192,7 +205,7 @@ class Settings(BaseModel):
     def public(self) -> dict[str, Any]:
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
-        return shown | {"dataset": without_password(self.dataset)}
+        return shown | {name: without_password(shown[name]) for name in ("dataset", "input", "output")}
 
 
 def _is_unicode(value: str) -> bool:

@@ -209,7 +209,7 @@ class Batcher:
             raise error from None
 
     def _checked(self, logits: Array) -> list[Outcome]:
-        good: Array = np.isfinite(logits).all(axis=1)
+        good = np.atleast_1d(np.isfinite(logits).all(axis=1))
         if not good.all():
             self._metrics.not_finite.inc(int((~good).sum()))
             logger.error("the engine gave figures that are not numbers for %d texts", (~good).sum())

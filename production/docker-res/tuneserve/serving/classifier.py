@@ -6,12 +6,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tuneserve.artifact import Version
-from tuneserve.errors import EngineError, TextError
-from tuneserve.serving.engine import Engine, infer
+from tuneserve.artifact import Version, is_whole, read_golden
+from tuneserve.errors import EngineError, StoreError, TextError
+from tuneserve.serving.engine import Engine, infer, load_engine
+from tuneserve.settings import Settings
 from tuneserve.tokenization import TextEncoder, Tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+GOLDEN_TOLERANCE = 0.05
+"""Largest difference of a probability between a golden answer and this engine's; bf16 shows up to 0.02."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +127,38 @@ def _batches(windows: list[tuple[int, list[int]]], max_tokens: int) -> list[list
         batches[-1].append(window)
         tokens += len(window[1])
     return batches
+
+
+def load_classifier(version: Version, settings: Settings, *, threads: int) -> Classifier:
+    """The version with the fastest engine that it can have here, after it has proved itself.
+
+    Raises:
+        StoreError: the version's files are damaged, or it does not answer as it did when it was saved.
+        DeviceError: the device asked for cannot be had.
+    """
+    if not is_whole(version):
+        raise StoreError(f"version {version.id} is damaged: a file is missing or not as large as when it was saved.")
+    classifier = Classifier(version, load_engine(version, settings, threads=threads), long_text=settings.long_text)
+    prove(classifier)
+    return classifier
+
+
+def prove(classifier: Classifier) -> None:
+    """Ask what was stored with the model when it was saved, and compare the answers.
+
+    Raises:
+        StoreError: an answer differs: the files are damaged, or the engine computes something else.
+    """
+    golden = read_golden(classifier.version)
+    found = classifier.predict(golden.texts)
+    for wanted, prediction in zip(golden.scores, found, strict=True):
+        if isinstance(prediction, TextError) and classifier.refuses_long_texts:
+            continue
+        if isinstance(prediction, TextError):
+            raise StoreError(f"version {classifier.version.id} cannot read a golden text: {prediction}")
+        difference = max((abs(prediction.scores[label] - score) for label, score in wanted.items()), default=0.0)
+        if not difference <= GOLDEN_TOLERANCE:
+            raise StoreError(
+                f"version {classifier.version.id} does not answer as it did when it was saved: a probability differs "
+                f"by {difference:.3f}."
+            )

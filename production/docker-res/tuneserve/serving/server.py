@@ -9,8 +9,7 @@ import uvicorn
 from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.engine import load_engine
+from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
@@ -25,8 +24,7 @@ def champion_slot(settings: Settings, *, threads: int) -> Slot:
     store = Store(settings.model_path)
 
     def load() -> Classifier:
-        version = store.champion()
-        return Classifier(version, load_engine(version, settings, threads=threads), long_text=settings.long_text)
+        return load_classifier(store.champion(), settings, threads=threads)
 
     return Slot(load, max_queue_tokens=settings.max_queue_tokens)
 
@@ -64,6 +62,8 @@ def serve(settings: Settings, *, threads: int) -> None:
             # uvicorn repeats the signal that ended it; for a server that finished its work this is no failure.
             if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):
                 raise
+        finally:
+            slot.close()
     if slot.failure is not None:
         raise slot.failure
 

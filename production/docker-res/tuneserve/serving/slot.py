@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from tuneserve.artifact import read_golden
-from tuneserve.errors import NoModelError, StoreError, TextError, TimeoutExceededError, TuneserveError
+from tuneserve.errors import NoModelError, TextError, TimeoutExceededError, TuneserveError
 from tuneserve.serving.batcher import Batcher, Outcome
 from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
@@ -18,9 +17,6 @@ from tuneserve.tokenization import Tokens
 logger = logging.getLogger(__name__)
 
 Phase = Literal["empty", "loading", "ready", "failed"]
-
-GOLDEN_TOLERANCE = 0.05
-"""Largest difference of a probability between a golden answer and this engine's; bf16 shows up to 0.02."""
 
 INLINE_CHARACTERS = 4000
 """Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
@@ -125,10 +121,10 @@ def _chunks(ids: list[list[int]], max_tokens: int) -> list[list[list[int]]]:
 
 
 class Slot:
-    """Holds at most one model, which gets there only after it gave the answers stored with it.
+    """Holds at most one model, which gets there only once it is warm.
 
     Args:
-        load: makes the classifier.
+        load: makes the classifier, which has proved itself.
         metrics: of the server.
         max_queue_tokens: that may wait for the engine.
     """
@@ -143,6 +139,7 @@ class Slot:
         self._max_queue_tokens = max_queue_tokens
         self._load = load
         self._model: ServedModel | None = None
+        self._loader: threading.Thread | None = None
 
     def model(self) -> ServedModel:
         """The model to ask.
@@ -159,7 +156,6 @@ class Slot:
         self.phase = "loading"
         try:
             classifier = self._load()
-            prove(classifier)
             classifier.engine.warm_up()
         except NoModelError as error:
             self._fail("empty", error)
@@ -178,7 +174,15 @@ class Slot:
 
     def fill_in_background(self) -> None:
         """Do the same on a thread of its own."""
-        threading.Thread(target=self.fill, name="load-model", daemon=True).start()
+        self._loader = threading.Thread(target=self.fill, name="load-model", daemon=True)
+        self._loader.start()
+
+    def close(self) -> None:
+        """Answer what waits and end the threads: a library that computes while its process ends would abort it."""
+        if self._loader is not None:
+            self._loader.join()
+        if self._model is not None:
+            self._model.batcher.close()
 
     def _die(self, error: BaseException) -> None:
         self._fail("failed", error if isinstance(error, TuneserveError) else NoModelError(f"The engine died: {error}"))
@@ -186,24 +190,3 @@ class Slot:
     def _fail(self, phase: Phase, error: BaseException) -> None:
         self.phase, self.failure = phase, error
         self.on_failure()
-
-
-def prove(classifier: Classifier) -> None:
-    """Ask what was stored with the model when it was saved, and compare the answers.
-
-    Raises:
-        StoreError: an answer differs: the files are damaged, or the engine computes something else.
-    """
-    golden = read_golden(classifier.version)
-    found = classifier.predict(golden.texts)
-    for wanted, prediction in zip(golden.scores, found, strict=True):
-        if isinstance(prediction, TextError) and classifier.refuses_long_texts:
-            continue
-        if isinstance(prediction, TextError):
-            raise StoreError(f"version {classifier.version.id} cannot read a golden text: {prediction}")
-        difference = max((abs(prediction.scores[label] - score) for label, score in wanted.items()), default=0.0)
-        if not difference <= GOLDEN_TOLERANCE:
-            raise StoreError(
-                f"version {classifier.version.id} does not answer as it did when it was saved: a probability differs "
-                f"by {difference:.3f}."
-            )

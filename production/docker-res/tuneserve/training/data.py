@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from tuneserve.columns import find_columns
 from tuneserve.errors import DataError, StoreError
 from tuneserve.settings import SAMPLE, without_password
 from tuneserve.training import hub
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
 STEMS = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
-TEXT_NAMES = {"text", "sentence", "review", "content", "comment", "message", "document", "body", "tweet", "question"}
-LABEL_NAMES = {"label", "labels", "sentiment", "category", "class", "target", "intent", "coarse_label"}
 SCHEMA = pa.schema({"row": pa.int64(), "text": pa.string(), "label": pa.string()})
 
 
@@ -193,11 +192,7 @@ def _memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
 
 
 def _find_columns(names: list[str], wanted: Columns, where: str) -> Columns:
-    label = wanted.label or _only([name for name in names if name.casefold() in LABEL_NAMES and name != wanted.text])
-    text = wanted.text or _only([name for name in names if name.casefold() in TEXT_NAMES and name != label])
-    if len(names) == 2 and (text in names) != (label in names):  # two columns, one of them known
-        text = text or next(name for name in names if name != label)
-        label = label or next(name for name in names if name != text)
+    text, label = find_columns(names, text=wanted.text, label=wanted.label)
     for kind, name in (("text", text), ("label", label)):
         if name not in names:
             missing = f"has no column {name!r}" if name else f"does not say which column holds the {kind}"
@@ -205,7 +200,3 @@ def _find_columns(names: list[str], wanted: Columns, where: str) -> Columns:
     if text == label:
         raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
     return Columns(text, label)
-
-
-def _only(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from scipy.special import softmax
 from torch import nn
@@ -18,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tuneserve.artifact import write_json
-from tuneserve.graph import DESCRIPTION, FOLDER, MODEL, Graph
+from tuneserve.graph import DESCRIPTION, FOLDER, MODEL, Graph, openvino
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.training.attention import MASKED
 from tuneserve.training.forward import Packed, choose_forward

@@ -7,7 +7,6 @@ CSV and JSON are read here and not by a data-frame library, because everything m
 import codecs
 import csv
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
 
+from tuneserve.columns import spell as spell_value
 from tuneserve.errors import DataError
 
 FIRST_RECORDS = 1000
@@ -243,9 +243,6 @@ def _read_parquet(path: Path, where: str, find: Find) -> Iterator[Row]:
 
 def spell(value: Any, feature: Any = None) -> str:
     """A text or label as words; a missing one as none. `feature` gives the names of a ClassLabel's numbers."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(feature, ClassLabel):
+    if isinstance(feature, ClassLabel) and value is not None:
         return "" if value == -1 else str(feature.int2str(value))
-    # A column with gaps turns whole numbers into floats; that is undone.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return spell_value(value)

@@ -1,0 +1,136 @@
+"""What has been scored so far: a folder of parts, one a chunk, each written whole; joined at the end for a file.
+
+<OUTPUT>/manifest.json                  what the parts belong to
+<OUTPUT>/part-<shard>-<chunk>.<ending>  a chunk's rows with their answers
+
+When OUTPUT is a file, the folder is `<OUTPUT>.parts` until the file is there.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tuneserve.artifact import sync
+from tuneserve.errors import SettingsError, StoreError
+from tuneserve.serving.places import Place, locate, refused_as, shown
+from tuneserve.serving.source import Source
+from tuneserve.serving.tables import FORMATS
+
+MANIFEST = "manifest.json"
+JOINED = ".joined"
+
+
+class Parts:
+    """What OUTPUT names.
+
+    Raises:
+        SettingsError: OUTPUT does not go with INPUT or with the number of shards.
+        StoreError: the place cannot be written to.
+    """
+
+    def __init__(self, place: str, source: Source, *, shard: int, shards: int) -> None:
+        self.where = f"OUTPUT={shown(place)}"
+        self._source, self._shard = source, shard
+        with self._writing():
+            self.place = locate(place)
+            self.is_file = self.place.ending in FORMATS
+            self.folder = Place(self.place.files, f"{self.place.path}.parts") if self.is_file else self.place
+            self._check(shards)
+            self.folder.files.makedirs(self.folder.path, exist_ok=True)
+            self._clear_leftovers()
+            self._finished = set(self.folder.names())
+
+    def claim(self, belongs_to: dict[str, Any]) -> None:
+        """Write the manifest, or find it there as it should be.
+
+        Raises:
+            StoreError: the folder holds parts of other rows, of another model or of other settings.
+        """
+        manifest = self.folder / MANIFEST
+        content = json.dumps(belongs_to, indent=2, ensure_ascii=False) + "\n"
+        with self._writing():
+            if MANIFEST in self._finished:
+                with manifest.open() as file:
+                    there = json.loads(file.read())
+                other = [name for name, value in json.loads(content).items() if there.get(name) != value]
+                if other:
+                    raise StoreError(
+                        f"{self.where}: {shown(self.folder.path)} holds parts of another job ({' and '.join(other)} "
+                        "differ). Delete it or choose another OUTPUT."
+                    )
+            elif any(name.startswith("part-") for name in self._finished):
+                raise StoreError(
+                    f"{self.where} holds parts, but no {MANIFEST} that says of what. Choose another OUTPUT."
+                )
+            else:
+                manifest.put(content.encode())
+
+    def has(self, number: int) -> bool:
+        """Whether the chunk's part is there."""
+        return self._name(number) in self._finished
+
+    def write(self, number: int, content: bytes) -> None:
+        """Put a chunk's part in its place.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        with self._writing():
+            (self.folder / self._name(number)).put(content)
+        self._finished.add(self._name(number))
+
+    def join(self, count: int, columns: Sequence[str]) -> None:
+        """Make one file of the first `count` parts and remove the folder.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        with self._writing():
+            with self._whole_file() as file:
+                self._source.format.join((self._read(number) for number in range(count)), columns, file)
+            self.folder.files.rm(self.folder.path, recursive=True)
+
+    @contextmanager
+    def _whole_file(self) -> Iterator[BinaryIO]:
+        """OUTPUT to be written from its beginning; nobody sees it before it is whole."""
+        if self.place.is_local:
+            incoming = Path(self.folder.path) / JOINED
+            with incoming.open("wb") as file:
+                yield file
+            sync(incoming)
+            incoming.replace(self.place.path)
+            sync(Path(self.place.path).parent)
+        else:
+            with self.place.files.transaction, self.place.files.open(self.place.path, "wb") as file:
+                yield file
+
+    def _check(self, shards: int) -> None:
+        place, source = self.place, self._source
+        if self.is_file and place.ending != source.ending:
+            raise SettingsError(
+                f"{self.where} should end with {source.ending}, as the rows of INPUT are, or be a folder."
+            )
+        if self.is_file and shards > 1:
+            raise SettingsError(f"{self.where} is one file, but SHARDS={shards} write at once; name a folder.")
+        if self.is_file and place.files.isdir(place.path):
+            raise SettingsError(f"{self.where} is a folder; a name that ends with {place.ending} should be a file.")
+        if place == source.place or (source.is_folder and place.parent == source.place):
+            raise SettingsError(f"{self.where} is in INPUT, which would change what is scored; choose another place.")
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed process of this shard left half-written."""
+        if self.folder.is_local:
+            for path in Path(self.folder.path).glob(f".{self._name(0).rpartition('-')[0]}-*"):
+                path.unlink(missing_ok=True)
+
+    def _read(self, number: int) -> bytes:
+        with (self.folder / self._name(number)).open() as file:
+            return file.read()
+
+    def _name(self, number: int) -> str:
+        return f"part-{self._shard:05}-{number:08}{self._source.ending}"
+
+    def _writing(self) -> Any:
+        return refused_as(StoreError, f"{self.where} cannot be written to")

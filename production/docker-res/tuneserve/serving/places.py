@@ -1,0 +1,97 @@
+"""Where files are: a path or an fsspec URL, and what to do when such a place refuses."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from tuneserve.artifact import replace_file
+from tuneserve.errors import TuneserveError
+from tuneserve.logs import in_one_line
+from tuneserve.settings import without_password
+
+QUESTION = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")
+"""What follows a URL's path: there the signature of a signed one stands."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder of a file system; two that are equal are one."""
+
+    files: fsspec.AbstractFileSystem
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, without a URL's question."""
+        return PurePosixPath(self.path if self.is_local else self.path.partition("?")[0]).name
+
+    @property
+    def ending(self) -> str:
+        """The name's suffix, in small letters."""
+        return PurePosixPath(self.name).suffix.lower()
+
+    @property
+    def parent(self) -> "Place":
+        """The folder it is in."""
+        return Place(self.files, str(PurePosixPath(self.path).parent))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a disk of this machine."""
+        return isinstance(self.files, LocalFileSystem)
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(self.files, f"{self.path.rstrip('/')}/{name}")
+
+    def open(self) -> BinaryIO:
+        """The file, to be read."""
+        return cast(BinaryIO, self.files.open(self.path, "rb"))
+
+    def put(self, content: bytes) -> None:
+        """Make this the file's whole content, at once: a reader never sees half of it."""
+        if self.is_local:
+            replace_file(Path(self.path), content)
+        else:
+            self.files.pipe_file(self.path, content)
+
+    def names(self) -> list[str]:
+        """What is in the folder, sorted; nothing, when there is no such folder."""
+        try:
+            listed: list[Any] = self.files.ls(self.path, detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(PurePosixPath(path).name for path in listed)
+
+
+def locate(place: str) -> Place:
+    """The place that a path or URL names; whether something is there is not looked at.
+
+    Raises:
+        ValueError, ImportError: there is no such kind of URL, or its library is not installed.
+    """
+    url = place if "://" in place else str(Path(place).expanduser().absolute())
+    files, path = fsspec.core.url_to_fs(url)
+    return Place(files, path.rstrip("/") or "/")
+
+
+def shown(place: str) -> str:
+    """A path or URL as messages may say it: without password, without the signature in its question."""
+    return without_password(place).partition("?")[0] if "://" in place else place
+
+
+@contextmanager
+def refused_as(kind: type[TuneserveError], words: str) -> Iterator[None]:
+    """Turn whatever a file system raises (each its own library's errors) into one of ours that begins with `words`."""
+    try:
+        yield
+    except TuneserveError:
+        raise
+    except Exception as error:
+        said = QUESTION.sub("", in_one_line(error))
+        raise kind(f"{words}: {said}") from error

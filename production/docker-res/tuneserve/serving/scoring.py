@@ -1,0 +1,198 @@
+"""Scoring files: every row of INPUT gets the champion's answer, chunk by chunk, in memory that does not grow.
+
+A chunk that is finished is a part on disk, so a run that ends early goes on where it stood. Chunks are dealt to shards
+by their numbers: shard 1 of 4 takes 1, 5, 9, …
+"""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from tuneserve.columns import spell
+from tuneserve.errors import SettingsError, TextError, TuneserveError
+from tuneserve.lifecycle.store import Store
+from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
+from tuneserve.serving.format import Answer
+from tuneserve.serving.parts import Parts
+from tuneserve.serving.source import Source
+from tuneserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 4096
+"""Rows of a part: what is lost at most when a process is killed."""
+
+LINE_S = 15.0
+"""Seconds between two lines of progress where there is no terminal for a bar."""
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+Predict = Callable[[Sequence[str]], Sequence[Prediction | TextError]]
+
+
+def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> None:
+    """Score INPUT into OUTPUT, this process's share of it, with the model that the store calls its champion.
+
+    Raises:
+        SettingsError: INPUT, OUTPUT, SHARD and SHARDS do not make a job.
+        DataError: INPUT cannot be read.
+        StoreError: OUTPUT cannot be written, or holds parts of another job.
+        NoModelError: the store holds no model.
+    """
+    shard = choose_shard(settings, environ)
+    missing = [name for name in ("INPUT", "OUTPUT") if not getattr(settings, name.lower())]
+    if missing:
+        raise SettingsError(f"`predict` wants {' and '.join(missing)}: the rows to score, and where to write them.")
+    version = Store(settings.model_path).champion()
+    source = Source(settings.input, text_column=settings.text_column, label_column=settings.label_column)
+    parts = Parts(settings.output, source, shard=shard, shards=settings.shards)
+    loaded: list[Classifier] = []
+
+    def predict(texts: Sequence[str]) -> Sequence[Prediction | TextError]:
+        if not loaded:  # a run that has nothing left to score loads nothing
+            loaded.append(load_classifier(version, settings, threads=threads))
+        return loaded[0].predict(texts)
+
+    score_rows(source, parts, predict, model_version=version.id, shard=shard, shards=settings.shards)
+
+
+def choose_shard(settings: Settings, environ: Mapping[str, str]) -> int:
+    """The shard that this process is: SHARD, or what Kubernetes says in JOB_COMPLETION_INDEX, or 0.
+
+    Raises:
+        SettingsError: there is no such shard.
+    """
+    name, value = "SHARD", str(settings.shard)
+    if settings.shard == "auto":
+        name, value = "JOB_COMPLETION_INDEX", environ.get("JOB_COMPLETION_INDEX", "").strip() or "0"
+    if not re.fullmatch("[0-9]+", value) or int(value) >= settings.shards:
+        raise SettingsError(f"{name}={value} is no shard of SHARDS={settings.shards}: they are counted from 0.")
+    return int(value)
+
+
+def score_rows(
+    source: Source,
+    parts: Parts,
+    predict: Predict,
+    *,
+    model_version: str,
+    shard: int = 0,
+    shards: int = 1,
+    chunk_rows: int = CHUNK_ROWS,
+) -> None:
+    """Write the part of every chunk of this shard that is not there yet; then join them, if one file is wanted.
+
+    Raises:
+        DataError: a row cannot be read.
+        StoreError: a part cannot be written, or there are parts of another job.
+    """
+    parts.claim(
+        {
+            "model_version": model_version,
+            "input": source.identity,
+            "text_column": source.text_column,
+            "shards": shards,
+            "chunk_rows": chunk_rows,
+        }
+    )
+    rows = errors = kept = count = 0
+    with Progress() as progress:
+        for chunk in source.chunks(
+            chunk_rows=chunk_rows, wanted=lambda number: number % shards == shard and not parts.has(number)
+        ):
+            if chunk.rows is not None:
+                answers = answer(source.texts(chunk.rows), predict, model_version)
+                parts.write(chunk.number, source.format.write(chunk.rows, source.columns, answers))
+                rows += len(answers)
+                errors += sum(one.error is not None for one in answers)
+            elif chunk.number % shards == shard:
+                kept += 1
+            count += 1
+            progress.show(rows, chunk.share_read)
+    if parts.is_file:
+        parts.join(count, source.columns)
+    again = f"; {kept} parts were there already" if kept else ""
+    logger.info("scored %d rows with version %s, %d of them with an error%s", rows, model_version, errors, again)
+    logger.info("they are in %s", parts.where)
+
+
+def answer(values: Sequence[Any], predict: Predict, model_version: str) -> list[Answer]:
+    """The answer to each value of the text column; one that is no text, or that the model fails on, gets its error."""
+    problems = [_problem(value) for value in values]
+    texts = [spell(value) for value, problem in zip(values, problems, strict=True) if not problem]
+    outcomes = iter(_predict_each(texts, predict))
+    answers = []
+    for problem in problems:
+        outcome = problem or next(outcomes)
+        if isinstance(outcome, str | TextError):
+            answers.append(Answer(None, None, None, None, None, str(outcome), model_version))
+        else:
+            answers.append(
+                Answer(
+                    outcome.label,
+                    outcome.scores[outcome.label],
+                    outcome.scores,
+                    outcome.tokens,
+                    outcome.truncated,
+                    None,
+                    model_version,
+                )
+            )
+    return answers
+
+
+def _problem(value: Any) -> str:
+    """Why a value cannot be classified; nothing, if it can."""
+    if isinstance(value, dict | list):
+        return "This is a list or record and no text."
+    text = spell(value)
+    if HALF_PAIR.search(text):
+        return "The text holds half a surrogate pair, which is not Unicode text."
+    return "" if text.strip() else "The text is empty."
+
+
+def _predict_each(texts: Sequence[str], predict: Predict) -> list[Prediction | TextError | str]:
+    """Predictions in order; where the model fails, the halves are tried, down to the one text whose error it is."""
+    try:
+        return list(predict(texts)) if texts else []
+    except TuneserveError as error:
+        if error.exit_code != TuneserveError.exit_code:  # not the text's fault: a damaged model, a missing device
+            raise
+        if len(texts) == 1:
+            return [str(error)]
+        middle = len(texts) // 2
+        return [*_predict_each(texts[:middle], predict), *_predict_each(texts[middle:], predict)]
+
+
+class Progress:
+    """How much of the input has been read: a bar on a terminal, a line now and then in a log."""
+
+    def __init__(self) -> None:
+        self._began = self._spoke = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+            self._bar = tqdm(desc="scoring", total=1.0, bar_format=shape, dynamic_ncols=True)
+
+    def show(self, rows: int, share_read: float) -> None:
+        """Tell the rows scored so far, and the share of the input they end at."""
+        now = time.monotonic()
+        rate = rows / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{rows} rows, {rate:.0f}/s", refresh=False)
+            self._bar.update(share_read - self._bar.n)
+        elif now - self._spoke >= LINE_S:
+            self._spoke = now
+            logger.info("scored %d rows, %.0f/s, %.1f%% of the input read", rows, rate, 100 * share_read)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,189 @@
+"""The queue before the engine: what goes together, who is told what, and what happens when things break."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuneserve.errors import EngineError, NoModelError, OverloadedError, TimeoutExceededError
+from tuneserve.serving.batcher import Batcher
+from tuneserve.serving.metrics import Metrics
+
+FAR = time.monotonic() + 3600
+
+
+class Held:
+    """Lets batches through one by one."""
+
+    def __init__(self) -> None:
+        self.turns = threading.Semaphore(0)
+        self.began = threading.Event()
+
+    def __call__(self, engine: Any) -> None:
+        self.began.set()
+        assert self.turns.acquire(timeout=10)
+
+    def free(self) -> None:
+        for _ in range(1000):
+            self.turns.release()
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def make(make_engine: Callable[..., Any]) -> Iterator[Callable[..., tuple[Batcher, Any]]]:
+    batchers: list[Batcher] = []
+
+    def make_batcher(instead: Callable[[Any], Any], **options: Any) -> tuple[Batcher, Any]:
+        engine = make_engine(instead)
+        batchers.append(Batcher(engine, Metrics(), **{"max_queue_tokens": 10_000} | options))
+        return batchers[-1], engine
+
+    yield make_batcher
+    for one in batchers:
+        one.close()
+
+
+def text(tokens: int) -> list[int]:
+    return [1] * tokens
+
+
+def test_a_single_text_leaves_at_once_and_what_comes_meanwhile_goes_together(
+    make: Callable[..., Any], held: Held
+) -> None:
+    batcher, engine = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        rest = [batcher.submit([text(4)], deadline=FAR) for _ in range(9)]
+        held.free()
+        await asyncio.gather(first, *rest)
+
+    asyncio.run(ask())
+    assert engine.batches == [[3], [4] * 9]
+
+
+def test_a_batch_has_no_more_tokens_than_it_may_and_texts_of_like_length(make: Callable[..., Any], held: Held) -> None:
+    batcher, engine = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        mixed = batcher.submit([text(30 if place % 2 else 5) for place in range(8)], deadline=FAR)
+        held.free()
+        await asyncio.gather(first, mixed)
+
+    asyncio.run(ask())
+    assert all(sum(batch) <= engine.max_batch_tokens for batch in engine.batches)
+    assert engine.batches[1] == [5, 5, 5, 5, 30]  # the oldest, those like it, and what else there is room for
+
+
+def test_the_oldest_text_is_never_passed_over(make: Callable[..., Any], held: Held) -> None:
+    batcher, engine = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        long = batcher.submit([text(60)], deadline=FAR)
+        short = [batcher.submit([text(5)], deadline=FAR) for _ in range(100)]
+        held.free()
+        await asyncio.gather(first, long, *short)
+
+    asyncio.run(ask())
+    assert 60 in engine.batches[1]
+
+
+def test_work_whose_client_hung_up_costs_nothing(make: Callable[..., Any], held: Held) -> None:
+    batcher, engine = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        gone = batcher.submit([text(40)], deadline=FAR)
+        late = batcher.submit([text(41)], deadline=time.monotonic())
+        stays = batcher.submit([text(4)], deadline=FAR)
+        gone.cancel()
+        held.free()
+        await asyncio.gather(first, stays)
+        [outcome] = await late
+        assert isinstance(outcome, TimeoutExceededError)
+
+    asyncio.run(ask())
+    assert engine.batches == [[3], [4]]
+    assert batcher.tokens_waiting == 0
+
+
+def test_a_full_queue_says_when_there_is_room(make: Callable[..., Any], held: Held) -> None:
+    batcher, _ = make(held, max_queue_tokens=50)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        batcher.require_room()
+        second = batcher.submit([text(60)], deadline=FAR)
+        batcher.tokens_per_s = 2
+        with pytest.raises(OverloadedError) as refused:
+            batcher.require_room()
+        assert refused.value.retry_after_s == 15
+        held.free()
+        await asyncio.gather(first, second)
+        batcher.require_room()
+
+    asyncio.run(ask())
+
+
+def test_out_of_memory_halves_the_batches_and_goes_on(make: Callable[..., Any]) -> None:
+    def scarce(engine: Any) -> None:
+        if sum(map(len, engine.running)) > 20:
+            raise RuntimeError("could not allocate memory")
+
+    batcher, engine = make(scarce)
+
+    async def ask() -> list[Any]:
+        return await batcher.submit([text(6) for _ in range(10)], deadline=FAR)
+
+    outcomes = asyncio.run(ask())
+    assert all(isinstance(one, np.ndarray) for one in outcomes)
+    assert max(sum(batch) for batch in engine.batches) <= 20
+    assert batcher.max_batch_tokens <= 30
+
+
+def test_a_text_that_breaks_the_engine_fails_alone(make: Callable[..., Any]) -> None:
+    def picky(engine: Any) -> None:
+        if any(len(row) == 7 for row in engine.running):
+            raise RuntimeError("no sevens")
+
+    batcher, _ = make(picky)
+
+    async def ask() -> list[Any]:
+        return await batcher.submit([text(size) for size in (6, 7, 8, 9)], deadline=FAR)
+
+    assert [isinstance(one, EngineError) for one in asyncio.run(ask())] == [False, True, False, False]
+    assert batcher.dead is None
+
+
+def test_an_engine_that_fails_on_everything_is_dead_and_nobody_waits_for_it(make: Callable[..., Any]) -> None:
+    died: list[BaseException] = []
+
+    def broken(engine: Any) -> None:
+        raise RuntimeError("broken")
+
+    batcher, _ = make(broken, on_death=died.append)
+
+    async def ask() -> None:
+        waiting = [batcher.submit([text(3)], deadline=FAR) for _ in range(5)]
+        for [outcome] in await asyncio.wait_for(asyncio.gather(*waiting), 5):
+            assert isinstance(outcome, NoModelError)
+        with pytest.raises(NoModelError):
+            batcher.submit([text(3)], deadline=FAR)
+
+    asyncio.run(ask())
+    assert len(died) == 1

@@ -1,0 +1,42 @@
+"""How texts are laid out for the graph."""
+
+import numpy as np
+import pytest
+
+from tuneserve import graph
+
+
+@pytest.mark.parametrize("max_tokens", [8, 32, 64, 100, 256, 512])
+def test_every_length_has_a_width_and_no_text_wastes_much(max_tokens: int) -> None:
+    widths = graph.row_widths(max_tokens)
+    assert widths == sorted(set(widths))
+    assert widths[-1] == max_tokens
+    for length in range(16, max_tokens + 1):
+        width = next(one for one in widths if one >= length)
+        assert width - length <= max(8, length / 3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_hold_every_text_once_and_little_padding(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 60, rng.integers(1, 40)).tolist()
+    (rows, width), members = graph.plan(lengths, graph.row_widths(256))
+    assert sorted(text for row in members for text in row) == list(range(len(lengths)))
+    assert len(members) <= rows
+    assert all(sum(lengths[text] for text in row) <= width for row in members)
+    if sum(lengths) > 500:
+        assert sum(lengths) / (rows * width) > 0.8
+
+
+def test_the_shapes_of_a_server_are_few() -> None:
+    rng = np.random.default_rng(0)
+    widths = graph.row_widths(256)
+    shapes = set()
+    for _ in range(2000):
+        lengths, room = [], 1024
+        while (length := int(rng.integers(3, 257))) <= room and rng.random() < 0.97:
+            lengths.append(length)
+            room -= length
+        if lengths:
+            shapes.add(graph.plan(lengths, widths)[0])
+    assert len(shapes) < 40
