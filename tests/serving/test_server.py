@@ -133,7 +133,7 @@ def test_a_stop_while_the_model_loads_is_quick_too(start: Start, environment: di
 def test_requests_under_way_are_answered_before_the_server_leaves(start: Start, environment: dict[str, str]) -> None:
     server = start(environment)
     server.wait_until_ready()
-    texts = ["film " * 30] * 8000
+    texts = ["film " * 30] * 6000
     statuses: list[int] = []
 
     clients = [httpx.Client(timeout=30) for _ in range(3)]  # made before the clock runs: that alone takes a while
@@ -147,8 +147,9 @@ def test_requests_under_way_are_answered_before_the_server_leaves(start: Start, 
     threads = [threading.Thread(target=ask, args=[client]) for client in clients]
     for thread in threads:
         thread.start()
-    metrics = ""
+    metrics, deadline = "", time.monotonic() + 20
     while "tuneserve_tokens_total" not in metrics or "tuneserve_tokens_total 0.0" in metrics:
+        assert time.monotonic() < deadline
         metrics = httpx.get(f"{server.url}/metrics").text
     assert not statuses  # the first batch is in the engine, and hundreds wait
     code, output = server.end()
@@ -202,7 +203,7 @@ def test_weights_with_a_flipped_bit_are_found_out_by_the_golden_answers(
     champion = (bad / "champion").read_text().strip()
     weights = bad / "versions" / champion / "engine" / "model.bin"
     content = np.frombuffer(weights.read_bytes(), dtype=np.float32).copy()
-    content[len(content) // 2 :] *= -1
+    content[(abs(content) > 1e-4) & (abs(content) < 10)] *= -1  # the weights, and not the numbers of the shapes
     weights.write_bytes(content.tobytes())
     server = start(environment | {"MODEL_PATH": str(bad)})
     output, _ = server.process.communicate(timeout=60)

@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or importing openvino calls its makers
-import openvino
-
 from tuneserve.errors import StoreError
 from tuneserve.hardware import Precision
 
@@ -39,6 +36,14 @@ NARROW = 64
 
 PLACES_A_TEXT = (16, 4)
 """The graph reads a result for every 16th or 4th place of a batch: most texts are longer than 16 tokens, few than 4."""
+
+
+def load_openvino() -> Any:
+    """The library, without the part that tells its makers of its use."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Graph:
             self.precision: Precision = (
                 precision if precision in self.description.get("formats", [precision]) else "fp32"
             )
-            core = openvino.Core()
+            core = load_openvino().Core()
             model = core.read_model(folder / FOLDER / MODEL)
             compiled = core.compile_model(
                 model,

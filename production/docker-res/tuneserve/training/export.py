@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tuneserve.artifact import write_json
-from tuneserve.graph import DESCRIPTION, FOLDER, MODEL, Graph, openvino
+from tuneserve.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.training.attention import MASKED
 from tuneserve.training.forward import Packed, choose_forward
@@ -134,8 +134,8 @@ def _write(module: nn.Module, folder: Path) -> None:
         example = {"input_ids": grid, "attention_mask": grid}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's, on shapes that it takes for constants: the comparison tells
-        graph = openvino.convert_model(module, example_input=example)
-    openvino.save_model(graph, folder / FOLDER / MODEL, compress_to_fp16=False)
+        graph = load_openvino().convert_model(module, example_input=example)
+    load_openvino().save_model(graph, folder / FOLDER / MODEL, compress_to_fp16=False)
 
 
 class Rows:
