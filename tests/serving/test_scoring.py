@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from tuneserve.artifact import Version, write_json
+from tuneserve.artifact import Golden, Version, write_golden, write_json
 from tuneserve.errors import DataError, SettingsError, StoreError, TuneserveError
 from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.parts import MANIFEST, Parts
@@ -260,9 +260,9 @@ def test_a_second_run_scores_only_what_is_missing(classifier: Classifier, engine
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "part-00000-00000002.csv").unlink()
     (tmp_path / "out" / ".part-00000-00000002.csv-0badcafe").write_text("half")
-    engine.shapes.clear()
+    engine.batches.clear()
     run(classifier, source, tmp_path / "out")
-    assert sum(shape[0] for shape in engine.shapes) == 4
+    assert sum(map(len, engine.batches)) == 4
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -424,6 +424,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.make_base_model(root / "versions" / "20260102T030405Z-0a1b2c3d")
     tiny.make_classifier(labels=2, words=len(tiny.SPECIAL) + len(tiny.WORDS)).save_pretrained(folder)
     write_json(folder / "metadata.json", {"labels": ["bad", "good"], "settings": {"num_max_positions": 16}})
+    write_golden(folder, Golden([], []))
     (root / "champion").write_text(folder.name)
     return root
 
@@ -454,7 +455,7 @@ def test_a_run_that_was_hit_goes_on_and_ends_like_one_that_was_not(
     process = subprocess.Popen([sys.executable, RUN, "predict"], env=os.environ | variables, stdout=subprocess.DEVNULL)
     folder = tmp_path / "out.csv.parts"
     deadline = time.monotonic() + 120
-    while not (folder / "part-00000-00000001.csv").exists() and time.monotonic() < deadline:
+    while not (folder / "part-00000-00000001.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(number)
     assert process.wait(20) == code
