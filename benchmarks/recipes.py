@@ -23,14 +23,15 @@ import torch
 import transformers
 from torch import nn
 
+from tuneserve.settings import Settings
 from tuneserve.tokenization import TextEncoder
 from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.evaluation import predict_logits
-from tuneserve.training.loop import Recipe, fit
+from tuneserve.training.learning import Run
 from tuneserve.training.model import load_classifier, load_tokenizer
 from tuneserve.training.rows import Columns
 from tuneserve.training.tokens import tokenize
+from tuneserve.training.world import ALONE
 
 
 class NoCheckpoints(Checkpoints):
@@ -45,6 +46,12 @@ class NoCheckpoints(Checkpoints):
     def restore(self, *_: object) -> Position:
         """Start afresh."""
         return Position()
+
+    def save_best(self, *_: object) -> None:
+        """Forget it."""
+
+    def load_best(self, *_: object) -> None:
+        """Stay with the last epoch."""
 
 
 def keep(pooler: nn.Linear) -> None:
@@ -108,17 +115,11 @@ def main() -> None:
         for seed in range(options.seeds):
             model = load_classifier(base.folder, splits.labels, dropout=dropout, seed=seed, device=device)
             start(model.base_model.pooler.dense)
-            seen = fit(
-                model,
-                train,
-                Recipe(options.epochs, 32, rate, 1.0, seed),
-                precision=precision,
-                validate=dict,
-                checkpoints=NoCheckpoints(),
-            )
-            model.eval()
-            right = predict_logits(model, valid, precision=precision).argmax(axis=1) == valid.label_ids
-            accuracies.append(100 * right.mean())
+            settings = Settings.from_environ({"N_EPOCHS": str(options.epochs), "LR": str(rate), "SEED": str(seed)})
+            splits_read = {"train": train, "valid": valid}
+            run = Run(settings, model, splits_read, splits.labels, precision, NoCheckpoints(), lambda: False, ALONE)
+            seen = run.learn()
+            accuracies.append(100 * seen.history[-1]["validation_accuracy"])
             speeds.append(seen.texts / seen.fit_s)
         shown = " ".join(f"{accuracy:.1f}" for accuracy in accuracies)
         mean, speed = np.mean(accuracies), np.median(speeds)
