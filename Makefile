@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RES := production/docker-res
 
-.PHONY: help setup run test test-containers bench-train bench-serve lint format docs image
+.PHONY: help setup run test test-survival test-containers bench-train bench-serve lint format docs image
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -36,8 +36,11 @@ run: setup ## train on the embedded sample, then serve on port 8000 until Ctrl+C
 	.venv/mlflow-server/bin/pip install --quiet --no-compile --requirement requirements-mlflow-server.txt
 	@touch $@
 
-test: .venv/.dev .venv/.bench .venv/.mlflow-server ## all tests but those with containers
-	$(BIN)/pytest --ignore=tests/containers
+test: .venv/.dev .venv/.bench .venv/.mlflow-server ## all tests but the two sets below
+	$(BIN)/pytest --ignore=tests/containers --ignore=tests/training/test_survival.py
+
+test-survival: .venv/.dev ## end a training by twenty random signals, and compare its bytes: three minutes
+	$(BIN)/pytest tests/training/test_survival.py
 
 test-containers: .venv/.dev ## build the image and test it in a real Docker engine
 	$(BIN)/pytest tests/containers
