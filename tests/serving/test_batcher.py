@@ -187,3 +187,41 @@ def test_an_engine_that_fails_on_everything_is_dead_and_nobody_waits_for_it(make
 
     asyncio.run(ask())
     assert len(died) == 1
+
+
+def test_what_was_laid_out_when_the_engine_died_is_told_too(make: Callable[..., Any], held: Held) -> None:
+    def die(engine: Any) -> None:
+        held(engine)
+        raise SystemExit("gone")
+
+    batcher, _ = make(die)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        later = batcher.submit([text(4)], deadline=FAR)
+        while batcher.tokens_waiting:  # until the thread waits with nothing laid out, or has taken it
+            held.free()
+            await asyncio.sleep(0.01)
+        for [outcome] in await asyncio.wait_for(asyncio.gather(first, later), 5):
+            assert isinstance(outcome, NoModelError)
+
+    asyncio.run(ask())
+
+
+def test_a_batch_that_fails_to_start_on_a_dead_engine_is_told(
+    make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(lambda engine: None)
+
+    def fail(prepared: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engine, "begin", fail)
+    batcher = Batcher(engine, Metrics(), max_queue_tokens=100)
+
+    async def ask() -> None:
+        [outcome] = await asyncio.wait_for(batcher.submit([text(3)], deadline=FAR), 5)
+        assert isinstance(outcome, NoModelError)
+
+    asyncio.run(ask())

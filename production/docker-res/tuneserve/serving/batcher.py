@@ -139,6 +139,7 @@ class Batcher:
 
     def _work(self) -> None:
         running: list[Item] = []
+        batch: list[Item] = []
         try:
             while True:
                 batch = self._take(wait=not running)
@@ -146,7 +147,7 @@ class Batcher:
                     return
                 running = self._turn(running, batch)
         except BaseException as error:  # whatever it is, nobody must wait for a thread that is gone
-            self._die(error, running)
+            self._die(error, [*running, *batch])
 
     def _turn(self, running: list[Item], batch: list[Item]) -> list[Item]:
         """Finish the batch that runs and start the next, which was laid out meanwhile; returns what runs now."""
@@ -282,6 +283,8 @@ class Batcher:
         done: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         for item, outcome in zip(batch, outcomes, strict=True):
             job = item.job
+            if job.outcomes[item.place] is not None:
+                continue  # it was told before the thread died
             job.outcomes[item.place] = outcome
             job.left -= 1
             if job.left == 0:
@@ -290,11 +293,11 @@ class Batcher:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_answer, jobs)
 
-    def _die(self, error: BaseException, running: list[Item]) -> None:
+    def _die(self, error: BaseException, taken: list[Item]) -> None:
         logger.critical("the engine has stopped: %r", error, exc_info=error)
         with self._arrived:
             self.dead = error
-            lost = [*running, *self._queue]
+            lost = [*taken, *self._queue]
             self._queue.clear()
             self.tokens_waiting = 0
         self._deliver(lost, [NoModelError("The engine has stopped.")] * len(lost))
