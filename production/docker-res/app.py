@@ -9,18 +9,20 @@ from fastapi import FastAPI
 
 from tuneserve.hardware import set_threads
 from tuneserve.serving.api import create_app
-from tuneserve.serving.server import champion_slot
+from tuneserve.serving.server import follow, open_slot
 from tuneserve.settings import Settings
 
 settings = Settings.from_environ(os.environ)
-slot = champion_slot(settings, threads=set_threads(settings.omp_num_threads))
+slot = open_slot(settings)
+follower = follow(settings, slot, threads=set_threads(settings.omp_num_threads))
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the model while the port is already open."""
-    slot.fill_in_background()
+    follower.start()
     yield
+    await asyncio.to_thread(follower.close)
     await asyncio.to_thread(slot.close)
 
 

@@ -1,14 +1,19 @@
 """What the container does: `run.py [verb]`, configured by environment variables only (see config.env).
 
-train-serve   train on DATASET, then serve what was trained (the default)
-train         train, save, stop
-serve         serve the model that the store holds
-predict       write the model's answers to the rows of INPUT to OUTPUT
+train-serve   open the port, train on DATASET in a child process, serve what passed, retrain when told to (the default)
+train         train, judge, save, stop
+serve         serve the champion of the store, and whatever becomes champion later
+predict       write the champion's answers to the rows of INPUT to OUTPUT
+versions      list what the store holds
+promote       let a version answer, whatever the gate said: promote <version>
+rollback      go back to the version before
 """
 
 import argparse
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuneserve.signals import Stop
@@ -25,16 +30,32 @@ def main(arguments: list[str]) -> int:
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import set_threads
     from tuneserve.settings import Settings
+    from tuneserve.yielding import end_with_parent, yield_to_server
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", nargs="?", default="train-serve", choices=list(VERBS), help="what to do")
-    verb = parser.parse_args(arguments).verb
+    parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
+    parser.add_argument("version", nargs="?", help="of promote")
+    parser.add_argument(
+        "--child", action="store_true", help=argparse.SUPPRESS
+    )  # of a server, which it will not outlive
+    parser.add_argument("--beside", action="store_true", help=argparse.SUPPRESS)  # a model that answers meanwhile
+    wanted = parser.parse_args(arguments)
+    if (wanted.verb == "promote") != (wanted.version is not None):
+        parser.error("promote takes a version's id, and no other verb does; `versions` lists them")
     try:
         settings = Settings.from_environ(os.environ)
+        if wanted.verb in STORE_VERBS:
+            logging.basicConfig(format="%(levelname)s %(message)s", force=True)
+            STORE_VERBS[wanted.verb](settings, wanted.version)
+            return 0
+        if wanted.child:
+            end_with_parent()
+        if wanted.beside:
+            settings = yield_to_server(settings)
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
-        VERBS[verb](settings, stop, threads)
+        VERBS[wanted.verb](settings, stop, threads)
     except TuneserveError as error:
         logs.report(error)
         return error.exit_code
@@ -68,15 +89,40 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
 
 
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
-    """Train, then serve; a port that is taken is found before the training and not after it."""
+    """Serve what there is at once, train beside it, and serve what passes the gate."""
     from tuneserve.serving import server
 
-    server.listen(settings.host, settings.port).close()
-    train(settings, stop, threads)
-    serve(settings, stop, threads)
+    server.serve(
+        settings, threads=threads, training=[sys.executable, str(Path(__file__).resolve()), "train", "--child"]
+    )
+
+
+def versions(settings: "Settings", version: str | None) -> None:
+    """Print a table of the store's versions."""
+    from tuneserve.lifecycle import listing
+
+    print(listing.table(settings.model_path))
+
+
+def promote(settings: "Settings", version: str | None) -> None:
+    """Move the champion's pointer to a version."""
+    from tuneserve.lifecycle.store import Store
+
+    print(
+        f"{Store(settings.model_path).promote(version or '').id} is the champion; servers change over within a second"
+    )
+
+
+def rollback(settings: "Settings", version: str | None) -> None:
+    """Move the champion's pointer back."""
+    from tuneserve.lifecycle.store import Store
+
+    now, withdrawn = Store(settings.model_path).rollback()
+    print(f"{now.id} is the champion again, {withdrawn} is withdrawn; servers change over within a second")
 
 
 VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}
+STORE_VERBS = {"versions": versions, "promote": promote, "rollback": rollback}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

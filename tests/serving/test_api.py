@@ -1,7 +1,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,18 +9,22 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from tuneserve.artifact import Version
-from tuneserve.errors import NoModelError, StoreError
+from tuneserve.errors import StoreError
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
 
+def filled(classifier: Classifier, **options: Any) -> Slot:
+    slot = Slot(**options)
+    slot.take(classifier)
+    return slot
+
+
 @pytest.fixture
 def slot(classifier: Classifier) -> Slot:
-    slot = Slot(lambda: classifier)
-    slot.fill()
-    return slot
+    return filled(classifier)
 
 
 @pytest.fixture
@@ -119,12 +122,7 @@ def test_a_batch_of_any_size_is_answered_in_order(client: TestClient) -> None:
 
 
 def test_without_a_model_everything_says_so_and_when_to_come_back(settings: Settings) -> None:
-    def load() -> Classifier:
-        raise NoModelError("There is no model.")
-
-    slot = Slot(load)
-    with TestClient(create_app(settings, slot)) as client:
-        slot.fill()
+    with TestClient(create_app(settings, Slot())) as client:
         for answer in (client.post("/inference", json={"text": "film"}), client.get("/model"), client.get("/readyz")):
             assert answer.status_code == 503
             assert int(answer.headers["Retry-After"]) > 0
@@ -132,29 +130,13 @@ def test_without_a_model_everything_says_so_and_when_to_come_back(settings: Sett
         assert client.get("/livez").status_code == 200
 
 
-def test_a_model_that_cannot_be_loaded_is_never_ready(settings: Settings) -> None:
-    def load() -> Classifier:
-        raise StoreError("torn")
-
-    slot = Slot(load)
-    slot.fill()
+def test_a_slot_that_failed_is_neither_ready_nor_alive(settings: Settings) -> None:
+    slot = Slot()
+    slot.fail(StoreError("torn"))
     with TestClient(create_app(settings, slot)) as client:
         assert client.get("/readyz").json()["phase"] == "failed"
+        assert client.get("/livez").status_code == 503
         assert isinstance(slot.failure, StoreError)
-
-
-def test_a_model_that_cannot_be_warmed_up_is_never_ready(
-    version: Version, engine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(engine, "warm_up", fail)
-    slot = Slot(lambda: Classifier(version, engine))
-    slot.fill()
-    assert slot.phase == "failed"
-    with pytest.raises(NoModelError):
-        slot.model()
 
 
 @pytest.fixture
@@ -165,8 +147,7 @@ def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Sl
     def wait_for_it(engine: Any) -> None:
         assert go.wait(10)
 
-    slot = Slot(lambda: Classifier(version, make_engine(wait_for_it)), max_queue_tokens=6)
-    slot.fill()
+    slot = filled(Classifier(version, make_engine(wait_for_it)), max_queue_tokens=6)
     yield slot, go
     go.set()
 
@@ -199,8 +180,7 @@ def test_an_engine_that_dies_is_seen_by_all_and_the_server_is_told(
     def die(engine: Any) -> None:
         raise SystemExit("gone")
 
-    slot = Slot(lambda: Classifier(version, make_engine(die)))
-    slot.fill()
+    slot = filled(Classifier(version, make_engine(die)))
     told = threading.Event()
     slot.on_failure = told.set
     with TestClient(create_app(settings, slot)) as client:
@@ -216,8 +196,7 @@ def test_a_figure_that_is_no_number_is_500_and_counted(
     settings: Settings, version: Version, make_engine: Callable[..., Any]
 ) -> None:
     engine = make_engine(lambda engine: np.full((len(engine.running), 2), np.nan, dtype=np.float32))
-    slot = Slot(lambda: Classifier(version, engine))
-    slot.fill()
+    slot = filled(Classifier(version, engine))
     with TestClient(create_app(settings, slot)) as client:
         assert client.post("/inference", json={"text": "film"}).status_code == 500
         assert "tuneserve_not_finite_total 1.0" in client.get("/metrics").text
@@ -274,8 +253,7 @@ def test_a_failure_of_the_engine_is_500_without_its_words(
         if any(len(row) == 5 for row in engine.running):
             raise RuntimeError("internal words")
 
-    slot = Slot(lambda: Classifier(version, make_engine(fail)))
-    slot.fill()
+    slot = filled(Classifier(version, make_engine(fail)))
     with TestClient(create_app(settings, slot), raise_server_exceptions=False) as client:
         answer = client.post("/inference", json={"text": "a great film"})
         assert answer.status_code == 500
@@ -293,11 +271,3 @@ def test_the_documentation_has_examples_of_every_request_and_answer(client: Test
         assert body["examples"]
     assert client.get("/docs").status_code == 200
     assert client.get("/").status_code == 200
-
-
-def test_a_slot_keeps_no_model_when_its_store_is_empty(tmp_path: Path) -> None:
-    from tuneserve.serving.server import champion_slot
-
-    slot = champion_slot(Settings.from_environ({"MODEL_PATH": str(tmp_path)}), threads=1)
-    slot.fill()
-    assert slot.phase == "empty"

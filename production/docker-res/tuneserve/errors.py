@@ -54,10 +54,35 @@ class NoModelError(TuneserveError):
     status = 503
 
 
+class BusyError(TuneserveError):
+    """Another process is training for the same store."""
+
+    exit_code = 9
+    status = 409
+
+
+class RefusedError(TuneserveError):
+    """A trained version did not pass the gate; the champion stays."""
+
+    exit_code = 10
+
+
 class UnauthorizedError(TuneserveError):
     """The request carries no API key, or the wrong one."""
 
     status = 401
+
+
+class ForbiddenError(TuneserveError):
+    """The server was not set up for what is asked."""
+
+    status = 403
+
+
+class NotFoundError(TuneserveError):
+    """There is nothing of this name."""
+
+    status = 404
 
 
 class TooLargeError(TuneserveError):

@@ -157,6 +157,38 @@ class Settings(BaseModel):
     access_log: bool = False
     """Log every request: route, status, milliseconds and id, never the text."""
 
+    min_accuracy: float = Field(default=0, ge=0, le=1)
+    """Gate: share of its test texts that a new version must have right to be served."""
+
+    min_recall: float = Field(default=0, ge=0, le=1)
+    """Gate: share of the test texts of each label that a new version must have right."""
+
+    max_accuracy_drop: float = Field(default=0.02, ge=0, le=1)
+    """Gate: how much worse than the champion a new version may be on the same test texts, with 95% confidence (0.02 is
+    two points). Few test texts leave much to chance, and then only a better version passes."""
+
+    max_latency_increase: float = Field(default=0.5, ge=0)
+    """Gate: how much larger and slower than the champion a new version may be (0.5 is half as much again)."""
+
+    keep_versions: int = Field(default=10, ge=2)
+    """Versions that the store keeps; the champion and the one before it always stay."""
+
+    retrain_nice: int = Field(default=19, ge=0, le=19)
+    """Niceness of a training beside a model that answers: 19 leaves it only what serving does not use."""
+
+    retrain_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """CPU threads of a training beside a model that answers. `auto`: half of them."""
+
+    retrain_gpu_fraction: float = Field(default=0.5, gt=0, le=1)
+    """Share of the GPU's memory that a training beside a model that answers may take."""
+
+    retrain_on_drift: bool = False
+    """Retrain when the texts that are served are no longer like those that the model was tested on."""
+
+    shadow_requests: int = Field(default=0, ge=0)
+    """Texts of live traffic that a version which passed the gate answers beside the champion before it takes over.
+    0: none."""
+
     input: str = ""
     """What `predict` scores: a CSV, TSV, JSONL or Parquet file, a folder of files of one of these kinds, or the URL of
     either (`s3://bucket/reviews/`)."""

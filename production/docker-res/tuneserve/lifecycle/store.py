@@ -1,8 +1,12 @@
 """The model store: a folder of immutable versions and a one-line file that names the one in service.
 
-    MODEL_PATH/versions/<id>/   finished versions
+    MODEL_PATH/versions/<id>/   finished versions, each with the gate's decision.json
+    MODEL_PATH/evidence/<id>/   texts to judge a version by
     MODEL_PATH/checkpoints/     training that may be resumed
     MODEL_PATH/champion         the id of the version that answers
+    MODEL_PATH/previous         the id of the one that answered before it
+    MODEL_PATH/trainer.lock     who trains now; one at a time
+    MODEL_PATH/training.json    how far that is, or how the last training ended
 
 A pointer file and not a symbolic link: links do not survive object-store mounts.
 """
@@ -14,6 +18,7 @@ from pathlib import Path
 
 from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version, replace_file
 from tuneserve.errors import NoModelError, StoreError
+from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +33,11 @@ class Store:
         self.root = root
         self.versions_folder = root / "versions"
         self.checkpoints_folder = root / "checkpoints"
+        self.evidence_folder = root / "evidence"
         self.pointer = root / "champion"
+        self.previous_pointer = root / "previous"
+        self.lock = root / "trainer.lock"
+        self.status_file = root / "training.json"
 
     def prepare(self) -> None:
         """Make the folders and clear away what killed runs left half-written.
@@ -82,25 +91,129 @@ class Store:
             NoModelError: none has been published yet.
             StoreError: the pointer names a version that is not there.
         """
-        try:
-            name = self.pointer.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
+        name = _read_pointer(self.pointer)
+        if name is None:
             raise NoModelError(
                 f"There is no model in MODEL_PATH={self.root} yet. Train one first: run.py train (or train-serve)."
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"{self.pointer} cannot be read: {error}") from error
-        if not name or Path(name).name != name or name.startswith("."):
-            raise StoreError(f"{self.pointer} should hold a version's id, but holds {name!r}.")
+            )
         return read_version(self.versions_folder / name)
 
-    def set_champion(self, version: Version) -> None:
-        """Let this version answer from now on.
+    def champion_id(self) -> str | None:
+        """The id that the pointer holds; None before the first publication.
 
         Raises:
-            StoreError: the pointer cannot be written.
+            StoreError: the pointer cannot be read, or holds something else.
+        """
+        return _read_pointer(self.pointer)
+
+    def previous(self) -> Version | None:
+        """The version that answered before the champion, if it is still there."""
+        try:
+            name = _read_pointer(self.previous_pointer)
+            return read_version(self.versions_folder / name) if name and name != self.champion_id() else None
+        except StoreError as error:
+            logger.warning("%s", error)
+            return None
+
+    def last_good(self) -> list[Version]:
+        """What may answer while the champion cannot: the previous one, then whatever passed the gate, newest first."""
+        previous = self.previous()
+        passed = [one for one in reversed(self.versions()) if (found := read_decision(one)) and found.stands]
+        return [
+            *([previous] if previous else []),
+            *(one for one in passed if previous is None or one.id != previous.id),
+        ]
+
+    def set_champion(self, version: Version) -> None:
+        """Let this version answer from now on, and remember the one before it.
+
+        Raises:
+            StoreError: a pointer cannot be written.
         """
         try:
+            before = self.champion_id()
+        except StoreError:
+            before = None  # what cannot be read cannot be gone back to
+        try:
+            if before not in (None, version.id):
+                replace_file(self.previous_pointer, f"{before}\n".encode())
             replace_file(self.pointer, f"{version.id}\n".encode())
         except OSError as error:
             raise StoreError(f"{self.pointer} cannot be written: {error}") from error
+
+    def promote(self, name: str) -> Version:
+        """Let a version answer because a person wants it, whatever the gate said.
+
+        Raises:
+            StoreError: there is no such version, it is damaged, or the pointer cannot be written.
+        """
+        version = self.version(name)
+        if not is_whole(version):
+            raise StoreError(f"version {version.id} is damaged and cannot be promoted.")
+        decision = read_decision(version)
+        if decision is not None and not decision.stands:
+            logger.warning("version %s is promoted though: %s", version.id, decision.sentence)
+        write_decision(version, Decision.by_a_person(version.id, champion=self.champion_id(), before=decision))
+        self.set_champion(version)
+        return version
+
+    def rollback(self) -> tuple[Version, str | None]:
+        """Go back to the version before; the one that answered is withdrawn, and no retraining brings it back.
+
+        Returns:
+            The version that answers now, and the id of the one that was withdrawn.
+
+        Raises:
+            StoreError: there is nothing to go back to.
+        """
+        withdrawn = self.champion_id()
+        version = self.previous()
+        if version is None or not is_whole(version):
+            raise StoreError(f"MODEL_PATH={self.root} remembers no version before {withdrawn}; see run.py versions.")
+        decision = read_decision(version)
+        if decision is not None and decision.withdrawn_at is not None:
+            raise StoreError(
+                f"the version before, {version.id}, was withdrawn itself; choose one: run.py promote <version>."
+            )
+        try:  # first the mark: killed in between, the same command goes on
+            left = self.version(withdrawn or "")
+            write_decision(left, (read_decision(left) or Decision.unknown(left.id)).withdrawn())
+        except StoreError as error:
+            logger.warning("%s", error)  # it may not be there any more, which is a reason to go back
+        self.set_champion(version)
+        return version, withdrawn
+
+    def version(self, name: str) -> Version:
+        """A finished version by its id.
+
+        Raises:
+            StoreError: there is none of this name.
+        """
+        if not name or Path(name).name != name or name.startswith("."):
+            raise StoreError(f"{name!r} is no version's id; run.py versions lists them.")
+        return read_version(self.versions_folder / name)
+
+    def forget_old(self, keep: int) -> list[str]:
+        """Remove the oldest versions until `keep` are left, champion and previous never; returns what went."""
+        kept = {self.champion_id()} | ({before.id} if (before := self.previous()) else set())
+        versions = self.versions()
+        others = [version for version in versions if version.id not in kept]
+        surplus = others[: max(0, min(len(others), len(versions) - keep))]
+        for version in surplus:
+            gone = version.folder.with_name(f"{UNFINISHED}{version.id}")
+            version.folder.rename(gone)  # at once: nobody finds half a version
+            shutil.rmtree(gone, ignore_errors=True)
+            shutil.rmtree(self.evidence_folder / version.id, ignore_errors=True)
+        return [version.id for version in surplus]
+
+
+def _read_pointer(path: Path) -> str | None:
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    if not name or Path(name).name != name or name.startswith("."):
+        raise StoreError(f"{path} should hold a version's id, but holds {name!r}.")
+    return name

@@ -17,6 +17,7 @@ from starlette.types import Lifespan
 
 import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
+from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.classifier import Prediction
 from tuneserve.serving.middleware import BodyLimit, Stopwatch
 from tuneserve.serving.schemas import (
@@ -28,6 +29,7 @@ from tuneserve.serving.schemas import (
     Readiness,
 )
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.training_api import training_routes
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,10 @@ Schema = TypeVar("Schema", bound=BaseModel)
 Answers = TypeVar("Answers")
 
 
-def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """The ASGI application; it does not load the model, whoever made the slot does."""
+def create_app(
+    settings: Settings, slot: Slot, trainer: Trainer | None = None, *, lifespan: Lifespan[FastAPI] | None = None
+) -> FastAPI:
+    """The ASGI application; it loads no model, whoever fills the slot does."""
     metrics = slot.metrics
     key = settings.api_key.get_secret_value()
 
@@ -123,14 +127,18 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         return {"status": "alive"}
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["operations"], responses={503: {"model": Readiness}})
+    @app.get("/readyz", tags=["operations"], response_model_exclude_none=True, responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
-        """Whether a model can answer; 503 until then."""
+        """Whether a model can answer; 503 until then, with how far the first training is."""
         if slot.phase != "ready":
             response.status_code = 503
             response.headers["Retry-After"] = RETRY_AFTER_S
-            return Readiness(phase=slot.phase)
+            training = trainer.progress() if trainer is not None and slot.phase == "empty" else {}
+            return Readiness.model_validate({"phase": slot.phase, **training})
         return Readiness(phase=slot.phase, model_version=slot.model().classifier.version.id)
+
+    if trainer is not None:
+        app.include_router(training_routes(trainer, keyed=bool(key)), dependencies=guarded)
 
     @app.get("/metrics", tags=["operations"])
     async def prometheus() -> Response:

@@ -26,6 +26,9 @@ class Metrics:
             buckets=SECONDS,
         )
         self.model = Gauge("tuneserve_model_info", "1 for the version that answers.", ["version"], registry=registry)
+        self.swaps = Counter(
+            "tuneserve_swaps", "Versions that came to be served, or were refused.", ["outcome"], registry=registry
+        )
         self.queue_tokens = Gauge("tuneserve_queue_tokens", "Tokens that wait for the engine.", registry=registry)
         self.batch_texts = Histogram(
             "tuneserve_batch_texts",

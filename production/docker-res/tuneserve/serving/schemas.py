@@ -62,10 +62,15 @@ class BatchResponse(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether a model can answer, and what is going on otherwise."""
+    """Whether a model can answer, and what is going on otherwise; during the first training, how far it is."""
 
     phase: str
     model_version: str | None = None
+    epoch: Annotated[int | None, Field(description="Counted from 1.")] = None
+    epochs: int | None = None
+    progress: Annotated[float | None, Field(description="Share of the optimizer's steps that are done.")] = None
+    loss: float | None = None
+    eta_s: Annotated[float | None, Field(description="Seconds that the steps left will take.")] = None
 
     model_config = ConfigDict(protected_namespaces=())
 

@@ -1,15 +1,21 @@
-"""The server process: opens the port at once, loads the model behind it, ends when told to or left without a model."""
+"""The server process: opens the port at once, follows the champion behind it, and may train beside it."""
 
 import logging
 import signal
 import socket
+import threading
+from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 
-from tuneserve.errors import SettingsError
+from tuneserve.artifact import Version
+from tuneserve.errors import BusyError, SettingsError
 from tuneserve.lifecycle.store import Store
+from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
+from tuneserve.serving.follower import Follower
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
@@ -18,54 +24,118 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 25
 """Seconds that accepted requests get to finish after SIGTERM; Kubernetes kills after 30, `docker stop` after 10."""
 
-
-def champion_slot(settings: Settings, *, threads: int) -> Slot:
-    """An empty slot that loads the store's champion when filled."""
-    store = Store(settings.model_path)
-
-    def load() -> Classifier:
-        return load_classifier(store.champion(), settings, threads=threads)
-
-    return Slot(load, max_queue_tokens=settings.max_queue_tokens)
+BUSY_S = 15.0
+"""Seconds after which a first training is tried again that another process's training kept away."""
 
 
-def serve(settings: Settings, *, threads: int) -> None:
+class Server(uvicorn.Server):
+    """uvicorn's, which tells a training of the signal at once: its checkpoint is written while requests finish."""
+
+    trainer: Trainer | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See uvicorn."""
+        if self.trainer is not None:
+            self.trainer.interrupt()
+        super().handle_exit(sig, frame)
+
+
+def open_slot(settings: Settings) -> Slot:
+    """An empty slot."""
+    return Slot(max_queue_tokens=settings.max_queue_tokens)
+
+
+def follow(settings: Settings, slot: Slot, *, threads: int, trainer: Trainer | None = None) -> Follower:
+    """What keeps the slot at the store's champion, not yet started."""
+
+    def load(version: Version) -> Classifier:
+        return load_classifier(version, settings, threads=threads)
+
+    def required() -> bool:
+        return trainer is None or trainer.running is None
+
+    return Follower(Store(settings.model_path), slot, load, required=required)
+
+
+def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> None:
     """Serve the champion until SIGTERM or SIGINT.
 
+    Args:
+        settings: of the run.
+        threads: CPU threads to compute with.
+        training: the command that trains as a child, at once and when asked; empty for a server that only serves.
+
     Raises:
-        NoModelError: the store holds no model.
-        TuneserveError: its model cannot be loaded.
+        NoModelError: the store holds no model, and none will be trained.
+        FailedTrainingError: the first training failed; the exit code is its own.
+        TuneserveError: the model cannot be loaded.
         SettingsError: the address cannot be listened on.
+        SystemExit: a signal came before there was a first model.
     """
-    champion = Store(settings.model_path).champion()
-    slot = champion_slot(settings, threads=threads)
-    config = uvicorn.Config(
-        create_app(settings, slot),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=DRAIN_S,
+    store = Store(settings.model_path)
+    if not training and store.champion_id() is None:
+        store.champion()  # raises, and says what to do
+    slot = open_slot(settings)
+    trainer = None
+    if training:
+        store.prepare()
+        trainer = Trainer(training, store, serves=lambda: not slot.empty)
+    server = Server(
+        uvicorn.Config(
+            create_app(settings, slot, trainer),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
     )
-    server = uvicorn.Server(config)
+    server.trainer = trainer
 
     def leave() -> None:
         server.should_exit = True
 
     with listen(settings.host, settings.port) as listener:
-        logger.info("serving version %s on http://%s:%d (docs at /docs)", champion.id, settings.host, settings.port)
+        logger.info("listening on http://%s:%d (docs at /docs)", settings.host, settings.port)
         slot.on_failure = leave
-        slot.fill_in_background()
+        follower = follow(settings, slot, threads=threads, trainer=trainer)
+        if trainer is not None:
+            _train_first(trainer, slot)
+        follower.start()
         try:
             server.run(sockets=[listener])
         except SystemExit as end:
             # uvicorn repeats the signal that ended it; for a server that finished its work this is no failure.
-            if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (trainer is not None and slot.empty):
                 raise
         finally:
+            follower.close()
+            if trainer is not None:
+                trainer.close()
             slot.close()
     if slot.failure is not None:
         raise slot.failure
+
+
+def _train_first(trainer: Trainer, slot: Slot) -> None:
+    """Train at the start, which finds out by itself if there is nothing to do; without a model a failure is the end."""
+
+    def look(job: Job) -> None:
+        if not slot.empty or job.state == "finished":
+            return
+        if job.exit_code == BusyError.exit_code:
+            again = threading.Timer(BUSY_S, start)
+            again.daemon = True
+            again.start()
+        else:
+            slot.fail(FailedTrainingError(job))
+
+    def start() -> None:
+        if slot.empty and trainer.running is None:
+            trainer.start("the container's start")
+
+    trainer.on_end = look
+    trainer.start("the container's start")
 
 
 def listen(host: str, port: int) -> socket.socket:

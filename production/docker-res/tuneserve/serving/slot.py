@@ -1,4 +1,4 @@
-"""The model that answers now: empty, loading, ready, or failed for a reason."""
+"""The model that answers now: none yet, ready, or failed for a reason; and the one before it, for a while."""
 
 import asyncio
 import logging
@@ -17,6 +17,12 @@ from tuneserve.tokenization import Tokens
 logger = logging.getLogger(__name__)
 
 Phase = Literal["empty", "loading", "ready", "failed"]
+
+HOLD_S = 600.0
+"""Seconds that a model which was replaced stays loaded, so that going back to it takes no time."""
+
+SETTLE_S = 2.0
+"""Seconds in which a request that has just asked for the old model may still reach it."""
 
 INLINE_CHARACTERS = 4000
 """Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
@@ -45,6 +51,7 @@ class ServedModel:
     ) -> None:
         self.classifier = classifier
         self.metrics = metrics
+        self.in_flight = 0
         self.batcher = Batcher(classifier.engine, metrics, max_queue_tokens=max_queue_tokens, on_death=on_death)
 
     async def predict(self, texts: Sequence[str], *, timeout_s: float) -> list[Prediction | TuneserveError]:
@@ -57,11 +64,14 @@ class ServedModel:
         """
         self.batcher.require_room(timeout_s)
         began = time.monotonic()
+        self.in_flight += 1
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._predict(texts, deadline=began + timeout_s)
         except TimeoutError:
             raise TimeoutExceededError(f"There was no answer within {timeout_s:g} s.") from None
+        finally:
+            self.in_flight -= 1
 
     async def _predict(self, texts: Sequence[str], *, deadline: float) -> list[Prediction | TuneserveError]:
         began = time.perf_counter()
@@ -121,72 +131,105 @@ def _chunks(ids: list[list[int]], max_tokens: int) -> list[list[list[int]]]:
 
 
 class Slot:
-    """Holds at most one model, which gets there only once it is warm.
+    """The place of the model that answers. Models come warm, and change between two requests.
 
     Args:
-        load: makes the classifier, which has proved itself.
         metrics: of the server.
-        max_queue_tokens: that may wait for the engine.
+        max_queue_tokens: that may wait for an engine.
     """
 
-    def __init__(
-        self, load: Callable[[], Classifier], *, metrics: Metrics | None = None, max_queue_tokens: int = 16384
-    ) -> None:
+    def __init__(self, *, metrics: Metrics | None = None, max_queue_tokens: int = 16384) -> None:
         self.phase: Phase = "empty"
         self.failure: BaseException | None = None
         self.metrics = metrics or Metrics()
         self.on_failure: Callable[[], None] = lambda: None
         self._max_queue_tokens = max_queue_tokens
-        self._load = load
         self._model: ServedModel | None = None
-        self._loader: threading.Thread | None = None
+        self._held: ServedModel | None = None
+        self._change = threading.RLock()
+        self._closed = threading.Event()
+        self._leaving: list[threading.Thread] = []
 
     def model(self) -> ServedModel:
         """The model to ask.
 
         Raises:
-            NoModelError: there is none, or not yet, or it has died.
+            NoModelError: there is none yet, or it has died.
         """
-        if self._model is None or self.phase != "ready":
+        model = self._model
+        if model is None or self.phase != "ready":
             raise NoModelError(f"No model can answer yet (phase: {self.phase}).")
-        return self._model
+        return model
 
-    def fill(self) -> None:
-        """Load the model and let it prove itself. What goes wrong is kept in `failure`, not raised."""
-        self.phase = "loading"
-        try:
-            classifier = self._load()
-            classifier.engine.warm_up()
-        except NoModelError as error:
-            self._fail("empty", error)
-            logger.warning("%s", error)
-        except Exception as error:  # whatever it is, the server must not look healthy
-            self._fail("failed", error)
-            logger.exception(
-                "the model cannot be loaded", exc_info=None if isinstance(error, TuneserveError) else error
-            )
-        else:
-            self._model = ServedModel(
-                classifier, self.metrics, max_queue_tokens=self._max_queue_tokens, on_death=self._die
-            )
-            self.phase = "ready"
-            logger.info("ready: version %s answers", classifier.version.id)
+    @property
+    def empty(self) -> bool:
+        """Whether no model has come yet."""
+        return self._model is None
 
-    def fill_in_background(self) -> None:
-        """Do the same on a thread of its own."""
-        self._loader = threading.Thread(target=self.fill, name="load-model", daemon=True)
-        self._loader.start()
+    @property
+    def version_id(self) -> str | None:
+        """The id of the version that answers."""
+        return self._model.classifier.version.id if self._model is not None else None
+
+    def take(self, classifier: Classifier) -> None:
+        """Let this one answer from the next request on; the one before stays loaded for a while."""
+        model = ServedModel(
+            classifier,
+            self.metrics,
+            max_queue_tokens=self._max_queue_tokens,
+            on_death=lambda error: self._die(model, error),
+        )
+        self._change_to(model)
+
+    def bring_back(self, version_id: str) -> bool:
+        """Change to the model that is still held, if it is this version's."""
+        with self._change:
+            held = self._held
+            if held is None or held.classifier.version.id != version_id or held.batcher.dead:
+                return False
+            self._held = None
+            self._change_to(held)
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing can answer, and nothing will."""
+        self.phase, self.failure = "failed", error
+        self.on_failure()
 
     def close(self) -> None:
         """Answer what waits and end the threads: a library that computes while its process ends would abort it."""
-        if self._loader is not None:
-            self._loader.join()
-        if self._model is not None:
-            self._model.batcher.close()
+        self._closed.set()
+        for thread in self._leaving:
+            thread.join()
+        for model in (self._model, self._held):
+            if model is not None:
+                model.batcher.close()
 
-    def _die(self, error: BaseException) -> None:
-        self._fail("failed", error if isinstance(error, TuneserveError) else NoModelError(f"The engine died: {error}"))
+    def _change_to(self, model: ServedModel) -> None:
+        with self._change:
+            before, dropped = self._model, self._held
+            self._model, self._held, self.phase = model, before, "ready"
+            self.metrics.swaps.labels("served").inc()
+            logger.info("ready: version %s answers", model.classifier.version.id)
+            for old, after_s in ((dropped, SETTLE_S), (before, HOLD_S)):
+                if old is not None:
+                    self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+                    self._leaving.append(threading.Thread(target=self._let_go, args=[old, after_s], daemon=True))
+                    self._leaving[-1].start()
 
-    def _fail(self, phase: Phase, error: BaseException) -> None:
-        self.phase, self.failure = phase, error
-        self.on_failure()
+    def _let_go(self, model: ServedModel, after_s: float) -> None:
+        """Drop a model that was replaced, once nobody waits for it, unless it is brought back before."""
+        self._closed.wait(after_s)
+        with self._change:
+            if model is self._model or self._closed.is_set():
+                return
+            if model is self._held:
+                self._held = None
+        while model.in_flight and not self._closed.wait(0.1):
+            pass
+        model.batcher.close()
+        logger.info("version %s is no longer held", model.classifier.version.id)
+
+    def _die(self, model: ServedModel, error: BaseException) -> None:
+        if model is self._model:
+            self.fail(error if isinstance(error, TuneserveError) else NoModelError(f"The engine died: {error}"))

@@ -1,11 +1,15 @@
-"""The recipe, top to bottom: from settings to a version in the store."""
+"""The recipe, top to bottom: from settings to a version in the store that the gate has judged."""
 
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from itertools import chain
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +17,10 @@ from transformers import PreTrainedTokenizerBase
 import tuneserve
 from tuneserve.artifact import Version
 from tuneserve.hardware import Precision, choose_device, choose_precision
+from tuneserve.lifecycle import gate
+from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
+from tuneserve.lifecycle.lock import hold
+from tuneserve.lifecycle.status import Status
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
@@ -37,7 +45,7 @@ DECISIVE = {
 
 
 def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str, str] | None = None) -> Version | None:
-    """Train a version and make it the champion; with the settings and data of a finished one, take that one.
+    """Train a version, and make it the champion if it passes the gate; what is trained already is not trained again.
 
     Args:
         settings: of the run.
@@ -50,6 +58,8 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
 
     Raises:
         TuneserveError: with the reason, in the user's words.
+        RefusedError: the version did not pass the gate.
+        BusyError: another process trains for this store.
         SystemExit: a signal came; what was learned so far is in a checkpoint.
     """
     require_extra(settings.mlflow_tracking_uri.get_secret_value())
@@ -64,19 +74,52 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
 
 
 def _train(settings: Settings, stop: Stop, device: torch.device, precision: Precision, world: World) -> Version | None:
-    began = time.perf_counter()
     store = Store(settings.model_path)
-    if world.leads:
-        store.prepare()
+    with ExitStack() as stack:
+        status = Status(None)
+        if world.leads:
+            store.prepare()
+            stack.enter_context(hold(store.lock, "training"))
+            status = stack.enter_context(Status(store.status_file))
+        version, splits = _find_or_learn(settings, stop, device, precision, world, store, status)
+        if version is not None and world.leads:
+            status.phase("judging")
+            keep_evidence(store, version, splits, seed=settings.seed)
+            status.decided(gate.admit(store, version, settings))
+    return version
+
+
+def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed: int) -> None:
+    """Put the test texts, and marks of those that were learned from, beside the version, if they are not there yet."""
+    folder = store.evidence_folder / version.id
+    if folder.exists():
+        return
+    rows = np.arange(len(splits.test))
+    if len(rows) > MAX_TEXTS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TEXTS, replace=False))
+    texts = splits.test.texts.select(rows)["text"]
+    labels = [splits.labels[label] for label in splits.test.label_ids[rows]]
+    write_evidence(folder, Evidence(list(texts), labels), chain(splits.train, splits.valid))
+
+
+def _find_or_learn(
+    settings: Settings,
+    stop: Stop,
+    device: torch.device,
+    precision: Precision,
+    world: World,
+    store: Store,
+    status: Status,
+) -> tuple[Version | None, checks.Splits]:
+    began = time.perf_counter()
     with world.one_a_node_first():
         base, splits = gather(settings)
     fingerprint = fingerprint_run(settings, base, splits)
     known = store.find(fingerprint) if world.leads else None
     if world.any(known is not None):
         if known is not None:
-            logger.info("already trained: version %s has these settings and data", known.id)
-            store.set_champion(known)
-        return known
+            logger.info("nothing to train: version %s has these settings and data", known.id)
+        return known, splits
 
     with world.one_a_node_first():
         tokenizer, tokens = read_tokens(settings, base, splits)
@@ -88,6 +131,13 @@ def _train(settings: Settings, stop: Stop, device: torch.device, precision: Prec
     checkpoints = Checkpoints(store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes)
     with _trackers(settings, fingerprint, checkpoints, world) as trackers:
         trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
+        steps = math.ceil(len(splits.train) / settings.batch_size)
+        status.training(steps=steps * settings.n_epochs, epochs=settings.n_epochs)
+
+        def record(step: int, figures: Mapping[str, float]) -> None:
+            trackers.record(step, figures)
+            status.step(step, figures)
+
         with stop.deferred():
             run = Run(
                 settings,
@@ -98,11 +148,12 @@ def _train(settings: Settings, stop: Stop, device: torch.device, precision: Prec
                 checkpoints,
                 lambda: stop.requested,
                 world,
-                trackers.record,
+                record,
             )
             seen = run.learn() if settings.train_body else run.learn_head(base.content)
         if not world.leads:
-            return None
+            return None, splits
+        status.phase("testing")
         metadata = {
             "fingerprint": fingerprint,
             "labels": splits.labels,
@@ -126,7 +177,7 @@ def _train(settings: Settings, stop: Stop, device: torch.device, precision: Prec
         version = publish(store, model, tokenizer, tokens, metadata, precision=precision, began=began)
         trackers.finish(version)
     checkpoints.remove()
-    return version
+    return version, splits
 
 
 def _trackers(settings: Settings, fingerprint: str, checkpoints: Checkpoints, world: World) -> Trackers:

@@ -1,4 +1,4 @@
-"""A trained model made a version: calibrated, saved, loaded again as anyone would, tested, and put in service."""
+"""A trained model made a version: calibrated, saved, loaded again as anyone would, and tested."""
 
 import copy
 import logging
@@ -38,7 +38,7 @@ def publish(
     precision: Precision,
     began: float,
 ) -> Version:
-    """Calibrate the model, save it, load it again as anyone would, test what was loaded, and make it the champion.
+    """Calibrate the model, save it, load it again as anyone would, and test what was loaded.
 
     Raises:
         StoreError: the store cannot be written.
@@ -74,7 +74,6 @@ def publish(
         }
         write_json(temporary / METADATA, metadata)
     version = read_version(folder)
-    store.set_champion(version)
     test_figures = metrics["test"]
     logger.info(
         "test_accuracy=%.4f; test_macro_f1=%.4f; test_log_loss=%.4f; test_ece=%.4f; test_ece_before_calibration=%.4f;",

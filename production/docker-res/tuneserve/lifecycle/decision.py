@@ -1,0 +1,84 @@
+"""What was decided about a version, and why: `decision.json` beside its weights."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from tuneserve.artifact import Version, replace_file
+from tuneserve.errors import StoreError
+
+DECISION = "decision.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing a candidate must show: a figure, its bound, whether it passed, and a sentence for people."""
+
+    name: str
+    passed: bool
+    value: float | None
+    bound: float | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on a candidate.
+
+    `champion` is the id of the version that it was compared with, None if there was none. `figures` holds everything
+    that was measured. `withdrawn_at` is set when people rolled it back.
+    """
+
+    version: str
+    verdict: Literal["accepted", "refused", "unknown"]
+    by: Literal["gate", "person"]
+    sentence: str
+    champion: str | None
+    checks: list[Check] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    withdrawn_at: str | None = None
+
+    @classmethod
+    def unknown(cls, version: str) -> "Decision":
+        """Of a version from before there was a gate."""
+        return cls(version, "unknown", "gate", "was never judged", None)
+
+    @classmethod
+    def by_a_person(cls, version: str, *, champion: str | None, before: "Decision | None") -> "Decision":
+        """Promoted by hand; what the gate had measured is kept."""
+        said = f" (before: {before.sentence})" if before else ""
+        checks, figures = (before.checks, before.figures) if before else ([], {})
+        return cls(version, "accepted", "person", f"promoted by hand{said}", champion, checks, figures)
+
+    @property
+    def stands(self) -> bool:
+        """Whether the version may serve."""
+        return self.verdict == "accepted" and self.withdrawn_at is None
+
+    def withdrawn(self) -> "Decision":
+        """The same, rolled back now."""
+        return replace(self, withdrawn_at=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def read_decision(version: Version) -> Decision | None:
+    """The decision about a version; None if there is none, or it cannot be read."""
+    try:
+        content = json.loads((version.folder / DECISION).read_text(encoding="utf-8"))
+        return Decision(**{**content, "checks": [Check(**one) for one in content["checks"]]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_decision(version: Version, decision: Decision) -> None:
+    """Put it beside the weights, whole or not at all.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    content = json.dumps(asdict(decision), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        replace_file(version.folder / DECISION, content.encode())
+    except OSError as error:
+        raise StoreError(f"{version.folder / DECISION} cannot be written: {error}") from error

@@ -1,0 +1,89 @@
+"""What a version can be judged by: the texts of its test, and marks of those it has learned from.
+
+    MODEL_PATH/evidence/<id>/test.parquet   columns `text` and `label`, at most MAX_TEXTS
+    MODEL_PATH/evidence/<id>/learned.npy    uint64 [training and validation texts], sorted: hashes, no texts
+
+It stands beside the version and not in it: a model can be handed to others without anybody's texts.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import xxhash
+
+from tuneserve.errors import StoreError
+from tuneserve.tokenization import plain
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_TEXTS = 2000
+"""Test texts that are kept: enough to see a point of accuracy, few enough to be answered in seconds."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Test texts with their labels."""
+
+    texts: list[str]
+    labels: list[str]
+
+
+def key_of(text: str) -> int:
+    """The same for texts that differ in case or spaces alone."""
+    return xxhash.xxh3_64_intdigest(" ".join(plain(text).casefold().split()).encode())
+
+
+def write_evidence(folder: Path, evidence: Evidence, learned: Iterable[str]) -> None:
+    """Write it whole or not at all.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    temporary = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        pq.write_table(pa.table({"text": evidence.texts, "label": evidence.labels}), temporary / "test.parquet")
+        np.save(temporary / "learned.npy", np.unique(np.fromiter(map(key_of, learned), dtype=np.uint64)))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """The test texts.
+
+    Raises:
+        StoreError: there are none, or they cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(folder / "test.parquet").to_pydict()
+        return Evidence(table["text"], table["label"])
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise StoreError(f"{folder / 'test.parquet'} cannot be read: {error}") from error
+
+
+def unlearned(folder: Path, texts: Sequence[str]) -> Array:
+    """Which texts the version of this folder has not learned from, bool [texts]; all, if nothing is known of it."""
+    try:
+        learned = np.load(folder / "learned.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        logger.warning("nothing is known of the texts that version %s has learned from", folder.name)
+        return np.ones(len(texts), dtype=bool)
+    return ~np.isin(np.array([key_of(text) for text in texts], dtype=np.uint64), learned)

@@ -1,0 +1,307 @@
+"""The gate: no candidate becomes champion before it has been loaded, asked, and compared, in a process of its own.
+
+A candidate passes if it answers as it did at training, reaches the floors, is not worse than the champion on the same
+texts (neither has learned from them), and is not much larger or slower. What was found is written beside its weights.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuneserve.artifact import Version
+from tuneserve.errors import NoModelError, RefusedError, StoreError
+from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
+from tuneserve.lifecycle.evidence import Evidence, read_evidence, unlearned
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+MIN_CLEAN_TEXTS = 50
+"""Fewest texts that neither model has learned from on which a comparison means something."""
+ENGINE_POINTS = 0.01
+"""How far the engine's accuracy may lie from torch's on the same texts."""
+TRIAL_TIMEOUT_S = 1800.0
+
+PROGRAM = Path(__file__).resolve().parents[2]
+TRIAL = "tuneserve.serving.trial"
+"""The module that asks versions; run in a process of its own, since nothing here may import the serving half."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is asked of a candidate; fractions, not percentages."""
+
+    min_accuracy: float
+    min_recall: float
+    max_accuracy_drop: float
+    max_latency_increase: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Bounds":
+        """As the settings say."""
+        return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
+
+
+def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
+    """Judge a candidate, write the decision down, and make it the champion if it passed.
+
+    A version that was decided on before keeps its decision, unless another champion has come since.
+
+    Raises:
+        RefusedError: it did not pass, now or before.
+        StoreError: the store cannot be read or written.
+    """
+    champion = _champion(store)
+    known = read_decision(candidate)
+    if champion is not None and champion.id == candidate.id:
+        return known or Decision.unknown(candidate.id)
+    if known is not None and not known.stands:
+        why = "people rolled it back" if known.withdrawn_at else known.sentence
+        raise RefusedError(
+            f"version {candidate.id} has these settings and data, and may not serve: {why}. "
+            f"Change either, or run.py promote {candidate.id}."
+        )
+    evidence = read_evidence(store.evidence_folder / candidate.id)
+    found = run_trial(candidate, champion, evidence, settings)
+    clean = unlearned(store.evidence_folder / champion.id, evidence.texts) if champion else None
+    decision = judge(candidate, champion, evidence, found, clean, Bounds.of(settings))
+    write_decision(candidate, decision)
+    for check in decision.checks:
+        logger.info("gate: %s: %s", check.name, check.sentence)
+    if not decision.stands:
+        store.forget_old(settings.keep_versions)
+        raise RefusedError(f"version {candidate.id} is refused: {decision.sentence}. The champion stays.")
+    store.set_champion(candidate)
+    logger.info("version %s is the champion: %s", candidate.id, decision.sentence)
+    if gone := store.forget_old(settings.keep_versions):
+        logger.info("removed old versions: %s (KEEP_VERSIONS=%d)", ", ".join(gone), settings.keep_versions)
+    return decision
+
+
+def _champion(store: Store) -> Version | None:
+    try:
+        return store.champion()
+    except NoModelError:
+        return None
+    except StoreError as error:
+        logger.warning("the champion cannot be compared with: %s", error)
+        return None
+
+
+def run_trial(
+    candidate: Version, champion: Version | None, evidence: Evidence, settings: Settings
+) -> dict[str, dict[str, Any] | None]:
+    """Load both in a fresh process and ask them the same texts; see `serving/trial.py` for what it finds.
+
+    A process that dies says nothing; it may have died of the champion, so the candidate is tried again alone.
+    """
+    versions = [candidate] if champion is None else [candidate, champion]
+    trials, ended = _in_fresh_process(versions, evidence, settings)
+    if trials is None and champion is not None:
+        trials, ended = _in_fresh_process([candidate], evidence, settings)
+        trials = trials and [*trials, {"error": "the champion cannot be loaded"}]
+    if trials is None:
+        trials = [{"error": f"the process that tried it {ended}"}, None]
+    return {"candidate": trials[0], "champion": trials[1] if champion is not None else None}
+
+
+def _in_fresh_process(
+    versions: Sequence[Version], evidence: Evidence, settings: Settings
+) -> tuple[list[dict[str, Any] | None] | None, str]:
+    asked = {
+        "versions": [str(one.folder) for one in versions],
+        "texts": evidence.texts,
+        "settings": settings.public() | {"long_text": "truncate"},
+    }
+    with tempfile.TemporaryDirectory(prefix="trial-") as folder:
+        question, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
+        question.write_text(json.dumps(asked), encoding="utf-8")
+        command = [sys.executable, "-m", TRIAL, str(question), str(answer)]
+        try:
+            code = subprocess.run(command, cwd=PROGRAM, timeout=TRIAL_TIMEOUT_S, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return None, f"took more than {TRIAL_TIMEOUT_S:.0f} s"
+        if code or not answer.exists():
+            return None, f"ended with exit code {code}"
+        return json.loads(answer.read_text(encoding="utf-8")), ""
+
+
+def judge(
+    candidate: Version,
+    champion: Version | None,
+    evidence: Evidence,
+    found: dict[str, Any],
+    clean: Array | None,
+    bounds: Bounds,
+) -> Decision:
+    """The decision that follows from a trial.
+
+    Args:
+        candidate: the version that wants to serve.
+        champion: the one that does, if there is one.
+        evidence: the candidate's test texts.
+        found: of each version `{"error": str | None, "predicted": [label], "latency_ms": float, "bytes": int}`.
+        clean: which of the texts the champion has not learned from, bool [texts].
+        bounds: what is asked.
+    """
+    trial, other = found["candidate"], found["champion"]
+    before = champion.id if champion is not None else None
+    if trial["error"]:
+        checks = [Check("loads", False, None, None, trial["error"])]
+        return Decision(candidate.id, "refused", "gate", trial["error"], before, checks)
+    labels = np.array(evidence.labels)
+    right = np.array(trial["predicted"]) == labels
+    figures: dict[str, Any] = {
+        "texts": len(labels),
+        "accuracy": _rounded(right.mean()),
+        "recall": {label: _rounded(right[labels == label].mean()) for label in sorted(set(evidence.labels))},
+        "latency_ms": trial["latency_ms"],
+        "bytes": trial["bytes"],
+    }
+    checks = [
+        Check("loads", True, None, None, "loads in a fresh process and gives its golden answers"),
+        _same_as_torch(candidate, right),
+        *_floors(figures, bounds),
+    ]
+    if champion is not None and other is not None and clean is not None:
+        if other["error"]:
+            checks.append(Check("champion", True, None, None, f"nothing to compare with: {other['error']}"))
+        else:
+            right_before = np.array(other["predicted"]) == labels
+            figures["champion"] = {
+                "version": champion.id,
+                "accuracy": _rounded(right_before.mean()),
+                "latency_ms": other["latency_ms"],
+                "bytes": other["bytes"],
+            }
+            checks.append(_not_worse(right, right_before, clean, bounds.max_accuracy_drop, figures))
+            for name, what, unit in (("latency", "latency_ms", "ms"), ("size", "bytes", "bytes")):
+                checks.append(_not_above(name, trial[what], other[what], bounds.max_latency_increase, unit))
+    failed = [check.sentence for check in checks if not check.passed]
+    sentence = (
+        "; ".join(failed)
+        if failed
+        else next(
+            (check.sentence for check in checks if check.name == "comparison"), "passed, with no champion before it"
+        )
+    )
+    verdict: Any = "refused" if failed else "accepted"
+    return Decision(candidate.id, verdict, "gate", sentence, before, checks, figures)
+
+
+def _same_as_torch(candidate: Version, right: Array) -> Check:
+    """The exported engine against what torch measured on the whole test when the version was saved."""
+    test = candidate.metadata["metrics"]["test"]
+    accuracy, torch_accuracy = float(right.mean()), float(test["accuracy"])
+    tested = sum(candidate.metadata["data"]["counts"]["test"].values())
+    # Of a larger test a part was drawn, whose accuracy varies by chance.
+    chance = 0.0 if tested <= len(right) else 3 * float(np.sqrt(torch_accuracy * (1 - torch_accuracy) / len(right)))
+    bound = ENGINE_POINTS + chance + 1 / len(right)
+    difference = abs(accuracy - torch_accuracy)
+    return Check(
+        "engine",
+        difference <= bound,
+        _rounded(difference),
+        _rounded(bound),
+        f"the engine has {accuracy:.2%} right where torch had {torch_accuracy:.2%}",
+    )
+
+
+def _floors(figures: dict[str, Any], bounds: Bounds) -> list[Check]:
+    accuracy = figures["accuracy"]
+    label, recall = min(figures["recall"].items(), key=lambda pair: pair[1])
+    words = {True: "reaches", False: "is below"}
+    above = accuracy >= bounds.min_accuracy, recall >= bounds.min_recall
+    return [
+        Check(
+            "accuracy",
+            above[0],
+            accuracy,
+            bounds.min_accuracy,
+            f"accuracy {accuracy:.2%} {words[above[0]]} MIN_ACCURACY={bounds.min_accuracy:g}",
+        ),
+        Check(
+            "recall",
+            above[1],
+            recall,
+            bounds.min_recall,
+            f"the lowest recall, {recall:.2%} of {label!r}, {words[above[1]]} MIN_RECALL={bounds.min_recall:g}",
+        ),
+    ]
+
+
+def _not_worse(right: Array, right_before: Array, clean: Array, max_drop: float, figures: dict[str, Any]) -> Check:
+    """Non-inferiority: the lower end of the paired bootstrap's interval must not lie below the drop that is allowed."""
+    learned = int((~clean).sum())
+    figures["champion"] |= {"texts_it_learned_from": learned, "clean_texts": int(clean.sum())}
+    said = f"; {learned} texts that the champion has learned from are left out" if learned else ""
+    if clean.sum() < MIN_CLEAN_TEXTS:
+        return Check(
+            "comparison",
+            True,
+            None,
+            None,
+            f"no comparison: the champion has not learned from only {clean.sum()} of the {len(clean)} test texts",
+        )
+    difference = float(right[clean].mean() - right_before[clean].mean())
+    low, high = paired_bootstrap(right[clean], right_before[clean])
+    figures["champion"] |= {"difference": _rounded(difference), "low": _rounded(low), "high": _rounded(high)}
+    passed = low >= -max_drop
+    verdict = "is not worse than" if passed else "may be worse than"
+    return Check(
+        "comparison",
+        passed,
+        _rounded(low),
+        -max_drop,
+        f"{verdict} the champion: {100 * difference:+.2f} points on {clean.sum()} texts, with 95% confidence at least "
+        f"{100 * low:+.2f} where {-100 * max_drop:+g} is allowed (MAX_ACCURACY_DROP){said}",
+    )
+
+
+def paired_bootstrap(right: Array, right_before: Array, *, seed: int = 0) -> tuple[float, float]:
+    """One-sided 95% bounds of the difference in accuracy, both models having answered the same texts.
+
+    The texts are drawn anew with replacement (Efron and Tibshirani, An Introduction to the Bootstrap, 1993). A text
+    counts +1, 0 or -1, so a draw of all is one of the three counts: no loop over texts is needed.
+
+    Args:
+        right: whether the candidate answered rightly, bool [texts].
+        right_before: whether the champion did, bool [texts].
+        seed: of the draws.
+    """
+    count = len(right)
+    gained, lost = int((right & ~right_before).sum()), int((~right & right_before).sum())
+    draws = np.random.default_rng(seed).multinomial(
+        count, [gained / count, lost / count, (count - gained - lost) / count], size=RESAMPLES
+    )
+    differences = (draws[:, 0] - draws[:, 1]) / count
+    low, high = np.quantile(differences, [1 - CONFIDENCE, CONFIDENCE])
+    return float(low), float(high)
+
+
+def _not_above(name: str, value: float, before: float, max_increase: float, unit: str) -> Check:
+    bound = before * (1 + max_increase)
+    return Check(
+        name,
+        value <= bound,
+        _rounded(value),
+        _rounded(bound),
+        f"{name} {value:,.6g} {unit}, the champion's {before:,.6g} (MAX_LATENCY_INCREASE={max_increase:g})",
+    )
+
+
+def _rounded(value: Any) -> float:
+    return round(float(value), 6)

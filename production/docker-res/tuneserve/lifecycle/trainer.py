@@ -1,0 +1,203 @@
+"""Training as a child of the server: one at a time, its output in the container's log, its memory gone when it ends.
+
+MODEL_PATH/jobs/<id>.json   each training that a server started, and how it ended
+"""
+
+import json
+import logging
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Literal
+from uuid import uuid4
+
+from tuneserve.artifact import replace_file
+from tuneserve.errors import BusyError, RefusedError, TuneserveError
+from tuneserve.lifecycle.status import read_status
+from tuneserve.lifecycle.store import Store
+
+logger = logging.getLogger(__name__)
+
+KEEP_JOBS = 100
+SAVE_S = 20.0
+"""Seconds that a training gets to write its checkpoint after SIGTERM."""
+
+State = Literal["running", "finished", "refused", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: why it was started, how it goes or went."""
+
+    id: str
+    why: str
+    state: State
+    started_at: str
+    ended_at: str | None = None
+    exit_code: int | None = None
+    version: str | None = None
+    said: str | None = None
+
+
+class Trainer:
+    """Starts trainings and remembers them.
+
+    Args:
+        command: that trains; `--beside` is added when a model answers meanwhile.
+        store: that it trains for.
+        serves: whether a model answers now.
+        on_end: told of each job that ended, on a thread of its own.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        store: Store,
+        *,
+        serves: Callable[[], bool],
+        on_end: Callable[[Job], None] = lambda job: None,
+    ) -> None:
+        self.on_end = on_end
+        self._command = list(command)
+        self._store = store
+        self._serves = serves
+        self._folder = store.root / "jobs"
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._job: Job | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def start(self, why: str) -> Job:
+        """Start a training.
+
+        Raises:
+            BusyError: one is running, or the server is about to end.
+        """
+        with self._lock:
+            if self._closed or (self._job is not None and self._job.state == "running"):
+                raise BusyError("A training is running already." if not self._closed else "The server is about to end.")
+            now = datetime.now(UTC)
+            job = Job(f"{now:%Y%m%dT%H%M%SZ}-{uuid4().hex[:6]}", why, "running", _said(now))
+            self._job = job
+            self._keep(job)
+            self._thread = threading.Thread(target=self._run, args=[job], name="training", daemon=True)
+            self._thread.start()
+        return job
+
+    @property
+    def running(self) -> Job | None:
+        """The job that runs now."""
+        job = self._job
+        return job if job is not None and job.state == "running" else None
+
+    def progress(self) -> dict[str, object]:
+        """How far the running job is: `phase`, and while it learns `epoch`, `progress`, `loss`, `eta_s`."""
+        if self.running is None:
+            return {}
+        status = read_status(self._store.status_file)
+        if status.get("phase") in (None, "finished", "failed"):  # of the training before
+            return {"phase": "preparing"}
+        return {name: value for name, value in status.items() if name != "pid"}
+
+    def jobs(self) -> list[Job]:
+        """All that are remembered, newest first."""
+        names = sorted((path.stem for path in self._folder.glob("*.json")), reverse=True)
+        return [job for name in names if (job := self.job(name)) is not None]
+
+    def job(self, name: str) -> Job | None:
+        """One job by its id. What another server left running when it died counts as interrupted."""
+        current = self._job
+        if current is not None and current.id == name:
+            return current
+        if not name.replace("-", "").isalnum():
+            return None
+        try:
+            job = Job(**json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return replace(job, state="interrupted") if job.state == "running" else job
+
+    def interrupt(self) -> None:
+        """Let the running training write its checkpoint and end; no other starts any more."""
+        with self._lock:
+            self._closed = True
+            if self._child is not None and self._child.poll() is None:
+                self._child.terminate()
+
+    def close(self) -> None:
+        """Wait for that end, and force it if it does not come."""
+        self.interrupt()
+        if self._thread is not None:
+            self._thread.join(SAVE_S)
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+
+    def _run(self, job: Job) -> None:
+        # The child ends when the thread that started it does: this one waits for it.
+        beside = ["--beside"] if self._serves() else []
+        try:
+            with self._lock:
+                if self._closed:
+                    return
+                self._child = subprocess.Popen([*self._command, *beside], start_new_session=False)
+            code = self._child.wait()
+            job = self._ended(job, code)
+        except OSError as error:
+            job = replace(job, state="failed", ended_at=_said(datetime.now(UTC)), said=f"could not be started: {error}")
+        self._job = job
+        self._keep(job)
+        logger.log(
+            logging.INFO if job.state == "finished" else logging.WARNING,
+            "training %s (%s): %s%s",
+            job.id,
+            job.why,
+            job.state,
+            f": {job.said}" if job.said else "",
+        )
+        self.on_end(job)
+
+    def _ended(self, job: Job, code: int) -> Job:
+        status = read_status(self._store.status_file)
+        said = status.get("decision") or status.get("reason")
+        state: State = "failed"
+        if code == 0:
+            state = "finished"
+        elif code == RefusedError.exit_code:
+            state = "refused"
+        elif code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            state, said = "interrupted", "a signal came; the same training goes on from its checkpoint"
+        elif code < 0:
+            said = f"killed by signal {-code}"
+        return replace(
+            job,
+            state=state,
+            ended_at=_said(datetime.now(UTC)),
+            exit_code=code if code >= 0 else 128 - code,
+            version=status.get("version"),
+            said=said,
+        )
+
+    def _keep(self, job: Job) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            replace_file(self._folder / f"{job.id}.json", json.dumps(asdict(job), indent=2).encode())
+            for old in sorted(self._folder.glob("*.json"))[:-KEEP_JOBS]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("job %s cannot be remembered: %s", job.id, error)
+
+
+def _said(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+class FailedTrainingError(TuneserveError):
+    """The first training ended without a model, and there is none to serve; the exit code is the training's."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(f"The training ended with exit code {job.exit_code} and there is nothing to serve: {job.said}")
+        self.exit_code = job.exit_code or 1

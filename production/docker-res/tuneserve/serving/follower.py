@@ -1,0 +1,127 @@
+"""Follows the store's champion: loads it beside the one that answers, proves it, and lets the slot change over.
+
+It reads a one-line file a few times a second, which works on every file system, network ones too.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from tuneserve.artifact import Version
+from tuneserve.errors import NoModelError, StoreError, TuneserveError
+from tuneserve.lifecycle.store import Store
+from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.slot import Slot
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 0.2
+RETRY_S = 2.0
+LONGEST_RETRY_S = 60.0
+"""A version that was refused is tried again later: on a network file system its files may come after the pointer."""
+
+
+class Follower:
+    """A thread that keeps the slot at the champion.
+
+    Args:
+        store: whose champion is followed.
+        slot: that it goes into.
+        load: makes a classifier of a version, which has proved itself.
+        required: whether it is a failure now if there is nothing to answer with.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        slot: Slot,
+        load: Callable[[Version], Classifier],
+        *,
+        required: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._store, self._slot, self._load, self._required = store, slot, load, required
+        self._refused, self._again_at, self._pause_s = "", 0.0, RETRY_S
+        self._complaint = ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow-champion", daemon=True)
+
+    def start(self) -> None:
+        """Load what is there, and follow from then on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop following; a model that is just being loaded is waited for."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _follow(self) -> None:
+        self._fill()
+        while not self._ended.wait(EVERY_S) and self._slot.phase != "failed":
+            self.look()
+
+    def _fill(self) -> None:
+        """The first model: the champion or, if it cannot answer, the last one that could."""
+        champion, failure = None, None
+        try:
+            champion = self._store.champion_id()
+            failure = self._take(champion) if champion is not None else None
+        except StoreError as error:
+            self._complain(error)
+            failure = error
+        if failure is not None:
+            for version in self._store.last_good():
+                if version.id != champion and self._take(version.id) is None:
+                    logger.warning("version %s answers in the champion's place", version.id)
+                    return
+        if self._slot.empty and self._required():
+            self._slot.fail(
+                failure or NoModelError(f"There is no model in MODEL_PATH={self._store.root} that can be served.")
+            )
+
+    def look(self) -> None:
+        """Change over if the pointer names another version than the one that answers."""
+        try:
+            champion = self._store.champion_id()
+        except StoreError as error:
+            self._complain(error)
+            return
+        self._complaint = ""
+        if champion is None or champion == self._slot.version_id:
+            self._refused = ""
+            return
+        if champion == self._refused and time.monotonic() < self._again_at:
+            return
+        failure = self._take(champion)
+        if failure is not None and self._slot.empty and self._required():
+            self._slot.fail(failure)
+
+    def _take(self, name: str) -> Exception | None:
+        """Let this version answer; what speaks against it is logged once, counted and returned."""
+        if self._slot.bring_back(name):
+            return None
+        if self._slot.empty:
+            self._slot.phase = "loading"
+        try:
+            classifier = self._load(self._store.version(name))
+            classifier.engine.warm_up()
+        except Exception as error:  # whatever it is, the model that answers must go on
+            if self._slot.empty:
+                self._slot.phase = "empty"
+            self._slot.metrics.swaps.labels("refused").inc()
+            if name != self._refused:
+                self._refused, self._pause_s = name, RETRY_S
+                known = isinstance(error, TuneserveError)
+                logger.error("version %s cannot serve: %s", name, error, exc_info=None if known else error)
+            self._again_at = time.monotonic() + self._pause_s
+            self._pause_s = min(LONGEST_RETRY_S, 2 * self._pause_s)
+            return error
+        self._refused = ""
+        self._slot.take(classifier)
+        return None
+
+    def _complain(self, error: StoreError) -> None:
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            logger.error("%s", error)
