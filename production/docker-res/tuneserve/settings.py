@@ -6,8 +6,10 @@
 import difflib
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
@@ -23,6 +25,12 @@ SAMPLE = "sample"
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
+
+WORDS = {
+    "retrain_schedule": "five fields as crontab has them",
+    "retrain_time_zone": "the name of a time zone",
+}
+"""What a variable may hold where its type does not say it."""
 
 Fraction = Annotated[float, Field(gt=0, le=0.5)]
 Folder = Annotated[Path, AfterValidator(_absolute)]
@@ -173,6 +181,16 @@ class Settings(BaseModel):
     keep_versions: int = Field(default=10, ge=2)
     """Versions that the store keeps; the champion and the one before it always stay."""
 
+    retrain_schedule: str = ""
+    """When `train-serve` trains again, as cron writes it: minute, hour, day, month, weekday (`0 3 * * 1` is Mondays at
+    three). Empty: never. What a stopped container missed is caught up once."""
+
+    retrain_time_zone: str = "UTC"
+    """Time zone of RETRAIN_SCHEDULE, such as `Europe/Berlin`."""
+
+    retrain_jitter_s: float = Field(default=0, ge=0)
+    """Seconds by which a scheduled training is put off, at most, so that many containers do not start at once."""
+
     retrain_nice: int = Field(default=19, ge=0, le=19)
     """Niceness of a training beside a model that answers: 19 leaves it only what serving does not use."""
 
@@ -207,6 +225,27 @@ class Settings(BaseModel):
     def _dataset_is_named(cls, value: str) -> str:
         if not value:
             raise ValueError("should name a data set")
+        return value
+
+    @field_validator("retrain_schedule")
+    @classmethod
+    def _schedule_is_crons(cls, value: str) -> str:
+        if value:
+            from cronsim import CronSim, CronSimError
+
+            try:
+                CronSim(value if len(value.split()) == 5 else "", datetime(2026, 1, 1, tzinfo=UTC))
+            except CronSimError:
+                raise ValueError("should be cron's five fields") from None
+        return value
+
+    @field_validator("retrain_time_zone")
+    @classmethod
+    def _zone_is_known(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError):
+            raise ValueError("should be an IANA time zone") from None
         return value
 
     @classmethod
@@ -265,6 +304,8 @@ def _is_secret(field: str) -> bool:
 
 def allowed(field: str) -> str:
     """What a variable may hold, in words: `a whole number, 1 or more`."""
+    if field in WORDS:
+        return WORDS[field]
     info = Settings.model_fields[field]
     return _kind(info.annotation) + _bounds(info.metadata)
 

@@ -30,5 +30,5 @@ def yield_to_server(settings: Settings) -> Settings:
     if threads == "auto":
         threads = max(1, int(cpu_quota() if settings.omp_num_threads == "auto" else settings.omp_num_threads) // 2)
     # Read by torch's allocator when it starts, in the workers of a training in several processes too.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"per_process_memory_fraction:{settings.retrain_gpu_fraction}")
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{settings.retrain_gpu_fraction}"
     return settings.model_copy(update={"omp_num_threads": threads})

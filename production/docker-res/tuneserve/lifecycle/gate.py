@@ -188,8 +188,9 @@ def judge(
                 "bytes": other["bytes"],
             }
             checks.append(_not_worse(right, right_before, clean, bounds.max_accuracy_drop, figures))
-            for name, what, unit in (("latency", "latency_ms", "ms"), ("size", "bytes", "bytes")):
-                checks.append(_not_above(name, trial[what], other[what], bounds.max_latency_increase, unit))
+            increase = bounds.max_latency_increase
+            checks.append(_not_above("latency", "ms", trial["latency_ms"], other["latency_ms"], increase))
+            checks.append(_not_above("size", "MB", trial["bytes"] / 1e6, other["bytes"] / 1e6, increase))
     failed = [check.sentence for check in checks if not check.passed]
     sentence = (
         "; ".join(failed)
@@ -260,7 +261,7 @@ def _not_worse(right: Array, right_before: Array, clean: Array, max_drop: float,
     low, high = paired_bootstrap(right[clean], right_before[clean])
     figures["champion"] |= {"difference": _rounded(difference), "low": _rounded(low), "high": _rounded(high)}
     passed = low >= -max_drop
-    verdict = "is not worse than" if passed else "may be worse than"
+    verdict = "not worse than" if passed else "may be worse than"
     return Check(
         "comparison",
         passed,
@@ -292,15 +293,12 @@ def paired_bootstrap(right: Array, right_before: Array, *, seed: int = 0) -> tup
     return float(low), float(high)
 
 
-def _not_above(name: str, value: float, before: float, max_increase: float, unit: str) -> Check:
+def _not_above(name: str, unit: str, value: float, before: float, max_increase: float) -> Check:
     bound = before * (1 + max_increase)
-    return Check(
-        name,
-        value <= bound,
-        _rounded(value),
-        _rounded(bound),
-        f"{name} {value:,.6g} {unit}, the champion's {before:,.6g} (MAX_LATENCY_INCREASE={max_increase:g})",
-    )
+    passed = value <= bound
+    more = "" if passed else f", more than MAX_LATENCY_INCREASE={max_increase:g} allows"
+    sentence = f"{name} {value:.3g} {unit}, the champion's {before:.3g}{more}"
+    return Check(name, passed, _rounded(value), _rounded(bound), sentence)
 
 
 def _rounded(value: Any) -> float:

@@ -11,6 +11,8 @@ import uvicorn
 
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, SettingsError
+from tuneserve.lifecycle.retraining import Retraining
+from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
 from tuneserve.serving.api import create_app
@@ -78,7 +80,6 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
     slot = open_slot(settings)
     trainer = None
     if training:
-        store.prepare()
         trainer = Trainer(training, store, serves=lambda: not slot.empty)
     server = Server(
         uvicorn.Config(
@@ -99,8 +100,12 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
         logger.info("listening on http://%s:%d (docs at /docs)", settings.host, settings.port)
         slot.on_failure = leave
         follower = follow(settings, slot, threads=threads, trainer=trainer)
+        retraining = None
         if trainer is not None:
+            store.prepare()
             _train_first(trainer, slot)
+            retraining = Retraining(trainer, schedule=_schedule(settings, store))
+            retraining.start()
         follower.start()
         try:
             server.run(sockets=[listener])
@@ -110,11 +115,25 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
                 raise
         finally:
             follower.close()
+            if retraining is not None:
+                retraining.close()
             if trainer is not None:
                 trainer.close()
             slot.close()
     if slot.failure is not None:
         raise slot.failure
+
+
+def _schedule(settings: Settings, store: Store) -> Schedule | None:
+    if not settings.retrain_schedule:
+        return None
+    return Schedule(
+        settings.retrain_schedule,
+        settings.retrain_time_zone,
+        jitter_s=settings.retrain_jitter_s,
+        memory=store.root / "schedule.json",
+        host=socket.gethostname(),
+    )
 
 
 def _train_first(trainer: Trainer, slot: Slot) -> None:

@@ -79,12 +79,13 @@ def _train(settings: Settings, stop: Stop, device: torch.device, precision: Prec
         status = Status(None)
         if world.leads:
             store.prepare()
-            stack.enter_context(hold(store.lock, "training"))
+            lock = stack.enter_context(hold(store.lock))
             status = stack.enter_context(Status(store.status_file))
         version, splits = _find_or_learn(settings, stop, device, precision, world, store, status)
         if version is not None and world.leads:
             status.phase("judging")
             keep_evidence(store, version, splits, seed=settings.seed)
+            lock.require()
             status.decided(gate.admit(store, version, settings))
     return version
 
