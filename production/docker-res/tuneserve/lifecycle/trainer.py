@@ -141,10 +141,11 @@ class Trainer:
         beside = ["--beside"] if self._serves() else []
         try:
             with self._lock:
-                if self._closed:
-                    return
-                self._child = subprocess.Popen([*self._command, *beside], start_new_session=False)
-            code = self._child.wait()
+                self._child = None
+                if not self._closed:
+                    self._store.status_file.unlink(missing_ok=True)  # what it says is of the training before
+                    self._child = subprocess.Popen([*self._command, *beside])
+            code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)
         except OSError as error:
             job = replace(job, state="failed", ended_at=_said(datetime.now(UTC)), said=f"could not be started: {error}")
@@ -168,6 +169,8 @@ class Trainer:
             state = "finished"
         elif code == RefusedError.exit_code:
             state = "refused"
+        elif code == BusyError.exit_code:
+            said = "another process is training for this store"
         elif code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
             state, said = "interrupted", "a signal came; the same training goes on from its checkpoint"
         elif code < 0:

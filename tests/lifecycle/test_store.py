@@ -1,6 +1,7 @@
 """Versions and the pointer to the one that answers, on real disks that fail and in processes that die."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 from tuneserve.artifact import METADATA, Version, new_version, read_version, replace_file, write_json
 from tuneserve.errors import NoModelError, StoreError
+from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
+from tuneserve.lifecycle.listing import table
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT
 
@@ -342,3 +345,99 @@ def test_a_disk_too_small_for_a_checkpoint_is_a_clear_error(disk: Any) -> None:
             with pytest.raises(StoreError, match="No space left"):
                 save()
     assert content(disk.path) == ["run"]
+
+
+def accept(store: Store, *names: str) -> list[Version]:
+    versions = []
+    for name in names:
+        versions.append(add(store, name))
+        write_decision(versions[-1], Decision(name, "accepted", "gate", "passed", store.champion_id()))
+        store.set_champion(versions[-1])
+    return versions
+
+
+def test_the_champion_before_is_remembered(store: Store) -> None:
+    assert store.previous() is None
+    accept(store, "one", "two", "three")
+    store.set_champion(store.version("three"))  # once more changes nothing
+    assert (store.champion_id(), store.previous()) == ("three", store.version("two"))
+
+
+def test_a_rollback_goes_back_and_withdraws(store: Store) -> None:
+    accept(store, "one", "two")
+    now, withdrawn = store.rollback()
+    assert (now.id, withdrawn, store.champion_id()) == ("one", "two", "one")
+    decision = read_decision(store.version("two"))
+    assert decision is not None
+    assert decision.withdrawn_at
+    assert not decision.stands
+    with pytest.raises(StoreError, match=r"two, was withdrawn itself; choose one: run\.py promote"):
+        store.rollback()
+    assert store.champion_id() == "one"
+
+
+def test_there_is_nothing_to_roll_back_to_after_the_first_version(store: Store) -> None:
+    accept(store, "one")
+    with pytest.raises(StoreError, match="remembers no version before one"):
+        store.rollback()
+
+
+def test_a_rollback_works_when_the_champion_is_gone(store: Store) -> None:
+    accept(store, "one", "two")
+    shutil.rmtree(store.versions_folder / "two")
+    assert store.rollback()[0].id == "one"
+
+
+def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    accept(store, "one")
+    refused = add(store, "two")
+    write_decision(refused, Decision("two", "refused", "gate", "too slow", "one"))
+    store.promote("two")
+    assert "two is promoted though: too slow" in caplog.text
+    decision = read_decision(refused)
+    assert decision is not None
+    assert (decision.by, decision.stands, store.champion_id()) == ("person", True, "two")
+    assert "too slow" in decision.sentence
+    for name in ("none", "../one", "", ".hidden"):
+        with pytest.raises(StoreError):
+            store.promote(name)
+
+
+def test_a_damaged_version_cannot_be_promoted(store: Store) -> None:
+    add(store, "one", files={"model.safetensors": 10})
+    with pytest.raises(StoreError, match="damaged"):
+        store.promote("one")
+    assert store.champion_id() is None
+
+
+def test_old_versions_go_but_never_the_champion_or_the_one_before(store: Store) -> None:
+    accept(store, "a", "b", "c", "d", "e")
+    store.promote("b")
+    (store.evidence_folder / "a").mkdir(parents=True)
+    assert store.forget_old(3) == ["a", "c"]
+    assert [version.id for version in store.versions()] == ["b", "d", "e"]
+    assert not (store.evidence_folder / "a").exists()
+    assert store.forget_old(1) == ["d"]
+    assert (store.champion_id(), store.previous()) == ("b", store.version("e"))
+
+
+def test_the_last_good_versions_come_when_the_champion_cannot(store: Store) -> None:
+    accept(store, "one", "two", "three")
+    write_decision(add(store, "four"), Decision("four", "refused", "gate", "worse", "three"))
+    add(store, "five")
+    store.pointer.write_bytes(b"")
+    assert [version.id for version in store.last_good()] == ["two", "three", "one"]
+
+
+def test_a_listing_shows_each_version_with_its_decision(store: Store) -> None:
+    assert "no version" in table(store.root)
+    accept(store, "one", "two")
+    store.rollback()
+    add(store, "zero", metrics={"test": {"accuracy": 0.875}}, created_at="2026-01-02T03:04:05+00:00")
+    lines = table(store.root).splitlines()
+    assert [line.split()[0] for line in lines] == ["version", "one", "two", "zero"]
+    assert "champion" in lines[1]
+    assert "previous" in lines[2]
+    assert "withdrawn" in lines[2]
+    assert "87.50%" in lines[3]
+    assert "not judged" in lines[3]

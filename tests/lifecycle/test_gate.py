@@ -1,0 +1,154 @@
+"""What the gate lets through, and what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuneserve.artifact import Version
+from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
+from tuneserve.lifecycle.evidence import Evidence, key_of, read_evidence, unlearned, write_evidence
+from tuneserve.lifecycle.gate import Bounds, judge, paired_bootstrap
+
+BOUNDS = Bounds(min_accuracy=0, min_recall=0, max_accuracy_drop=0.02, max_latency_increase=0.5)
+TEXTS = 400
+EVIDENCE = Evidence([f"text {number}" for number in range(TEXTS)], ["bad", "good"] * (TEXTS // 2))
+
+
+def version(name: str, accuracy: float = 0.9) -> Version:
+    metadata = {
+        "labels": ["bad", "good"],
+        "metrics": {"test": {"accuracy": accuracy}},
+        "data": {"counts": {"test": {"bad": TEXTS // 2, "good": TEXTS // 2}}},
+    }
+    return Version(Path("/nowhere") / name, metadata)
+
+
+def trial(wrong: range | list[int], **changed: Any) -> dict[str, Any]:
+    """A version that is wrong on these texts."""
+    predicted = [
+        {"bad": "good", "good": "bad"}[label] if place in set(wrong) else label
+        for place, label in enumerate(EVIDENCE.labels)
+    ]
+    return {"error": None, "predicted": predicted, "latency_ms": 2.0, "bytes": 100_000_000, **changed}
+
+
+def decide(candidate: dict[str, Any], champion: dict[str, Any] | None = None, **changed: Any) -> Decision:
+    accuracy = float(np.mean(np.array(candidate["predicted"] or EVIDENCE.labels) == np.array(EVIDENCE.labels)))
+    options: dict[str, Any] = {"clean": np.ones(TEXTS, dtype=bool), "bounds": BOUNDS, "torch": accuracy, **changed}
+    return judge(
+        version("new", options["torch"]),
+        version("old") if champion else None,
+        EVIDENCE,
+        {"candidate": candidate, "champion": champion},
+        options["clean"] if champion else None,
+        options["bounds"],
+    )
+
+
+def bounds(**changed: float) -> Bounds:
+    return Bounds(**{**BOUNDS.__dict__, **changed})
+
+
+def test_the_first_candidate_needs_no_champion() -> None:
+    decision = decide(trial(range(40)))
+    assert (decision.verdict, decision.champion) == ("accepted", None)
+    assert decision.figures["accuracy"] == 0.9
+
+
+def test_a_candidate_that_cannot_be_loaded_is_refused_in_its_own_words() -> None:
+    decision = decide({"error": "the weights are torn", "predicted": []})
+    assert (decision.verdict, decision.sentence) == ("refused", "the weights are torn")
+
+
+def test_an_engine_that_answers_otherwise_than_torch_is_refused() -> None:
+    assert decide(trial(range(40)), torch=0.905).stands
+    decision = decide(trial(range(40)), torch=0.95)
+    assert decision.verdict == "refused"
+    assert "90.00% right where torch had 95.00%" in decision.sentence
+
+
+def test_the_floors_hold_for_all_and_for_each_label() -> None:
+    candidate = trial(range(0, 120, 2))  # 60 of 200 bad ones wrong
+    assert decide(candidate, bounds=bounds(min_accuracy=0.85, min_recall=0.7)).stands
+    assert "is below MIN_ACCURACY=0.86" in decide(candidate, bounds=bounds(min_accuracy=0.86)).sentence
+    assert "70.00% of 'bad', is below MIN_RECALL=0.71" in decide(candidate, bounds=bounds(min_recall=0.71)).sentence
+
+
+def test_a_worse_candidate_is_refused_and_a_better_one_taken() -> None:
+    good, worse = trial(range(40)), trial(range(80))
+    assert decide(good, worse).stands
+    refused = decide(worse, good)
+    assert refused.verdict == "refused"
+    assert "may be worse than the champion: -10.00 points on 400 texts" in refused.sentence
+    assert refused.champion == "old"
+
+
+def test_a_candidate_is_taken_only_if_the_drop_is_excluded_at_95_percent() -> None:
+    # One point worse on the whole, by 4 texts lost; or by 44 lost and 40 won, of which chance could have made more.
+    before = trial(range(40))
+    assert decide(trial(range(44)), before).stands
+    shuffled = trial([*range(40, 84)])
+    assert decide(shuffled, before).verdict == "refused"
+    assert decide(shuffled, before, bounds=bounds(max_accuracy_drop=0.06)).stands
+
+
+def test_texts_that_the_champion_has_learned_from_do_not_count() -> None:
+    clean = np.arange(TEXTS) >= 200
+    champion = trial(range(200, 240))  # faultless on what it knows by heart
+    candidate = trial(range(40))
+    assert not decide(candidate, champion).stands
+    decision = decide(candidate, champion, clean=clean)
+    assert decision.stands
+    assert decision.figures["champion"]["difference"] == 0.2
+    assert "200 texts that the champion has learned from are left out" in decision.sentence
+    few = decide(trial(range(80)), trial([]), clean=np.arange(TEXTS) < 49)
+    assert few.stands
+    assert "only 49 of the 400" in next(check.sentence for check in few.checks if check.name == "comparison")
+
+
+@pytest.mark.parametrize(("what", "value"), [("latency_ms", 3.1), ("bytes", 151_000_000)])
+def test_a_candidate_much_slower_or_larger_is_refused(what: str, value: float) -> None:
+    decision = decide(trial([], **{what: value}), trial([]))
+    assert decision.verdict == "refused"
+    assert "MAX_LATENCY_INCREASE=0.5" in decision.sentence
+    assert decide(trial([], **{what: value}), trial([]), bounds=bounds(max_latency_increase=0.6)).stands
+
+
+def test_a_champion_that_cannot_be_loaded_holds_nobody_up() -> None:
+    assert decide(trial(range(40)), {"error": "torn"}).stands
+
+
+def test_the_bootstrap_covers_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    below = 0
+    for seed in range(400):
+        gains = rng.random(500)
+        right, before = gains < 0.86, (gains < 0.80) | (gains > 0.96)  # truly 86% and 84%
+        low, high = paired_bootstrap(right, before, seed=seed)
+        assert low <= high
+        below += low > 0.02
+    assert 0.02 < below / 400 < 0.08
+
+
+def test_a_decision_is_read_as_it_was_written(tmp_path: Path) -> None:
+    one = Version(tmp_path, {"labels": []})
+    assert read_decision(one) is None
+    decision = decide(trial(range(80)), trial(range(40)))
+    write_decision(one, decision)
+    assert read_decision(one) == decision
+    (tmp_path / "decision.json").write_text("{")
+    assert read_decision(one) is None
+
+
+def test_evidence_has_the_texts_of_the_test_and_only_marks_of_what_was_learned(tmp_path: Path) -> None:
+    folder = tmp_path / "evidence" / "one"
+    write_evidence(folder, Evidence(["a b", "ç"], ["x", "y"]), ["learned text", "Another  ONE"])
+    assert read_evidence(folder) == Evidence(["a b", "ç"], ["x", "y"])
+    texts = ["another one", "new", "learned<br>text"]
+    assert unlearned(folder, texts).tolist() == [False, True, False]
+    assert unlearned(tmp_path / "none", texts).tolist() == [True] * 3
+    content = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert b"learned" not in content
+    assert key_of("A  b") == key_of("a b")

@@ -1,0 +1,172 @@
+"""Trainings as real child processes: one at a time, remembered, and gone with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tuneserve.errors import BusyError
+from tuneserve.lifecycle.retraining import DRIFT_PAUSE, Retraining
+from tuneserve.lifecycle.schedule import Schedule
+from tuneserve.lifecycle.store import Store
+from tuneserve.lifecycle.trainer import Job, Trainer
+from tuneserve.settings import PROJECT
+
+Make = Callable[..., Trainer]
+SLEEP = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "models")
+    store.prepare()
+    return store
+
+
+@pytest.fixture
+def make(store: Store) -> Iterator[Make]:
+    trainers = []
+
+    def make(program: str, *, serves: bool = False) -> Trainer:
+        trainers.append(Trainer([sys.executable, "-c", program], store, serves=lambda: serves))
+        return trainers[-1]
+
+    yield make
+    for trainer in trainers:
+        trainer.close()
+
+
+def run(trainer: Trainer) -> Job:
+    ended = threading.Event()
+    trainer.on_end = lambda job: ended.set()
+    job = trainer.start("a test")
+    assert ended.wait(10)
+    found = trainer.job(job.id)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("program", "state", "code"),
+    [
+        ("", "finished", 0),
+        ("raise SystemExit(3)", "failed", 3),
+        ("raise SystemExit(10)", "refused", 10),
+        ("raise SystemExit(143)", "interrupted", 143),
+        ("import os; os.kill(os.getpid(), 9)", "failed", 137),
+    ],
+)
+def test_a_job_says_how_it_ended_and_is_remembered(
+    make: Make, store: Store, program: str, state: str, code: int
+) -> None:
+    job = run(make(program))
+    assert (job.why, job.state, job.exit_code) == ("a test", state, code)
+    assert job.ended_at is not None
+    again = Trainer([], store, serves=lambda: False)
+    assert again.jobs() == [job]
+    assert again.job("../../etc/passwd") is None
+    assert again.job("none") is None
+
+
+def test_the_reason_and_the_version_come_from_what_the_training_wrote(make: Make, store: Store) -> None:
+    said = '{"phase": "finished", "version": "one", "decision": "better"}'
+    job = run(make(f"open({str(store.status_file)!r}, 'w').write({said!r})"))
+    assert (job.version, job.said) == ("one", "better")
+
+
+def test_a_program_that_cannot_be_started_is_a_failed_job(store: Store) -> None:
+    job = run(Trainer([str(store.root / "none")], store, serves=lambda: False))
+    assert job.state == "failed"
+    assert "could not be started" in str(job.said)
+
+
+def test_one_at_a_time_and_none_after_the_end(make: Make) -> None:
+    trainer = make(SLEEP)
+    job = trainer.start("first")
+    assert trainer.running == job
+    with pytest.raises(BusyError):
+        trainer.start("second")
+    trainer.close()
+    assert trainer.running is None
+    with pytest.raises(BusyError, match="about to end"):
+        trainer.start("third")
+
+
+def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store) -> None:
+    store.status_file.write_text('{"phase": "finished", "version": "old"}')
+    trainer = make(SLEEP)
+    assert trainer.progress() == {}
+    trainer.start("a test")
+    assert trainer.progress() == {"phase": "preparing"}
+    store.status_file.write_text('{"phase": "training", "pid": 7, "epoch": 2}')
+    assert trainer.progress() == {"phase": "training", "epoch": 2}
+    store.status_file.write_text("{")
+    assert trainer.progress() == {"phase": "preparing"}
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_training_yields_only_where_a_model_answers(make: Make, serves: bool) -> None:
+    assert run(make("import sys; raise SystemExit(3 if '--beside' in sys.argv else 0)", serves=serves)).exit_code == (
+        3 if serves else 0
+    )
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    child = "import sys, time; from tuneserve.yielding import end_with_parent; end_with_parent(); print(1, flush=True)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; time.sleep(60)'!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")},
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_the_schedule_and_drift_start_trainings_one_at_a_time(make: Make, tmp_path: Path) -> None:
+    noon = datetime(2026, 3, 2, 12, tzinfo=UTC)
+    drift: list[str | None] = [None]
+    trainer = make("")
+    schedule = Schedule("30 * * * *", "UTC", jitter_s=0, memory=tmp_path / "schedule.json")
+    retraining = Retraining(trainer, schedule=schedule, drift=lambda: drift[0])
+
+    def look(minutes: float) -> str | None:
+        before = len(trainer.jobs())
+        retraining.look(noon + timedelta(minutes=minutes))
+        while trainer.running:
+            time.sleep(0.01)
+        jobs = trainer.jobs()
+        return max(jobs, key=lambda job: (job.started_at, job.id)).why if len(jobs) > before else None
+
+    assert look(0) is None
+    assert look(31) == "RETRAIN_SCHEDULE"
+    assert look(32) is None
+    drift[0] = "texts are longer"
+    assert look(33) is not None
+    assert look(34) is None
+    assert look(35 + DRIFT_PAUSE / timedelta(minutes=1)) is not None  # the schedule first, then drift again
+
+
+def test_what_is_due_while_a_training_runs_waits_for_its_end(make: Make, tmp_path: Path) -> None:
+    noon = datetime(2026, 3, 2, 12, tzinfo=UTC)
+    trainer = make(SLEEP)
+    schedule = Schedule("30 * * * *", "UTC", jitter_s=0, memory=tmp_path / "schedule.json")
+    schedule.due(noon)
+    trainer.start("POST /retrain")
+    Retraining(trainer, schedule=schedule).look(noon + timedelta(hours=1))
+    assert schedule.due(noon + timedelta(hours=1))
+    assert len(trainer.jobs()) == 1
