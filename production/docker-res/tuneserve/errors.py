@@ -85,6 +85,12 @@ class NotFoundError(TuneserveError):
     status = 404
 
 
+class UnavailableError(TuneserveError):
+    """Something beside the model cannot be used now: feedback's database."""
+
+    status = 503
+
+
 class TooLargeError(TuneserveError):
     """The request is larger than this server takes."""
 

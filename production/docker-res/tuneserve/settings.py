@@ -181,6 +181,15 @@ class Settings(BaseModel):
     keep_versions: int = Field(default=10, ge=2)
     """Versions that the store keeps; the champion and the one before it always stay."""
 
+    use_feedback: bool = True
+    """Train also on the labelled texts that `POST /feedback` has brought; a share of TEST_PCT joins the test texts."""
+
+    keep_texts: bool = False
+    """Keep the texts of requests beside their answers, so that a label that names a request teaches something."""
+
+    feedback_max_rows: int = Field(default=1_000_000, ge=1)
+    """Answers, and labels, that are kept for feedback; the oldest go."""
+
     retrain_schedule: str = ""
     """When `train-serve` trains again, as cron writes it: minute, hour, day, month, weekday (`0 3 * * 1` is Mondays at
     three). Empty: never. What a stopped container missed is caught up once."""

@@ -17,8 +17,10 @@ from starlette.types import Lifespan
 
 import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
+from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.classifier import Prediction
+from tuneserve.serving.feedback_api import feedback_routes
 from tuneserve.serving.middleware import BodyLimit, Stopwatch
 from tuneserve.serving.schemas import (
     BatchRequest,
@@ -45,9 +47,22 @@ Answers = TypeVar("Answers")
 
 
 def create_app(
-    settings: Settings, slot: Slot, trainer: Trainer | None = None, *, lifespan: Lifespan[FastAPI] | None = None
+    settings: Settings,
+    slot: Slot,
+    trainer: Trainer | None = None,
+    feedback: Feedback | None = None,
+    *,
+    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
-    """The ASGI application; it loads no model, whoever fills the slot does."""
+    """The ASGI application; it loads no model, whoever fills the slot does.
+
+    Args:
+        settings: of the server.
+        slot: whose model answers.
+        trainer: that `POST /retrain` asks; None for a server that only serves.
+        feedback: where answers are remembered and labels kept; None for nowhere.
+        lifespan: of the application.
+    """
     metrics = slot.metrics
     key = settings.api_key.get_secret_value()
 
@@ -61,7 +76,13 @@ def create_app(
 
     async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
         work = asyncio.ensure_future(slot.model().predict(texts, timeout_s=_timeout_s(request, settings)))
-        return await _unless_gone(work, request)
+        answers = await _unless_gone(work, request)
+        if feedback is not None:
+            request_id = request.state.request_id
+            for place, (text, one) in enumerate(zip(texts, answers, strict=True)):
+                if isinstance(one, Prediction):
+                    feedback.remember(request_id, place, one.model_version, one.label, one.scores[one.label], text)
+        return answers
 
     problems: dict[int | str, dict[str, Any]] = {
         413: {"model": Problem, "description": "The request is larger than this server takes."},
@@ -137,6 +158,8 @@ def create_app(
             return Readiness.model_validate({"phase": slot.phase, **training})
         return Readiness(phase=slot.phase, model_version=slot.model().classifier.version.id)
 
+    if feedback is not None:
+        app.include_router(feedback_routes(feedback, slot), dependencies=guarded)
     if trainer is not None:
         app.include_router(training_routes(trainer, keyed=bool(key)), dependencies=guarded)
 
@@ -148,6 +171,8 @@ def create_app(
             model = slot.model()
             metrics.model.labels(model.classifier.version.id).set(1)
             metrics.queue_tokens.set(model.batcher.tokens_waiting)
+            if feedback is not None:
+                await asyncio.to_thread(metrics.show_feedback, feedback, model.classifier.version.id)
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)

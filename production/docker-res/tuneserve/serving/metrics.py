@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tuneserve.errors import UnavailableError
+from tuneserve.lifecycle.feedback import Feedback
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -28,6 +31,16 @@ class Metrics:
         self.model = Gauge("tuneserve_model_info", "1 for the version that answers.", ["version"], registry=registry)
         self.swaps = Counter(
             "tuneserve_swaps", "Versions that came to be served, or were refused.", ["outcome"], registry=registry
+        )
+        self.feedback_labels = Gauge("tuneserve_feedback_labels", "Labels that people have given.", registry=registry)
+        self.feedback_accuracy = Gauge(
+            "tuneserve_feedback_accuracy",
+            "Share of the newest labelled answers of this version that were right, and the ends of its 95% interval.",
+            ["end"],
+            registry=registry,
+        )
+        self.feedback_dropped = Gauge(
+            "tuneserve_feedback_dropped", "Answers that could not be remembered.", registry=registry
         )
         self.queue_tokens = Gauge("tuneserve_queue_tokens", "Tokens that wait for the engine.", registry=registry)
         self.batch_texts = Histogram(
@@ -57,6 +70,19 @@ class Metrics:
         self.batch_texts.observe(texts)
         self.tokens.inc(tokens)
         self.places.inc(places)
+
+    def show_feedback(self, feedback: Feedback, version: str) -> None:
+        """Bring the figures of feedback up to date; without its database they stay as they are."""
+        self.feedback_dropped.set(feedback.dropped)
+        try:
+            self.feedback_labels.set(feedback.counts()["labels"])
+            accuracy = feedback.accuracy(version)
+        except UnavailableError:
+            return
+        self.feedback_accuracy.clear()
+        if accuracy is not None:
+            for end in ("low", "accuracy", "high"):
+                self.feedback_accuracy.labels(end).set(getattr(accuracy, end))
 
     def render(self) -> bytes:
         """All figures in Prometheus' text format."""

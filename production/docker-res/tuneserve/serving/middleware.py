@@ -66,6 +66,8 @@ class Stopwatch:
         sent = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
         request_id = sent if 0 < len(sent) <= LONGEST_ID and sent.isascii() else uuid4().hex.encode()
 
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+
         async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class InferenceRequest(BaseModel):
@@ -73,6 +73,32 @@ class Readiness(BaseModel):
     eta_s: Annotated[float | None, Field(description="Seconds that the steps left will take.")] = None
 
     model_config = ConfigDict(protected_namespaces=())
+
+
+class FeedbackRequest(BaseModel):
+    """The right label of an answer, named by its request's id, or of a text."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"request_id": "8d8ac610566d4ef09c22186b2a5ed793", "label": "negative"},
+                {"text": "We left at the interval.", "label": "negative"},
+            ]
+        }
+    )
+
+    label: Annotated[str, Field(min_length=1)]
+    request_id: Annotated[str | None, Field(description="The answer's X-Request-Id.")] = None
+    index: Annotated[int, Field(ge=0, description="Which text of a batch, from 0.")] = 0
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> "FeedbackRequest":
+        if (self.request_id is None) == (self.text is None):
+            raise ValueError("should have either request_id or text")
+        if self.text is not None and not self.text.strip():
+            raise ValueError("the text is empty")
+        return self
 
 
 class Problem(BaseModel):

@@ -11,6 +11,7 @@ import uvicorn
 
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, SettingsError
+from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.lifecycle.retraining import Retraining
 from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.store import Store
@@ -81,9 +82,10 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
     trainer = None
     if training:
         trainer = Trainer(training, store, serves=lambda: not slot.empty)
+    feedback = Feedback(store.root / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts)
     server = Server(
         uvicorn.Config(
-            create_app(settings, slot, trainer),
+            create_app(settings, slot, trainer, feedback),
             host=settings.host,
             port=settings.port,
             log_config=None,
@@ -107,6 +109,7 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
             retraining = Retraining(trainer, schedule=_schedule(settings, store))
             retraining.start()
         follower.start()
+        feedback.start()
         try:
             server.run(sockets=[listener])
         except SystemExit as end:
@@ -120,6 +123,7 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
             if trainer is not None:
                 trainer.close()
             slot.close()
+            feedback.close()
     if slot.failure is not None:
         raise slot.failure
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from datasets import Dataset
 
 from tuneserve.errors import DataError
+from tuneserve.lifecycle.evidence import key_of
 from tuneserve.tokenization import plain
 from tuneserve.training.data import Source
 from tuneserve.training.rows import BATCH_ROWS
@@ -130,14 +130,14 @@ def check(
         test_source, test_rows = rows["test"], rows["test"].indices()
     else:
         test_source = train
-        test_rows, pool = _stratify(pool, train.labels, test_fraction, rng)
+        test_rows, pool = _stratify(pool, train, test_fraction, salt=[seed, 0])
     pool = _draw(pool, num_train, rng)
     test_rows = _draw(test_rows, num_test, rng)
     if "valid" in rows:
         valid_source, valid_rows = rows["valid"], rows["valid"].indices()
     else:
         valid_source = train
-        valid_rows, pool = _stratify(pool, train.labels, valid_fraction, rng)
+        valid_rows, pool = _stratify(pool, train, valid_fraction, salt=[seed, 1])
 
     parts = {"train": (train, pool), "valid": (valid_source, valid_rows), "test": (test_source, test_rows)}
     splits = {name: Split(one.source.rows, rows_, one.labels[rows_]) for name, (one, rows_) in parts.items()}
@@ -161,10 +161,9 @@ def _scan(source: Source, vocabulary: dict[str, int]) -> _Rows:
             if not label:
                 raise DataError(f"{source.place(row)}: the label is missing.")
             content.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
-            words = plain(text).casefold().split()
-            keys[row] = xxhash.xxh3_64_intdigest(" ".join(words).encode())
+            keys[row] = key_of(text)
             labels[row] = vocabulary.setdefault(label, len(vocabulary))
-            kept[row] = bool(words)
+            kept[row] = bool(plain(text).strip())
             row += 1
     return _Rows(source, keys, labels, kept, content.hexdigest())
 
@@ -251,15 +250,20 @@ def _require_use(splits: Mapping[str, Split], labels: list[str]) -> None:
         raise DataError(f"The texts drawn for training hold none of {names}; raise NUM_TRAIN.")
 
 
-def _stratify(rows: Array, labels: Array, fraction: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Hold out a share of each class, one text at least where the class has two: (held out, rest)."""
+def _stratify(rows: Array, source: _Rows, fraction: float, *, salt: list[int]) -> tuple[Array, Array]:
+    """Hold out a share of each class, one text at least where the class has two: (held out, rest).
+
+    Which texts those are follows from their content: when the data grow, what was held out mostly stays so, and a
+    model can be compared with one that was trained before.
+    """
+    multiplier, offset = np.random.SeedSequence(salt).generate_state(2, dtype=np.uint64)
+    lots = (source.keys[rows] ^ offset) * (multiplier | np.uint64(1))  # the keys are hashes: this shuffles them anew
+    lots ^= lots >> np.uint64(29)
     held_out: list[Array] = []
-    by_label = rows[np.argsort(labels[rows], kind="stable")]
-    _, sizes = np.unique(labels[rows], return_counts=True)
-    for class_rows in np.split(by_label, np.cumsum(sizes)[:-1]):
-        members = rng.permutation(class_rows)
+    for label in np.unique(source.labels[rows]):
+        members = np.flatnonzero(source.labels[rows] == label)
         wanted = max(1, round(len(members) * fraction)) if len(members) > 1 else 0
-        held_out.append(members[:wanted])
+        held_out.append(rows[members[np.argsort(lots[members], kind="stable")[:wanted]]])
     taken = np.sort(np.concatenate(held_out))
     return taken, np.setdiff1d(rows, taken)
 

@@ -117,7 +117,7 @@ def _find_files(path: Path, shown: str) -> dict[str, Path]:
 
 def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:
     rows = read_file(path, where, partial(_find_columns, wanted=columns, where=where))
-    return Source(_memory_map(rows, where, cache), where)
+    return Source(memory_map(rows, where, cache), where)
 
 
 def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
@@ -138,7 +138,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     for split, data in found.items():
         if split in STEMS and not _is_unlabelled(data):
             where = f"{dataset}, split {split}"
-            sources[STEMS[split]] = Source(_memory_map(_hub_rows(data, columns, where), where, cache), where)
+            sources[STEMS[split]] = Source(memory_map(_hub_rows(data, columns, where), where, cache), where)
     if "train" not in sources:
         raise DataError(f"DATASET={dataset} has no labelled train split; it has {', '.join(found)}.")
     return sources
@@ -167,7 +167,7 @@ def _root_cause(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
+def memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
     """Write rows to an Arrow file, named by its content, and map it into memory."""
     folder = cache / "arrow"
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,14 @@ from tuneserve.artifact import Version
 from tuneserve.hardware import Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
+from tuneserve.lifecycle.feedback import FILE, labelled_texts
 from tuneserve.lifecycle.lock import hold
 from tuneserve.lifecycle.status import Status
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tokenization import TextEncoder
-from tuneserve.training import base_model, checks, data
+from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.learning import Run
 from tuneserve.training.model import load_classifier, load_tokenizer
@@ -198,14 +199,23 @@ def gather(settings: Settings) -> tuple[base_model.BaseModel, checks.Splits]:
     """Find the base model, read the data and check them."""
     base = base_model.resolve(settings.base_model, revision=settings.base_model_revision, cache=settings.data_path)
     logger.info("base model: %s from the %s, SHA-256 %s…", base.name, base.source, base.sha256[:12])
+    sources = data.read(
+        settings.dataset, Columns(settings.text_column, settings.label_column), cache=settings.data_path
+    )
+    feedback = labelled_texts(settings.model_path / FILE, logger.warning) if settings.use_feedback else []
+    joined: dict[str, int] = {}
+    if feedback:
+        sources, joined = labelled.join(sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path)
     splits = checks.check(
-        data.read(settings.dataset, Columns(settings.text_column, settings.label_column), cache=settings.data_path),
+        sources,
         num_train=settings.num_train,
         num_test=settings.num_test,
         valid_fraction=settings.valid_pct,
         test_fraction=settings.test_pct,
         seed=settings.seed,
     )
+    if joined:
+        splits.findings["feedback"] = joined
     for line in checks.describe(splits.findings):
         logger.info("%s", line)
     return base, splits

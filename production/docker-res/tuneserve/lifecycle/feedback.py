@@ -1,0 +1,260 @@
+"""What people say about answers: labels, kept durably beside the models in `MODEL_PATH/feedback.sqlite`.
+
+Answers are remembered by their request's id, so that a label can name one; their texts only if that is wanted. A text
+that is sent with its label is kept, for that is what it is sent for. Nothing is ever changed in place: of two labels
+for one text the newer counts. SQLite's write-ahead log lets many processes of one machine write and read at once.
+"""
+
+import logging
+import math
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tuneserve.errors import NotFoundError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+FILE = "feedback.sqlite"
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+    request TEXT NOT NULL, place INTEGER NOT NULL, at REAL NOT NULL, version TEXT NOT NULL,
+    label TEXT NOT NULL, score REAL NOT NULL, text TEXT, PRIMARY KEY (request, place)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS answers_by_time ON answers (at);
+CREATE TABLE IF NOT EXISTS labels (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, request TEXT, place INTEGER, text TEXT,
+    label TEXT NOT NULL, predicted TEXT, version TEXT
+);
+CREATE INDEX IF NOT EXISTS labels_by_request ON labels (request, place);
+CREATE INDEX IF NOT EXISTS labels_by_text ON labels (text);
+CREATE INDEX IF NOT EXISTS labels_by_version ON labels (version, id);
+"""
+
+WRITE_EVERY_S = 0.5
+"""Seconds between two writings of answers; labels are written at once."""
+MAX_PENDING = 50_000
+"""Answers that may wait to be written; a disk that is slower than that loses some, which are counted."""
+PRUNE_EVERY = 10_000
+"""Answers between two looks for those that are too many."""
+WAIT_S = 5.0
+"""Seconds that a writer waits for another one."""
+ACCURACY_LABELS = 500
+"""Newest labels that the rolling accuracy is of."""
+
+
+class Answer(NamedTuple):
+    """One answered text, as it is remembered."""
+
+    request: str
+    place: int
+    at: float
+    version: str
+    label: str
+    score: float
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of the newest labelled answers of a version: how many were right, and the 95% interval of the share."""
+
+    version: str
+    count: int
+    right: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class Feedback:
+    """The database of a store.
+
+    Args:
+        path: of the file.
+        max_rows: answers, and labels, that are kept; the oldest go.
+        keep_texts: whether the texts of answers are kept.
+    """
+
+    def __init__(self, path: Path, *, max_rows: int, keep_texts: bool) -> None:
+        self.dropped = 0
+        self._path, self._max_rows, self._keep_texts = path, max_rows, keep_texts
+        self._pending: deque[Answer] = deque()
+        self._writing: list[Answer] = []
+        self._unpruned = 0
+        self._complained = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._write_on, name="feedback", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write answers."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def remember(self, request: str, place: int, version: str, label: str, score: float, text: str) -> None:
+        """Remember an answer, soon; costs the caller next to nothing."""
+        if len(self._pending) >= MAX_PENDING:
+            self.dropped += 1
+            return
+        self._pending.append(
+            Answer(request, place, time.time(), version, label, score, text if self._keep_texts else None)
+        )
+
+    def label_answer(self, request: str, place: int, label: str) -> bool:
+        """Keep the right label of an answer; False if just that was said before.
+
+        Raises:
+            NotFoundError: no such answer is remembered.
+            UnavailableError: the database cannot be written.
+        """
+        with self._open() as database:
+            answer = self._find(database, request, place)
+            if answer is None:
+                raise NotFoundError(f"No answer of request {request!r} (text {place}) is remembered.")
+            values = (request, place, answer.text, label, answer.label, answer.version)
+            return self._insert(database, values, "request = ? AND place = ?", (request, place))
+
+    def label_text(self, text: str, label: str) -> bool:
+        """Keep a text with its label; False if just that was said before.
+
+        Raises:
+            UnavailableError: the database cannot be written.
+        """
+        with self._open() as database:
+            return self._insert(database, (None, None, text, label, None, None), "text = ?", (text,))
+
+    def accuracy(self, version: str) -> Accuracy | None:
+        """The rolling accuracy of a version; None while nobody has labelled an answer of it."""
+        query = """SELECT label = predicted FROM labels WHERE version = ? AND id IN
+                   (SELECT max(id) FROM labels WHERE version = ? GROUP BY request, place) ORDER BY id DESC LIMIT ?"""
+        with self._open() as database:
+            rows = database.execute(query, (version, version, ACCURACY_LABELS)).fetchall()
+        if not rows:
+            return None
+        right = sum(row[0] for row in rows)
+        low, high = wilson(right, len(rows))
+        return Accuracy(version, len(rows), right, right / len(rows), low, high)
+
+    def counts(self) -> dict[str, int]:
+        """How many labels there are, and how many of them have a text to learn from."""
+        with self._open() as database:
+            labels, texts = database.execute("SELECT count(*), count(text) FROM labels").fetchone()
+        return {"labels": labels, "labelled_texts": texts}
+
+    def _find(self, database: sqlite3.Connection, request: str, place: int) -> Answer | None:
+        for answer in (*list(self._pending), *self._writing):
+            if (answer.request, answer.place) == (request, place):
+                return answer
+        row = database.execute("SELECT * FROM answers WHERE request = ? AND place = ?", (request, place)).fetchone()
+        return Answer(*row) if row else None
+
+    def _insert(
+        self, database: sqlite3.Connection, values: tuple[object, ...], same: str, key: tuple[object, ...]
+    ) -> bool:
+        database.execute("BEGIN IMMEDIATE")
+        newest = database.execute(f"SELECT label FROM labels WHERE {same} ORDER BY id DESC LIMIT 1", key).fetchone()
+        if newest is not None and newest[0] == values[3]:
+            database.execute("ROLLBACK")
+            return False
+        columns = "at, request, place, text, label, predicted, version"
+        database.execute(f"INSERT INTO labels ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", (time.time(), *values))
+        database.execute("DELETE FROM labels WHERE id <= (SELECT max(id) FROM labels) - ?", (self._max_rows,))
+        database.execute("COMMIT")
+        return True
+
+    def _write_on(self) -> None:
+        while not self._ended.wait(WRITE_EVERY_S):
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        if not self._pending:
+            return
+        self._writing = [self._pending.popleft() for _ in range(len(self._pending))]
+        try:
+            with self._open() as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", self._writing)
+                self._forget_surplus(database)
+                database.execute("COMMIT")
+            self._complained = False
+        except UnavailableError as error:
+            self.dropped += len(self._writing)
+            if not self._complained:
+                self._complained = True
+                logger.warning("answers are not remembered for feedback: %s", error)
+        self._writing = []
+
+    def _forget_surplus(self, database: sqlite3.Connection) -> None:
+        """Now and then, for it counts all rows."""
+        self._unpruned += len(self._writing)
+        if self._unpruned < min(PRUNE_EVERY, self._max_rows):
+            return
+        self._unpruned = 0
+        surplus = max(0, database.execute("SELECT count(*) FROM answers").fetchone()[0] - self._max_rows)
+        oldest = "SELECT request, place FROM answers ORDER BY at LIMIT ?"
+        database.execute(f"DELETE FROM answers WHERE (request, place) IN ({oldest})", (surplus,))
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with open_database(self._path) as database:
+            yield database
+
+
+@contextmanager
+def open_database(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection for one piece of work, whose writes are on disk when they are committed.
+
+    Raises:
+        UnavailableError: the file cannot be opened, read or written.
+    """
+    try:
+        with closing(sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)) as database:
+            database.execute("PRAGMA synchronous = FULL")
+            if database.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                database.execute("PRAGMA journal_mode = WAL")
+                database.executescript(SCHEMA)
+                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            yield database
+    except sqlite3.Error as error:
+        raise UnavailableError(f"{path} cannot be used: {error}") from error
+
+
+def labelled_texts(path: Path, complain: Callable[[str], None]) -> list[tuple[str, str]]:
+    """Texts and their newest labels, oldest text first; nothing if there is no database, or it cannot be read."""
+    if not path.exists():
+        return []
+    newest = "SELECT max(id) FROM labels WHERE text IS NOT NULL GROUP BY text"
+    try:
+        with open_database(path) as database:
+            return database.execute(f"SELECT text, label FROM labels WHERE id IN ({newest}) ORDER BY id").fetchall()
+    except UnavailableError as error:
+        complain(str(error))
+        return []
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson, Probable inference, 1927): it holds for few labels and near 0 and 1 too.
+
+    Args:
+        right: of the share.
+        count: of all, above 0.
+        z: quantile of the normal distribution.
+    """
+    share = right / count
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)

@@ -1,0 +1,224 @@
+"""The slot follows the pointer: versions come proved, go when nobody waits, and broken ones never answer."""
+
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneserve.artifact import Version, read_version
+from tuneserve.errors import NoModelError, StoreError
+from tuneserve.lifecycle.decision import Decision, write_decision
+from tuneserve.lifecycle.store import Store
+from tuneserve.serving import follower as module
+from tuneserve.serving import slot as slots
+from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.follower import Follower
+from tuneserve.serving.slot import Slot
+
+Start = Callable[..., Follower]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "models")
+    store.prepare()
+    return store
+
+
+@pytest.fixture
+def add(store: Store, version: Version) -> Callable[[str], Version]:
+    def add(name: str) -> Version:
+        folder = store.versions_folder / name
+        shutil.copytree(version.folder, folder)
+        added = read_version(folder)
+        write_decision(added, Decision(name, "accepted", "gate", "passed", None))
+        return added
+
+    return add
+
+
+@pytest.fixture
+def slot() -> Iterator[Slot]:
+    slot = Slot()
+    yield slot
+    slot.close()
+
+
+@pytest.fixture
+def start(store: Store, slot: Slot, make_engine: Callable[..., Any]) -> Iterator[Start]:
+    followers = []
+
+    def start(broken: set[str] | None = None, *, required: bool = True) -> Follower:
+        def load(version: Version) -> Classifier:
+            if version.id in (broken or set()):
+                raise StoreError(f"{version.id} is torn")
+            return Classifier(version, make_engine(lambda engine: None))
+
+        followers.append(Follower(store, slot, load, required=lambda: required))
+        followers[-1].start()
+        return followers[-1]
+
+    yield start
+    for one in followers:
+        one.close()
+
+
+def wait_for(slot: Slot, version_id: str) -> None:
+    deadline = time.monotonic() + 5
+    while slot.version_id != version_id:
+        assert time.monotonic() < deadline, f"{slot.version_id} answers and not {version_id}"
+        time.sleep(0.01)
+
+
+def test_a_new_champion_answers_within_a_second_and_going_back_takes_no_loading(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start
+) -> None:
+    store.set_champion(add("one"))
+    start()
+    wait_for(slot, "one")
+    first = slot.model()
+    store.set_champion(add("two"))
+    began = time.monotonic()
+    wait_for(slot, "two")
+    assert time.monotonic() - began < 1
+    store.rollback()
+    wait_for(slot, "one")
+    assert slot.model() is first
+
+
+def test_a_broken_version_is_refused_once_and_the_old_one_stays(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.set_champion(add("one"))
+    start({"two"})
+    wait_for(slot, "one")
+    store.set_champion(add("two"))
+    time.sleep(4 * module.EVERY_S)
+    assert (slot.version_id, slot.phase) == ("one", "ready")
+    assert caplog.text.count("two is torn") == 1
+    assert b'tuneserve_swaps_total{outcome="refused"} 1.0' in slot.metrics.render()
+    store.set_champion(add("three"))
+    wait_for(slot, "three")
+
+
+def test_a_version_whose_files_come_late_is_tried_again(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.1)
+    store.set_champion(add("one"))
+    start()
+    wait_for(slot, "one")
+    store.pointer.write_text("two")
+    time.sleep(2 * module.EVERY_S)
+    add("two")
+    wait_for(slot, "two")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "rubbish"])
+def test_a_damaged_pointer_changes_nothing(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.set_champion(add("one"))
+    start()
+    wait_for(slot, "one")
+    if damage == "remove":
+        store.pointer.unlink()
+    else:
+        store.pointer.write_bytes(b"" if damage == "truncate" else b"\xff\xfe")
+    time.sleep(4 * module.EVERY_S)
+    assert (slot.version_id, slot.phase) == ("one", "ready")
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == (damage != "remove")
+
+
+@pytest.mark.parametrize("damage", ["pointer", "champion"])
+def test_at_the_start_the_last_good_version_stands_in_for_a_champion_that_cannot_answer(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, damage: str
+) -> None:
+    store.set_champion(add("one"))
+    store.set_champion(add("two"))
+    if damage == "pointer":
+        store.pointer.write_bytes(b"")
+    start({"two"})
+    wait_for(slot, "one")
+
+
+def test_where_a_model_is_required_and_there_is_none_the_slot_fails(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start
+) -> None:
+    failed = threading.Event()
+    slot.on_failure = failed.set
+    start()
+    assert failed.wait(5)
+    assert isinstance(slot.failure, NoModelError)
+
+
+def test_where_a_training_runs_the_slot_waits_for_the_first_champion(
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start
+) -> None:
+    start(required=False)
+    time.sleep(2 * module.EVERY_S)
+    assert slot.phase == "empty"
+    store.set_champion(add("one"))
+    wait_for(slot, "one")
+
+
+def test_requests_of_the_old_model_are_answered_by_it_while_the_new_one_answers_new_ones(
+    version: Version, slot: Slot, make_engine: Callable[..., Any]
+) -> None:
+    go = threading.Event()
+
+    def classifier(name: str, wait: bool) -> Classifier:
+        engine = make_engine(lambda engine: (wait and go.wait(10) and None) or None)
+        return Classifier(Version(version.folder.with_name(name), version.metadata), engine)
+
+    Path(version.folder.with_name("one")).symlink_to(version.folder)
+    Path(version.folder.with_name("two")).symlink_to(version.folder)
+
+    async def both() -> list[str]:
+        slot.take(classifier("one", wait=True))
+        old = asyncio.ensure_future(slot.model().predict(["film"], timeout_s=10))
+        await asyncio.sleep(0.05)
+        slot.take(classifier("two", wait=False))
+        [new] = await slot.model().predict(["film"], timeout_s=10)
+        go.set()
+        return [one.model_version for one in (*await old, new)]  # type: ignore[union-attr]
+
+    assert asyncio.run(both()) == ["one", "two"]
+
+
+def test_a_model_that_was_replaced_is_dropped_after_a_while(
+    version: Version, slot: Slot, make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "HOLD_S", 0.1)
+    slot.take(Classifier(version, make_engine(lambda engine: None)))
+    old = slot.model()
+    slot.take(Classifier(version, make_engine(lambda engine: None)))
+    deadline = time.monotonic() + 5
+    while old.batcher._thread.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not slot.bring_back(version.id)
+    assert slot.model().batcher._thread.is_alive()
+
+
+def test_a_held_engine_that_dies_takes_nobody_with_it(
+    version: Version, slot: Slot, make_engine: Callable[..., Any]
+) -> None:
+    def die(engine: Any) -> None:
+        raise SystemExit("gone")
+
+    slot.take(Classifier(version, make_engine(die)))
+    old = slot.model()
+    slot.take(Classifier(version, make_engine(lambda engine: None)))
+
+    async def ask() -> Any:
+        return await old.predict(["film"], timeout_s=5)
+
+    asyncio.run(ask())
+    assert slot.phase == "ready"
+    assert not slot.bring_back(version.id)
