@@ -274,3 +274,13 @@ def test_a_fingerprint_tells_apart_what_runs_together() -> None:
         for pair in ([("ab", "bad"), ("c", "bad")], [("a", "bad"), ("bc", "bad")], [("abbadc", "bad")])
     }
     assert len(prints) == 3
+
+
+def test_what_is_held_out_mostly_stays_so_when_data_grow_and_never_depends_on_their_order() -> None:
+    train = numbered({"bad": 400, "good": 600})
+    first = {name: set(rows(checked({"train": train}), name)) for name in ("valid", "test")}
+    turned = {name: set(rows(checked({"train": train[::-1]}), name)) for name in first}
+    assert turned == first
+    grown = checked({"train": [*numbered({"bad": 100, "good": 20}, "more"), *train]})
+    assert len(first["test"] - set(rows(grown, "test"))) <= 0.15 * len(first["test"])
+    assert len(set(rows(grown, "test")) & set(train)) >= 0.85 * len(first["test"])

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ PRUNE_EVERY = 10_000
 """Answers between two looks for those that are too many."""
 WAIT_S = 5.0
 """Seconds that a writer waits for another one."""
+ROWS_AT_ONCE = 500
+"""Answers in one statement: each statement makes the writer wait for the interpreter, which is busy answering."""
 ACCURACY_LABELS = 500
 """Newest labels that the rolling accuracy is of."""
 
@@ -102,6 +105,8 @@ class Feedback:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
+        else:
+            self._write()
 
     def remember(self, request: str, place: int, version: str, label: str, score: float, text: str) -> None:
         """Remember an answer, soon; costs the caller next to nothing."""
@@ -137,24 +142,28 @@ class Feedback:
 
     def accuracy(self, version: str) -> Accuracy | None:
         """The rolling accuracy of a version; None while nobody has labelled an answer of it."""
-        query = """SELECT label = predicted FROM labels WHERE version = ? AND id IN
-                   (SELECT max(id) FROM labels WHERE version = ? GROUP BY request, place) ORDER BY id DESC LIMIT ?"""
+        query = "SELECT request, place, label = predicted FROM labels WHERE version = ? ORDER BY id DESC"
+        newest: dict[tuple[str, int], int] = {}
         with self._open() as database:
-            rows = database.execute(query, (version, version, ACCURACY_LABELS)).fetchall()
-        if not rows:
+            for request, place, right in database.execute(query, (version,)):
+                newest.setdefault((request, place), right)
+                if len(newest) == ACCURACY_LABELS:
+                    break
+        if not newest:
             return None
-        right = sum(row[0] for row in rows)
-        low, high = wilson(right, len(rows))
-        return Accuracy(version, len(rows), right, right / len(rows), low, high)
+        count, right = len(newest), sum(newest.values())
+        low, high = wilson(right, count)
+        return Accuracy(version, count, right, right / count, low, high)
 
     def counts(self) -> dict[str, int]:
-        """How many labels there are, and how many of them have a text to learn from."""
+        """How many labels there are, and how many texts to learn from have one."""
         with self._open() as database:
-            labels, texts = database.execute("SELECT count(*), count(text) FROM labels").fetchone()
+            labels, texts = database.execute("SELECT count(*), count(DISTINCT text) FROM labels").fetchone()
         return {"labels": labels, "labelled_texts": texts}
 
     def _find(self, database: sqlite3.Connection, request: str, place: int) -> Answer | None:
-        for answer in (*list(self._pending), *self._writing):
+        # The newest first: a client may use an id again. Whatever leaves a place has already come to the next one.
+        for answer in chain(reversed(list(self._pending)), reversed(self._writing)):
             if (answer.request, answer.place) == (request, place):
                 return answer
         row = database.execute("SELECT * FROM answers WHERE request = ? AND place = ?", (request, place)).fetchone()
@@ -182,11 +191,16 @@ class Feedback:
     def _write(self) -> None:
         if not self._pending:
             return
-        self._writing = [self._pending.popleft() for _ in range(len(self._pending))]
+        self._writing = list(self._pending)  # before they leave the queue, for a label may come in between
+        for _ in self._writing:
+            self._pending.popleft()
         try:
             with self._open() as database:
                 database.execute("BEGIN IMMEDIATE")
-                database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", self._writing)
+                for begin in range(0, len(self._writing), ROWS_AT_ONCE):
+                    rows = self._writing[begin : begin + ROWS_AT_ONCE]
+                    places = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows))
+                    database.execute(f"INSERT OR REPLACE INTO answers VALUES {places}", [*chain.from_iterable(rows)])
                 self._forget_surplus(database)
                 database.execute("COMMIT")
             self._complained = False
@@ -223,13 +237,28 @@ def open_database(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)) as database:
             database.execute("PRAGMA synchronous = FULL")
-            if database.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                database.execute("PRAGMA journal_mode = WAL")
-                database.executescript(SCHEMA)
-                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            known = database.execute("PRAGMA user_version").fetchone()[0]
+            if known > SCHEMA_VERSION:
+                raise UnavailableError(f"{path} was written by a newer release.")
+            if known < SCHEMA_VERSION:
+                _prepare(database)
             yield database
     except sqlite3.Error as error:
         raise UnavailableError(f"{path} cannot be used: {error}") from error
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    """Make the tables; another process may be doing just that."""
+    ends = time.monotonic() + WAIT_S
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")  # does not wait for others by itself
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
+            time.sleep(0.01)
+    database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
 def labelled_texts(path: Path, complain: Callable[[str], None]) -> list[tuple[str, str]]:

@@ -1,12 +1,15 @@
 """Routes by which people say what was right."""
 
+import asyncio
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 
-from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.errors import NotFoundError
+from tuneserve.lifecycle.feedback import WRITE_EVERY_S, Feedback
 from tuneserve.serving.schemas import FeedbackRequest, Problem
 from tuneserve.serving.slot import Slot
 
@@ -16,15 +19,20 @@ def feedback_routes(feedback: Feedback, slot: Slot) -> APIRouter:
     routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem}})
 
     @routes.post("/feedback", responses={404: {"model": Problem}})
-    def give(wanted: FeedbackRequest) -> dict[str, bool]:
+    async def give(wanted: FeedbackRequest) -> dict[str, bool]:
         """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before."""
         labels = slot.model().classifier.version.labels
         if wanted.label not in labels:
             words = f"should be one of the model's labels: {', '.join(labels[:50])}"
             raise RequestValidationError([{"loc": ("body", "label"), "msg": words, "type": "value_error"}])
         if wanted.text is not None:
-            return {"stored": feedback.label_text(wanted.text, wanted.label)}
-        return {"stored": feedback.label_answer(wanted.request_id or "", wanted.index, wanted.label)}
+            return {"stored": await run_in_threadpool(feedback.label_text, wanted.text, wanted.label)}
+        answer = (wanted.request_id or "", wanted.index, wanted.label)
+        try:
+            return {"stored": await run_in_threadpool(feedback.label_answer, *answer)}
+        except NotFoundError:
+            await asyncio.sleep(2 * WRITE_EVERY_S)  # perhaps another server of this store is about to write it
+            return {"stored": await run_in_threadpool(feedback.label_answer, *answer)}
 
     @routes.get("/feedback")
     def summary() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What Prometheus reads at `GET /metrics`."""
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tuneserve.errors import UnavailableError
@@ -33,12 +35,12 @@ class Metrics:
             "tuneserve_swaps", "Versions that came to be served, or were refused.", ["outcome"], registry=registry
         )
         self.feedback_labels = Gauge("tuneserve_feedback_labels", "Labels that people have given.", registry=registry)
-        self.feedback_accuracy = Gauge(
-            "tuneserve_feedback_accuracy",
-            "Share of the newest labelled answers of this version that were right, and the ends of its 95% interval.",
-            ["end"],
-            registry=registry,
-        )
+        share = "Share of the newest labelled answers of this version that were right"
+        self.feedback_accuracy = {
+            "accuracy": Gauge("tuneserve_feedback_accuracy", f"{share}; NaN while there are none.", registry=registry),
+            "low": Gauge("tuneserve_feedback_accuracy_low", f"{share}: lower end of 95%.", registry=registry),
+            "high": Gauge("tuneserve_feedback_accuracy_high", f"{share}: upper end of 95%.", registry=registry),
+        }
         self.feedback_dropped = Gauge(
             "tuneserve_feedback_dropped", "Answers that could not be remembered.", registry=registry
         )
@@ -79,10 +81,8 @@ class Metrics:
             accuracy = feedback.accuracy(version)
         except UnavailableError:
             return
-        self.feedback_accuracy.clear()
-        if accuracy is not None:
-            for end in ("low", "accuracy", "high"):
-                self.feedback_accuracy.labels(end).set(getattr(accuracy, end))
+        for name, gauge in self.feedback_accuracy.items():
+            gauge.set(getattr(accuracy, name, math.nan))
 
     def render(self) -> bytes:
         """All figures in Prometheus' text format."""

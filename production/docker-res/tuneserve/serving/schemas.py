@@ -88,8 +88,8 @@ class FeedbackRequest(BaseModel):
     )
 
     label: Annotated[str, Field(min_length=1)]
-    request_id: Annotated[str | None, Field(description="The answer's X-Request-Id.")] = None
-    index: Annotated[int, Field(ge=0, description="Which text of a batch, from 0.")] = 0
+    request_id: Annotated[str | None, Field(max_length=128, description="The answer's X-Request-Id.")] = None
+    index: Annotated[int, Field(ge=0, lt=2**31, description="Which text of a batch, from 0.")] = 0
     text: str | None = None
 
     @model_validator(mode="after")

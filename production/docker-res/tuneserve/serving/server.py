@@ -48,6 +48,11 @@ def open_slot(settings: Settings) -> Slot:
     return Slot(max_queue_tokens=settings.max_queue_tokens)
 
 
+def open_feedback(settings: Settings) -> Feedback:
+    """The feedback of the settings' store, not yet started."""
+    return Feedback(settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts)
+
+
 def follow(settings: Settings, slot: Slot, *, threads: int, trainer: Trainer | None = None) -> Follower:
     """What keeps the slot at the store's champion, not yet started."""
 
@@ -82,7 +87,7 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
     trainer = None
     if training:
         trainer = Trainer(training, store, serves=lambda: not slot.empty)
-    feedback = Feedback(store.root / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts)
+    feedback = open_feedback(settings)
     server = Server(
         uvicorn.Config(
             create_app(settings, slot, trainer, feedback),

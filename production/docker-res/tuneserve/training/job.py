@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 
@@ -114,8 +114,9 @@ def _find_or_learn(
     status: Status,
 ) -> tuple[Version | None, checks.Splits]:
     began = time.perf_counter()
+    feedback = read_feedback(settings, world)
     with world.one_a_node_first():
-        base, splits = gather(settings)
+        base, splits = gather(settings, feedback)
     fingerprint = fingerprint_run(settings, base, splits)
     known = store.find(fingerprint) if world.leads else None
     if world.any(known is not None):
@@ -195,14 +196,23 @@ def _trackers(settings: Settings, fingerprint: str, checkpoints: Checkpoints, wo
     )
 
 
-def gather(settings: Settings) -> tuple[base_model.BaseModel, checks.Splits]:
-    """Find the base model, read the data and check them."""
+def read_feedback(settings: Settings, world: World) -> list[tuple[str, str]]:
+    """Texts that people have labelled; the same for all processes, for more may come in while they start."""
+    found = []
+    if settings.use_feedback and world.leads:
+        found = labelled_texts(settings.model_path / FILE, logger.warning)
+    if world.size == 1:
+        return found
+    return [(text, label) for text, label in json.loads(world.tell(json.dumps(found)))]
+
+
+def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tuple[base_model.BaseModel, checks.Splits]:
+    """Find the base model, read the data, let feedback join them, and check them."""
     base = base_model.resolve(settings.base_model, revision=settings.base_model_revision, cache=settings.data_path)
     logger.info("base model: %s from the %s, SHA-256 %s…", base.name, base.source, base.sha256[:12])
     sources = data.read(
         settings.dataset, Columns(settings.text_column, settings.label_column), cache=settings.data_path
     )
-    feedback = labelled_texts(settings.model_path / FILE, logger.warning) if settings.use_feedback else []
     joined: dict[str, int] = {}
     if feedback:
         sources, joined = labelled.join(sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path)
