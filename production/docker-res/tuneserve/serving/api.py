@@ -19,6 +19,7 @@ import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.classifier import Prediction
+from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.middleware import BodyLimit, Stopwatch
 from tuneserve.serving.schemas import (
     BatchRequest,
@@ -137,17 +138,22 @@ def create_app(
             return Readiness.model_validate({"phase": slot.phase, **training})
         return Readiness(phase=slot.phase, model_version=slot.model().classifier.version.id)
 
+    app.include_router(drift_routes(slot), dependencies=guarded, responses={503: problems[503]})
     if trainer is not None:
         app.include_router(training_routes(trainer, keyed=bool(key)), dependencies=guarded)
 
     @app.get("/metrics", tags=["operations"])
     async def prometheus() -> Response:
         """Figures for Prometheus."""
-        metrics.model.clear()
+        report = None
         if slot.phase == "ready":
+            report = await asyncio.to_thread(slot.model().monitor.report)
+        metrics.model.clear()
+        if report is not None and slot.phase == "ready":
             model = slot.model()
             metrics.model.labels(model.classifier.version.id).set(1)
             metrics.queue_tokens.set(model.batcher.tokens_waiting)
+            metrics.show_drift(report)
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)
