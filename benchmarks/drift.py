@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/drift.py --data FOLDER
 
 `FOLDER` holds `sst2/train.csv`, `imdb/train.csv`, `banking77/train.csv`, `trec/train.csv` and `amazon_sentences.csv`
-(columns `text` and `label`). Each model is trained by `run.py train`; its engine then answers texts that it has not seen
-and texts of other places once, and windows are drawn from these answers. Five minutes on two cores; the table is Markdown.
+(columns `text` and `label`). Each model is trained by `run.py train`; its engine then answers, once, texts that it has
+not seen and texts of other places; windows are drawn from these answers. The tables are Markdown.
 """
 
 import argparse
@@ -64,12 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--draws", type=int, default=1000, help="windows drawn for each figure")
+    parser.add_argument("--tasks", default=",".join(task.name for task in TASKS), help="models to train")
     options = parser.parse_args()
     print("| model, its reference | windows of | 100: called drift % | 500: called drift % | figures at 500 |")
     print("|---|---|---|---|---|")
     costs = []
     with tempfile.TemporaryDirectory() as folder:
-        for task in TASKS:
+        for task in [task for task in TASKS if task.name in options.tasks.split(",")]:
             costs.append(f"{task.name}: {measure(task, options.data, Path(folder, task.name), options.draws)}")
     print("\nThe cost of noting an answer, against the engine's time on this machine:\n")
     print("\n".join(f"- {cost}" for cost in costs))

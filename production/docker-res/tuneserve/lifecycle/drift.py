@@ -233,10 +233,10 @@ def _labels(labels: list[str], before: Answers, now: Answers) -> Finding:
     counts = [np.bincount(one.label_ids, minlength=len(labels)) for one in (before, now)]
     old, new = (count / count.sum() for count in counts)
     value = float(np.abs(new - old).sum() / 2)  # total variation
-    moved = int(np.abs(new - old).argmax())
+    gained = int((new - old).argmax())
     words = (
-        f"Predicted labels: {labels[moved]!r} went from {old[moved]:.1%} to {new[moved]:.1%} of the texts, more than "
-        f"any other; with another label for {value:.1%} of the texts all shares would be as before"
+        f"Predicted labels: {labels[gained]!r}, which gained most, went from {old[gained]:.1%} to {new[gained]:.1%} of "
+        f"the texts; with another label for {value:.1%} of the texts all shares would be as before"
     )
     return value, chi_square(counts[0], counts[1]), words
 
