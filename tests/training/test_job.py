@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from tuneserve.artifact import Version
 from tuneserve.errors import BaseModelError, DeviceError, NoModelError, TrainingError
+from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import Stop
@@ -56,8 +57,9 @@ def test_a_version_is_a_checkpoint_that_anything_loads(environment: dict[str, st
     assert version.metadata["metrics"]["test"]["accuracy"] >= 0.9
     assert sorted(path.name for path in version.folder.iterdir()) == [
         "config.json",
-        "engine",
+        "decision.json",
         "drift.json",
+        "engine",
         "golden.json",
         "metadata.json",
         "model.safetensors",
