@@ -83,7 +83,7 @@ def make_split(lengths: Sequence[int], *, labels: int = 3, words: int = 50, seed
         ids=rng.integers(len(SPECIAL), words, sum(lengths), dtype=np.int32),
         starts=np.r_[0, np.cumsum(lengths)],
         label_ids=rng.integers(0, labels, len(lengths)),
-        truncated=0,
+        truncated=np.zeros(len(lengths), dtype=bool),
     )
 
 

@@ -28,7 +28,7 @@ def tokenized(*texts: list[int], label_ids: list[int]) -> TokenizedSplit:
         ids=np.array([one for ids in texts for one in ids], dtype=np.int32),
         starts=np.r_[0, np.cumsum([len(ids) for ids in texts])],
         label_ids=np.array(label_ids, dtype=np.int64),
-        truncated=0,
+        truncated=np.zeros(len(texts), dtype=bool),
     )
 
 

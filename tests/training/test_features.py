@@ -110,7 +110,10 @@ def test_an_encoding_that_was_interrupted_goes_on(
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 12, 35)
     split = TokenizedSplit(
-        rng.integers(5, 20, lengths.sum()).astype(np.int32), np.r_[0, np.cumsum(lengths)], np.zeros(35, dtype=int), 0
+        rng.integers(5, 20, lengths.sum()).astype(np.int32),
+        np.r_[0, np.cumsum(lengths)],
+        np.zeros(35, dtype=int),
+        np.zeros(35, dtype=bool),
     )
     whole = features.encode(encoder, split, tmp_path / "whole", stopping=lambda: False)
     asked = 0

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from tuneserve.artifact import Version
 from tuneserve.errors import BaseModelError, DeviceError, NoModelError, TrainingError
+from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import Stop
@@ -56,6 +57,8 @@ def test_a_version_is_a_checkpoint_that_anything_loads(environment: dict[str, st
     assert version.metadata["metrics"]["test"]["accuracy"] >= 0.9
     assert sorted(path.name for path in version.folder.iterdir()) == [
         "config.json",
+        "decision.json",
+        "drift.json",
         "engine",
         "golden.json",
         "metadata.json",
@@ -82,6 +85,20 @@ def test_what_is_saved_gives_the_logits_of_what_was_trained(
     )
     with torch.inference_mode():
         torch.testing.assert_close(saved(**batch).logits, trained[0].eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_the_reference_for_drift_is_of_all_held_out_texts(environment: dict[str, str]) -> None:
+    version = train(environment)
+    reference = read_reference(version)
+    assert reference is not None
+    counts = version.metadata["data"]["counts"]
+    assert len(reference.answers) == sum(sum(counts[name].values()) for name in ("valid", "test"))
+    assert reference.answers.tokens.min() > 4
+    assert set(reference.answers.unknown.tolist()) == {2}  # the word "number" and the number itself
+    assert not reference.answers.truncated.any()
+    assert (reference.answers.confidences >= 0.5).all()
+    assert set(reference.answers.label_ids.tolist()) == {0, 1}
+    assert version.metadata["files"]["drift.json"] == (version.folder / "drift.json").stat().st_size
 
 
 def test_metadata_has_what_readers_rely_on(environment: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 <version>/config.json, model.safetensors, tokenizer.json, tokenizer_config.json
 <version>/engine/        the exported graph, if there is one
 <version>/golden.json    a few texts and the answers that the model gave when it was saved
+<version>/drift.json     what it answered to held-out texts, five figures of each, and no text
 <version>/report/        the test in full
 <version>/metadata.json  written last: a folder without it is not a version
 """

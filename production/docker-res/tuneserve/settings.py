@@ -141,7 +141,8 @@ class Settings(BaseModel):
     """Port to listen on."""
 
     api_key: SecretStr = SecretStr("")
-    """When set, `POST /inference*` and `GET /model` want it as `Authorization: Bearer …` or `X-API-Key`."""
+    """When set, `POST /inference*`, `GET /model` and `GET /drift*` want it: as `Authorization: Bearer …` or
+    `X-API-Key`."""
 
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
@@ -208,6 +209,12 @@ class Settings(BaseModel):
 
     retrain_gpu_fraction: float = Field(default=0.5, gt=0, le=1)
     """Share of the GPU's memory that a training beside a model that answers may take."""
+
+    drift_window: int = Field(default=500, ge=50, le=100_000)
+    """Texts answered last by which `GET /drift` judges whether they are still like those the model was tested on."""
+
+    drift_window_hours: float = Field(default=24, gt=0)
+    """Hours after which a text no longer counts for that."""
 
     retrain_on_drift: bool = False
     """Retrain when the texts that are served are no longer like those that the model was tested on."""

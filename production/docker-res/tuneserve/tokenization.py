@@ -41,6 +41,15 @@ class Tokens:
         return self.windows[0]
 
 
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of what the vocabulary does not have; none for tokenizers that can spell everything, such as GPT-2's."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:  # Unigram
+        return int(model["unk_id"])
+    token = model.get("unk_token")
+    return tokenizer.token_to_id(token) if token else None
+
+
 class TextEncoder:
     """A `tokenizer.json` with the length limit of one model. Safe to share between threads.
 
@@ -55,6 +64,7 @@ class TextEncoder:
         self._special = tokenizer.num_special_tokens_to_add(is_pair=False)
         self._overlap = int((max_tokens - self._special) * WINDOW_OVERLAP) if windows else 0
         self._windows = windows
+        self.unknown_id = unknown_id(tokenizer)
         self._tokenizer.enable_truncation(max_tokens, stride=self._overlap)
 
     @classmethod

@@ -20,6 +20,7 @@ from tuneserve.errors import ClientGoneError, OverloadedError, TextError, Tunese
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.classifier import Prediction
+from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
 from tuneserve.serving.middleware import BodyLimit, Stopwatch
 from tuneserve.serving.schemas import (
@@ -160,19 +161,24 @@ def create_app(
 
     if feedback is not None:
         app.include_router(feedback_routes(feedback, slot), dependencies=guarded)
+    app.include_router(drift_routes(slot), dependencies=guarded, responses={503: problems[503]})
     if trainer is not None:
         app.include_router(training_routes(trainer, keyed=bool(key)), dependencies=guarded)
 
     @app.get("/metrics", tags=["operations"])
     async def prometheus() -> Response:
         """Figures for Prometheus."""
-        metrics.model.clear()
+        report = None
         if slot.phase == "ready":
+            report = await asyncio.to_thread(slot.model().monitor.report)
+        metrics.model.clear()
+        if report is not None and slot.phase == "ready":
             model = slot.model()
             metrics.model.labels(model.classifier.version.id).set(1)
             metrics.queue_tokens.set(model.batcher.tokens_waiting)
             if feedback is not None:
                 await asyncio.to_thread(metrics.show_feedback, feedback, model.classifier.version.id)
+            metrics.show_drift(report)
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)

@@ -58,6 +58,11 @@ class Classifier:
         """Whether a text longer than the model reads is an error."""
         return self._long_text == "error"
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The token of what the vocabulary does not have, if there is one."""
+        return self._encoder.unknown_id
+
     def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
         """The tokens of each text, or why it cannot be read."""
         problems = [_problem(text) for text in texts]

@@ -5,6 +5,7 @@ import math
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tuneserve.errors import UnavailableError
+from tuneserve.lifecycle.drift import Report
 from tuneserve.lifecycle.feedback import Feedback
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -66,6 +67,32 @@ class Metrics:
         self.not_finite = Counter(
             "tuneserve_not_finite", "Texts for which the engine gave a figure that is not a number.", registry=registry
         )
+        self.drift = Gauge(
+            "tuneserve_drift",
+            "How far the last texts are from the reference.",
+            ["figure"],
+            registry=registry,
+        )
+        self.drift_threshold = Gauge(
+            "tuneserve_drift_threshold", "Smallest difference that is called drift.", ["figure"], registry=registry
+        )
+        self.drift_p_value = Gauge(
+            "tuneserve_drift_p_value",
+            "How likely chance makes such a difference, corrected for the number of figures.",
+            ["figure"],
+            registry=registry,
+        )
+        self.drift_detected = Gauge("tuneserve_drift_detected", "1 if any figure is called drift.", registry=registry)
+
+    def show_drift(self, report: Report) -> None:
+        """Let the gauges say what a report says; a report that judges nothing has no figures."""
+        self.drift_detected.set(report.drifted)
+        for gauge in (self.drift, self.drift_threshold, self.drift_p_value):
+            gauge.clear()
+        for figure in report.figures:
+            self.drift.labels(figure.name).set(figure.value)
+            self.drift_threshold.labels(figure.name).set(figure.threshold)
+            self.drift_p_value.labels(figure.name).set(figure.p_value)
 
     def batch(self, texts: int, tokens: int, places: int) -> None:
         """Note a batch."""

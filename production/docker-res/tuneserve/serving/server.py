@@ -11,6 +11,7 @@ import uvicorn
 
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, SettingsError
+from tuneserve.lifecycle.drift import Window
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.lifecycle.retraining import Retraining
 from tuneserve.lifecycle.schedule import Schedule
@@ -45,7 +46,10 @@ class Server(uvicorn.Server):
 
 def open_slot(settings: Settings) -> Slot:
     """An empty slot."""
-    return Slot(max_queue_tokens=settings.max_queue_tokens)
+    return Slot(
+        max_queue_tokens=settings.max_queue_tokens,
+        new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours),
+    )
 
 
 def open_feedback(settings: Settings) -> Feedback:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from tuneserve.errors import NoModelError, TextError, TimeoutExceededError, TuneserveError
+from tuneserve.lifecycle.drift import Window
 from tuneserve.serving.batcher import Batcher, Outcome
 from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
+from tuneserve.serving.monitor import Monitor
 from tuneserve.tokenization import Tokens
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class ServedModel:
     Args:
         classifier: whose engine belongs to the queue's thread from now on.
         metrics: told of everything.
+        window: empty, for what it answers.
         max_queue_tokens: that may wait.
         on_death: called if the engine's thread ends by an error.
     """
@@ -45,12 +48,14 @@ class ServedModel:
         self,
         classifier: Classifier,
         metrics: Metrics,
+        window: Window,
         *,
         max_queue_tokens: int,
         on_death: Callable[[BaseException], None],
     ) -> None:
         self.classifier = classifier
         self.metrics = metrics
+        self.monitor = Monitor(classifier, window)
         self.in_flight = 0
         self.batcher = Batcher(classifier.engine, metrics, max_queue_tokens=max_queue_tokens, on_death=on_death)
 
@@ -113,6 +118,7 @@ class ServedModel:
         prediction = self.classifier.describe(reading, logits)
         self.metrics.texts.inc()
         self.metrics.labels.labels(prediction.label).inc()
+        self.monitor.observe(reading, prediction)
         if prediction.truncated:
             self.metrics.truncated.inc()
         return prediction
@@ -136,14 +142,22 @@ class Slot:
     Args:
         metrics: of the server.
         max_queue_tokens: that may wait for an engine.
+        new_window: makes an empty window for what a version answers.
     """
 
-    def __init__(self, *, metrics: Metrics | None = None, max_queue_tokens: int = 16384) -> None:
+    def __init__(
+        self,
+        *,
+        metrics: Metrics | None = None,
+        max_queue_tokens: int = 16384,
+        new_window: Callable[[], Window] = Window,
+    ) -> None:
         self.phase: Phase = "empty"
         self.failure: BaseException | None = None
         self.metrics = metrics or Metrics()
         self.on_failure: Callable[[], None] = lambda: None
         self._max_queue_tokens = max_queue_tokens
+        self._new_window = new_window
         self._model: ServedModel | None = None
         self._held: ServedModel | None = None
         self._change = threading.RLock()
@@ -176,6 +190,7 @@ class Slot:
         model = ServedModel(
             classifier,
             self.metrics,
+            self._new_window(),
             max_queue_tokens=self._max_queue_tokens,
             on_death=lambda error: self._die(model, error),
         )

@@ -145,7 +145,7 @@ def as_splits(tokens: Mapping[str, TokenizedSplit]) -> dict[str, TokenizedSplit]
     for name in SPLITS:
         size = len(tokens[name])
         ids = np.arange(begin, begin + size, dtype=np.int32)
-        splits[name] = TokenizedSplit(ids, np.arange(size + 1), tokens[name].label_ids, truncated=0)
+        splits[name] = TokenizedSplit(ids, np.arange(size + 1), tokens[name].label_ids, tokens[name].truncated)
         begin += size
     return splits
 

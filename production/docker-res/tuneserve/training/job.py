@@ -126,7 +126,7 @@ def _find_or_learn(
 
     with world.one_a_node_first():
         tokenizer, tokens = read_tokens(settings, base, splits)
-    truncated = {name: one.truncated / len(one) for name, one in tokens.items()}
+    truncated = {name: float(one.truncated.mean()) for name, one in tokens.items()}
     shares = ", ".join(f"{share:.1%} of {name}" for name, share in truncated.items())
     logger.info("texts cut at %d tokens: %s", settings.num_max_positions, shares)
 

@@ -4,10 +4,11 @@ import copy
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from scipy.special import softmax
@@ -16,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 import tuneserve
 from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden, write_json
 from tuneserve.hardware import Precision
+from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
-from tuneserve.tokenization import TextEncoder
+from tuneserve.tokenization import TextEncoder, unknown_id
 from tuneserve.training import calibration
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
 from tuneserve.training.export import export
@@ -50,9 +52,13 @@ def publish(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         saved = AutoModelForSequenceClassification.from_pretrained(temporary, dtype=torch.float32)
-        metrics, errors = test(saved.to(model.device), tokens, metadata["labels"], precision, temperature)
+        saved.to(model.device)
+        logits = {name: _logits(saved, tokens[name], precision) for name in ("valid", "test")}
+        metrics, errors = test(logits, tokens, metadata["labels"], temperature)
         engine = export(saved.cpu(), temporary, tokens["valid"], threads=torch.get_num_threads())
         write_golden(temporary, golden_answers(saved, tokenizer, metadata["labels"]))
+        answers = answers_to([tokens["valid"], tokens["test"]], [logits["valid"], logits["test"]], tokenizer)
+        write_reference(temporary, answers, seed=metadata["settings"]["seed"])
         (temporary / "report").mkdir()
         for name, figures in metrics.items():
             write_json(temporary / "report" / f"{name}.json", figures)
@@ -115,19 +121,34 @@ def calibrate(model: PreTrainedModel, valid: TokenizedSplit, precision: Precisio
 
 
 def test(
-    saved: PreTrainedModel,
-    tokens: Mapping[str, TokenizedSplit],
-    labels: list[str],
-    precision: Precision,
-    temperature: float,
+    logits: Mapping[str, Array], tokens: Mapping[str, TokenizedSplit], labels: list[str], temperature: float
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The figures of each split by name, and the calibration errors that there were before the temperature."""
     metrics, errors = {}, {}
-    for name in ("valid", "test"):
-        logits = _logits(saved, tokens[name], precision)
-        metrics[name] = score(logits, tokens[name].label_ids, labels)
-        errors[name] = expected_calibration_error(softmax(logits * temperature, axis=1), tokens[name].label_ids)
+    for name, rows in logits.items():
+        metrics[name] = score(rows, tokens[name].label_ids, labels)
+        errors[name] = expected_calibration_error(softmax(rows * temperature, axis=1), tokens[name].label_ids)
     return metrics, errors
+
+
+def answers_to(
+    splits: Sequence[TokenizedSplit], logits: Sequence[Array], tokenizer: PreTrainedTokenizerBase
+) -> Answers:
+    """What a server would note of these texts, whose logits are float [texts, labels]."""
+    rows = np.concatenate(logits)
+    unknown = unknown_id(tokenizer.backend_tokenizer)
+    return Answers(
+        label_ids=rows.argmax(axis=1),
+        confidences=softmax(rows.astype(np.float64), axis=1).max(axis=1),
+        tokens=np.concatenate([split.lengths for split in splits]),
+        unknown=np.array(
+            [np.count_nonzero(split.text_ids(row) == unknown) for split in splits for row in range(len(split))]
+            if unknown is not None
+            else np.zeros(len(rows)),
+            dtype=np.int64,
+        ),
+        truncated=np.concatenate([split.truncated for split in splits]),
+    )
 
 
 def _logits(model: PreTrainedModel, split: TokenizedSplit, precision: Precision) -> Array:

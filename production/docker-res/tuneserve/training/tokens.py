@@ -1,6 +1,7 @@
 """Texts as token ids on disk: tokenized once, memory-mapped, found again by content.
 
-A folder holds `ids.i32` (all texts end to end), `starts.npy` (where each begins, and the end) and `truncated.npy`.
+A folder holds `ids.i32` (all texts end to end), `starts.npy` (where each begins, and the end) and `cut.npy` (whether it
+was longer than what was read).
 """
 
 import hashlib
@@ -30,13 +31,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class TokenizedSplit:
     """Token ids and label ids of a split.
 
-    `ids` is int32 [all tokens], memory-mapped; `starts` int64 [texts + 1]; `label_ids` int64 [texts].
+    `ids` is int32 [all tokens], memory-mapped; `starts` int64 [texts + 1]; `label_ids` int64 [texts];
+    `truncated` bool [texts].
     """
 
     ids: Array
     starts: Array
     label_ids: Array
-    truncated: int
+    truncated: Array
 
     def __len__(self) -> int:
         return len(self.label_ids)
@@ -70,14 +72,14 @@ def tokenize(split: Split, encoder: TextEncoder, *, cache: Path) -> TokenizedSpl
         ids=np.memmap(folder / "ids.i32", dtype=np.int32, mode="r"),
         starts=np.load(folder / "starts.npy"),
         label_ids=split.label_ids.astype(np.int64),
-        truncated=int(np.load(folder / "truncated.npy")),
+        truncated=np.load(folder / "cut.npy"),
     )
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         tokens = int(np.load(folder / "starts.npy")[-1])
-        return (folder / "truncated.npy").is_file() and (folder / "ids.i32").stat().st_size == tokens * 4
+        return (folder / "cut.npy").is_file() and (folder / "ids.i32").stat().st_size == tokens * 4
     except (OSError, ValueError, EOFError):
         return False
 
@@ -86,16 +88,16 @@ def _write(split: Split, encoder: TextEncoder, folder: Path) -> None:
     temporary = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
     lengths: list[Array] = []
-    truncated = 0
+    truncated: list[bool] = []
     try:
         with (temporary / "ids.i32").open("wb") as file:
             for batch in in_batches(split, len):
                 tokens = encoder.encode(batch)
                 lengths.append(np.array([len(one.ids) for one in tokens], dtype=np.int64))
-                truncated += sum(one.truncated for one in tokens)
+                truncated += [one.truncated for one in tokens]
                 file.write(np.fromiter(chain.from_iterable(one.ids for one in tokens), dtype=np.int32).tobytes())
         np.save(temporary / "starts.npy", np.r_[0, np.cumsum(np.concatenate(lengths))])
-        np.save(temporary / "truncated.npy", np.int64(truncated))
+        np.save(temporary / "cut.npy", np.array(truncated, dtype=bool))
         _take_name(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,287 @@
+"""Whether the texts that are served are still like those a version was tested on, judged by what it answers to them.
+
+A version's folder holds, in `drift.json`, what it answered to texts held out from its training; a server keeps the
+same of the last texts it answered. No text is kept, only five figures of each.
+"""
+
+import json
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuneserve.artifact import Version
+from tuneserve.errors import StoreError
+from tuneserve.lifecycle.two_samples import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DRIFT = "drift.json"
+
+MAX_TEXTS = 2000
+"""Texts of a reference: more would make the comparison with a window of 500 hardly any sharper."""
+
+FEWEST_TEXTS = 50
+"""Texts below which nothing is judged."""
+
+LEVEL = 0.01
+"""How often, at most, any figure of a window like the reference is called drift."""
+
+DECIMALS = 3
+"""Of a confidence: finer differences come from the number format that an engine computes in."""
+
+THRESHOLDS = {"labels": 0.1, "confidence": 0.1, "length": 0.1, "unknown": 0.01, "truncated": 0.05}
+"""The smallest difference that is called drift, however sure it is: with many texts the tests see what nobody feels."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was answered to some texts: five arrays [texts], and nothing of the texts themselves.
+
+    `label_ids` int64; `confidences` float64, the probability of the likeliest label; `tokens` and `unknown` int64,
+    how many were read and how many of these the vocabulary does not have; `truncated` bool.
+    """
+
+    label_ids: Array
+    confidences: Array
+    tokens: Array
+    unknown: Array
+    truncated: Array
+
+    def __len__(self) -> int:
+        return len(self.label_ids)
+
+    @property
+    def unknown_shares(self) -> Array:
+        """Unknown tokens by tokens, float64 [texts]."""
+        return self.unknown / np.maximum(1, self.tokens)
+
+    def of(self, rows: Array) -> "Answers":
+        """Those of some texts, by place or by a mask."""
+        columns = (self.label_ids, self.confidences, self.tokens, self.unknown, self.truncated)
+        return Answers(*(column[rows] for column in columns))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a version answered to texts that it had not learned from, when it was saved; labels by id."""
+
+    labels: list[str]
+    answers: Answers
+
+    def whole_texts(self) -> "Reference":
+        """Without the texts that were cut: what a server that refuses long texts is compared with."""
+        return Reference(self.labels, self.answers.of(~self.answers.truncated))
+
+
+def write_reference(folder: Path, answers: Answers, *, seed: int) -> None:
+    """Write it into a version's folder; of many texts some are drawn by `seed`."""
+    if len(answers) > MAX_TEXTS:
+        answers = answers.of(np.sort(np.random.default_rng(seed).choice(len(answers), MAX_TEXTS, replace=False)))
+    content = {
+        "label_ids": answers.label_ids.tolist(),
+        "confidences": np.round(answers.confidences.astype(np.float64), DECIMALS).tolist(),
+        "tokens": answers.tokens.tolist(),
+        "unknown": answers.unknown.tolist(),
+        "truncated": answers.truncated.astype(int).tolist(),
+    }
+    (folder / DRIFT).write_text(json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def read_reference(version: Version) -> Reference | None:
+    """The version's reference; none if it was saved without one.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    path = version.folder / DRIFT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        columns = {
+            "label_ids": np.array(content["label_ids"], dtype=np.int64),
+            "confidences": np.array(content["confidences"], dtype=np.float64),
+            "tokens": np.array(content["tokens"], dtype=np.int64),
+            "unknown": np.array(content["unknown"], dtype=np.int64),
+            "truncated": np.array(content["truncated"], dtype=bool),
+        }
+        if len({column.shape for column in columns.values()}) != 1:
+            raise ValueError("its columns differ in length")
+        return Reference(version.labels, Answers(**columns))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} cannot be read: {error!r}") from error
+
+
+class Window:
+    """What one version answered last. One thread adds while others read.
+
+    Args:
+        max_texts: that it holds; the oldest make room.
+        hours: after which a text no longer counts.
+    """
+
+    def __init__(self, *, max_texts: int = 500, hours: float = 24) -> None:
+        self.max_texts, self.hours = max_texts, hours
+        self._rows: deque[tuple[float, int, float, int, int, bool]] = deque(maxlen=max_texts)
+
+    def add(self, label_id: int, confidence: float, tokens: int, unknown: int, truncated: bool) -> None:
+        """Note the answer to one text."""
+        self._rows.append((time.time(), label_id, confidence, tokens, unknown, truncated))
+
+    def read(self) -> tuple[Array, Answers]:
+        """When each text was answered, in seconds of the epoch, and the answers, oldest first."""
+        since = time.time() - self.hours * 3600
+        rows = [row for row in self._rows.copy() if row[0] >= since]  # only a copy is safe beside a thread that adds
+        at, label_ids, confidences, tokens, unknown, truncated = zip(*rows, strict=True) if rows else ((),) * 6
+        return np.array(at, dtype=np.float64), Answers(
+            np.array(label_ids, dtype=np.int64),
+            np.array(confidences, dtype=np.float64),
+            np.array(tokens, dtype=np.int64),
+            np.array(unknown, dtype=np.int64),
+            np.array(truncated, dtype=bool),
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One comparison: the difference, the least that is called drift, and how likely chance explains it.
+
+    The p-value is corrected for the number of figures.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    p_value: float
+    drifted: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a window shows. `begins` and `ends` are when its first and last text were answered, in UTC."""
+
+    drifted: bool
+    texts: int
+    reference_texts: int
+    max_texts: int
+    hours: float
+    begins: str | None
+    ends: str | None
+    figures: tuple[Figure, ...]
+    sentence: str
+
+
+def compare(reference: Reference | None, window: Window) -> Report:
+    """Judge a window by a version's reference."""
+    at, now = window.read()
+    before = reference.answers if reference is not None else None
+    figures: tuple[Figure, ...] = ()
+    if reference is None or before is None:
+        sentence = "This version was saved without a reference, so nothing can be judged; the next training saves one."
+    elif len(before) < FEWEST_TEXTS:
+        sentence = f"The reference has {len(before)} texts; nothing is judged by fewer than {FEWEST_TEXTS}."
+    elif len(now) < FEWEST_TEXTS:
+        sentence = f"{len(now)} texts were answered lately; nothing is judged before there are {FEWEST_TEXTS}."
+    else:
+        figures = judge(reference, now)
+        sentence = _summary(figures, texts=len(now))
+    return Report(
+        drifted=any(one.drifted for one in figures),
+        texts=len(now),
+        reference_texts=len(before) if before is not None else 0,
+        max_texts=window.max_texts,
+        hours=window.hours,
+        begins=utc(at[0]) if len(at) else None,
+        ends=utc(at[-1]) if len(at) else None,
+        figures=figures,
+        sentence=sentence,
+    )
+
+
+def utc(seconds: float) -> str:
+    """A time as ISO 8601, to the millisecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def judge(reference: Reference, now: Answers) -> tuple[Figure, ...]:
+    """Every figure of some answers, however few."""
+    before = reference.answers
+    found = [
+        ("labels", *_labels(reference.labels, before, now)),
+        ("confidence", *_confidence(before, now)),
+        ("length", *_length(before, now)),
+        ("unknown", *_unknown(before, now)),
+        ("truncated", *_truncated(before, now)),
+    ]
+    p_values = holm([p_value for _, _, p_value, _ in found])
+    return tuple(
+        _figure(name, value, p_value, words) for (name, value, _, words), p_value in zip(found, p_values, strict=True)
+    )
+
+
+Finding = tuple[float, float, str]
+"""A difference, the p-value of it alone, and the difference in words."""
+
+
+def _labels(labels: list[str], before: Answers, now: Answers) -> Finding:
+    counts = [np.bincount(one.label_ids, minlength=len(labels)) for one in (before, now)]
+    old, new = (count / count.sum() for count in counts)
+    value = float(np.abs(new - old).sum() / 2)  # total variation
+    gained = int((new - old).argmax())
+    words = (
+        f"Predicted labels: {labels[gained]!r}, which gained most, went from {old[gained]:.1%} to {new[gained]:.1%} of "
+        f"the texts; with another label for {value:.1%} of the texts all shares would be as before"
+    )
+    return value, chi_square(counts[0], counts[1]), words
+
+
+def _confidence(before: Answers, now: Answers) -> Finding:
+    old, new = (np.round(one.confidences, DECIMALS) for one in (before, now))
+    value, p_value = kolmogorov_smirnov(old, new)
+    words = f"the mean probability of the predicted label went from {old.mean():.3f} to {new.mean():.3f}"
+    return value, p_value, f"Confidence: {words}; {value:.1%} is the widest gap between the cumulative shares"
+
+
+def _length(before: Answers, now: Answers) -> Finding:
+    value, p_value = kolmogorov_smirnov(before.tokens, now.tokens)
+    words = f"the median text went from {np.median(before.tokens):g} to {np.median(now.tokens):g} tokens"
+    return value, p_value, f"Length: {words}; {value:.1%} is the widest gap between the cumulative shares"
+
+
+def _unknown(before: Answers, now: Answers) -> Finding:
+    old, new = before.unknown_shares, now.unknown_shares
+    value = float(abs(new.mean() - old.mean()))
+    words = f"Unknown tokens: their mean share of a text went from {old.mean():.2%} to {new.mean():.2%}"
+    return value, rank_sum(old, new), f"{words}, a difference of {value:.2%}"
+
+
+def _truncated(before: Answers, now: Answers) -> Finding:
+    old, new = int(before.truncated.sum()), int(now.truncated.sum())
+    value = abs(new / len(now) - old / len(before))
+    words = f"Truncated texts: their share went from {old / len(before):.1%} to {new / len(now):.1%}"
+    return value, fisher(old, len(before), new, len(now)), f"{words}, a difference of {value:.1%}"
+
+
+def _figure(name: str, value: float, p_value: float, words: str) -> Figure:
+    threshold = THRESHOLDS[name]
+    large, sure = value >= threshold, p_value <= LEVEL
+    if large and sure:
+        verdict = f"That is drift: it reaches {threshold:.0%}, and chance does not explain it (p = {p_value:.2g})."
+    elif sure:
+        verdict = f"That is not called drift: it is below {threshold:.0%}, though more than chance (p = {p_value:.2g})."
+    else:
+        verdict = f"That is not called drift: chance may explain it (p = {p_value:.2g})."
+    return Figure(name, round(value, 4), threshold, float(f"{p_value:.3g}"), large and sure, f"{words}. {verdict}")
+
+
+def _summary(figures: tuple[Figure, ...], *, texts: int) -> str:
+    drifted = [one.name for one in figures if one.drifted]
+    if not drifted:
+        return f"The last {texts} texts are like those the version was tested on."
+    return f"The last {texts} texts are not like those the version was tested on: {', '.join(drifted)}."

@@ -1,0 +1,86 @@
+"""Whether two samples come from one distribution: a distance where there is one, and how likely chance explains it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FEWEST_EXPECTED = 5
+"""Texts of a label that both samples should show at least, or the chi-square approximation is a poor one (Cochran)."""
+
+
+def kolmogorov_smirnov(first: Array, second: Array) -> tuple[float, float]:
+    """The largest distance of the two cumulative shares, and its p-value for large samples.
+
+    Equal values make the p-value too large, never too small.
+    """
+    from scipy.special import kolmogorov
+
+    values = np.unique(np.concatenate([first, second]))
+    shares = [np.searchsorted(np.sort(one), values, side="right") / len(one) for one in (first, second)]
+    distance = float(np.abs(shares[0] - shares[1]).max())
+    size = len(first) * len(second) / (len(first) + len(second))
+    return distance, float(kolmogorov(math.sqrt(size) * distance))
+
+
+def chi_square(first: Array, second: Array) -> float:
+    """The p-value of two lists of counts by label having the same shares; the rarest labels are counted as one."""
+    from scipy.special import chdtrc
+
+    counts = np.stack([first, second]).astype(np.float64)
+    counts = counts[:, np.argsort(counts.sum(axis=0))]
+    expected = counts.sum(axis=0) * counts.sum(axis=1).min() / counts.sum()
+    rare = int(np.count_nonzero(expected < FEWEST_EXPECTED))
+    while 0 < rare < len(expected) and expected[:rare].sum() < FEWEST_EXPECTED:
+        rare += 1
+    if rare:
+        counts = np.concatenate([counts[:, :rare].sum(axis=1, keepdims=True), counts[:, rare:]], axis=1)
+    if counts.shape[1] < 2:
+        return 1.0
+    wanted = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / counts.sum()
+    return float(chdtrc(counts.shape[1] - 1, ((counts - wanted) ** 2 / wanted).sum()))
+
+
+def rank_sum(first: Array, second: Array) -> float:
+    """The two-sided p-value of Mann and Whitney's test, by the normal distribution with the correction for ties."""
+    _, places, times = np.unique(np.concatenate([first, second]), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(times) - (times - 1) / 2)[places.ravel()]
+    n, m = len(first), len(second)
+    surplus = abs(ranks[:n].sum() - n * (n + m + 1) / 2)
+    ties = float((times.astype(np.float64) ** 3 - times).sum()) / ((n + m) * (n + m - 1))
+    variance = n * m / 12 * (n + m + 1 - ties)
+    return math.erfc(max(0.0, surplus - 0.5) / math.sqrt(2 * variance)) if variance > 0 else 1.0
+
+
+def fisher(first: int, first_texts: int, second: int, second_texts: int) -> float:
+    """The two-sided p-value of Fisher's exact test: `first` of `first_texts` against `second` of `second_texts`."""
+    from scipy.special import gammaln
+
+    def ways(total: int, chosen: Array) -> Array:
+        """Logarithm of the binomial coefficient."""
+        found: Array = gammaln(total + 1) - gammaln(chosen + 1) - gammaln(total - chosen + 1)
+        return found
+
+    both = first + second
+    possible = np.arange(max(0, both - second_texts), min(both, first_texts) + 1)
+    log_shares = ways(first_texts, possible) + ways(second_texts, both - possible)
+    shares = np.exp(log_shares - log_shares.max())
+    shares /= shares.sum()
+    seen = shares[first - possible[0]]
+    return min(1.0, float(shares[shares <= seen * (1 + 1e-7)].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number: calling those up to a level keeps the chance of any false call below it.
+
+    Holm, A simple sequentially rejective multiple test procedure, 1979; the tests may depend on each other.
+    """
+    corrected = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        corrected[place] = largest
+    return corrected

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from tuneserve.lifecycle.two_samples import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.3])
+def test_the_distance_of_two_samples_is_scipys(shift: float) -> None:
+    first, second = RNG.normal(size=700), RNG.normal(size=500) + shift
+    wanted = stats.ks_2samp(first, second, method="asymp")
+    distance, p_value = kolmogorov_smirnov(first, second)
+    assert distance == pytest.approx(wanted.statistic)
+    assert p_value == pytest.approx(wanted.pvalue, rel=0.5)  # SciPy corrects for finite samples
+
+
+def test_equal_values_do_not_make_a_difference_surer() -> None:
+    first, second = RNG.integers(0, 3, 1000), RNG.integers(0, 3, 500)
+    assert kolmogorov_smirnov(first, first[::2])[0] < 0.05
+    assert kolmogorov_smirnov(np.zeros(100), np.zeros(50)) == (0, 1)
+    assert kolmogorov_smirnov(np.zeros(100), np.ones(50)) == (1, pytest.approx(0, abs=1e-20))
+    assert kolmogorov_smirnov(first, second)[1] > 0.01
+
+
+def test_shares_of_labels_are_tested_as_scipy_does() -> None:
+    first, second = np.array([500, 300, 200]), np.array([220, 180, 100])
+    assert chi_square(first, second) == pytest.approx(stats.chi2_contingency([first, second]).pvalue)
+    assert chi_square(second, first) == pytest.approx(chi_square(first, second))
+
+
+def test_rare_labels_are_counted_as_one() -> None:
+    first, second = np.array([1000, 980, 5, 3, 8, 4]), np.array([260, 230, 0, 4, 3, 3])
+    together = [[1000, 980, 20], [260, 230, 10]]
+    assert chi_square(first, second) == pytest.approx(stats.chi2_contingency(together).pvalue)
+    assert chi_square(np.array([100, 0]), np.array([50, 0])) == 1
+    assert chi_square(np.array([100, 1]), np.array([50, 0])) == 1  # nothing is left beside the rare ones
+
+
+def test_ranks_are_tested_as_scipy_does() -> None:
+    first, second = RNG.binomial(3, 0.1, 900) / 3, RNG.binomial(3, 0.15, 500) / 3
+    assert rank_sum(first, second) == pytest.approx(
+        stats.mannwhitneyu(first, second, method="asymptotic").pvalue, rel=1e-6
+    )
+    assert rank_sum(np.zeros(10), np.zeros(20)) == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 3), (40, 0), (200, 60), (0, 0), (1000, 500)])
+def test_two_shares_are_tested_as_scipy_does(first: int, second: int) -> None:
+    wanted = stats.fisher_exact([[first, 1000 - first], [second, 500 - second]]).pvalue
+    assert fisher(first, 1000, second, 500) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
