@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -115,7 +116,11 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
         if trainer is not None:
             store.prepare()
             _train_first(trainer, slot)
-            retraining = Retraining(trainer, schedule=_schedule(settings, store))
+            retraining = Retraining(
+                trainer,
+                schedule=_schedule(settings, store),
+                drift=partial(_drifted, slot) if settings.retrain_on_drift else lambda: None,
+            )
             retraining.start()
         follower.start()
         feedback.start()
@@ -147,6 +152,14 @@ def _schedule(settings: Settings, store: Store) -> Schedule | None:
         memory=store.root / "schedule.json",
         host=socket.gethostname(),
     )
+
+
+def _drifted(slot: Slot) -> str | None:
+    """What has drifted, in words."""
+    if slot.phase != "ready":
+        return None
+    report = slot.model().monitor.report()
+    return report.sentence if report.drifted else None
 
 
 def _train_first(trainer: Trainer, slot: Slot) -> None:
