@@ -247,6 +247,30 @@ def test_the_api_key_guards_answers_and_metadata_but_not_health(settings: Settin
             assert client.get(path).status_code == 200
 
 
+def test_the_api_key_guards_everything_if_it_is_told_to(slot: Slot) -> None:
+    guarded = Settings.from_environ({"API_KEY": "open sesame", "API_KEY_GUARDS": "everything"})
+    with TestClient(create_app(guarded, slot)) as client:
+        for path in ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/", "/model", "/nothing"):
+            for headers in ({}, {"X-API-Key": "open"}, {"Authorization": "Bearer"}, {"Authorization": "open sesame"}):
+                refused = client.get(path, headers=headers)
+                assert refused.status_code == 401, path
+                assert refused.headers["WWW-Authenticate"] == "Bearer"
+                assert "API key" in refused.json()["detail"]
+            for headers in ({"X-API-Key": "open sesame"}, {"Authorization": "bearer open sesame"}):
+                assert client.get(path, headers=headers).status_code == (404 if path == "/nothing" else 200), path
+        assert client.post("/inference", content=b"{").status_code == 401
+    without = Settings.from_environ({"API_KEY_GUARDS": "everything"})
+    with TestClient(create_app(without, slot)) as client:
+        assert client.get("/livez").status_code == 200
+
+
+def test_the_documentation_says_how_the_key_is_shown(client: TestClient) -> None:
+    description = client.get("/openapi.json").json()
+    assert set(description["components"]["securitySchemes"]) == {"HTTPBearer", "APIKeyHeader"}
+    assert description["paths"]["/inference"]["post"]["security"] == [{"HTTPBearer": []}, {"APIKeyHeader": []}]
+    assert "security" not in description["paths"]["/livez"]["get"]
+
+
 def test_the_model_page_is_the_versions_metadata(client: TestClient, version: Version) -> None:
     assert client.get("/model").json() == {"version": version.id, **version.metadata}
 

@@ -1,24 +1,23 @@
 """The HTTP API over a slot: routes, and every error's translation."""
 
 import asyncio
-import hmac
 import json
 import logging
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel, ValidationError
 from starlette.types import Lifespan
 
 import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
 from tuneserve.serving.classifier import Prediction
-from tuneserve.serving.middleware import BodyLimit, Stopwatch
+from tuneserve.serving.middleware import NO_KEY, BodyLimit, Lock, Stopwatch, has_key
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -38,6 +37,9 @@ SHOWN_PROBLEMS = 20
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
 
+KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+"""How the API's description says what a key is shown in."""
+
 Schema = TypeVar("Schema", bound=BaseModel)
 Answers = TypeVar("Answers")
 
@@ -45,15 +47,11 @@ Answers = TypeVar("Answers")
 def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The ASGI application; it does not load the model, whoever made the slot does."""
     metrics = slot.metrics
-    key = settings.api_key.get_secret_value()
+    key = settings.api_key.get_secret_value().encode()
 
-    async def authorize(
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))],
-        header: Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))],
-    ) -> None:
-        shown = [one.encode("latin-1") for one in (bearer and bearer.credentials, header) if one]  # as headers are read
-        if key and not any(hmac.compare_digest(one, key.encode()) for one in shown):
-            raise UnauthorizedError("This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`.")
+    async def authorize(request: Request) -> None:
+        if key and not has_key(request.scope["headers"], key):
+            raise UnauthorizedError(NO_KEY)
 
     async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
         work = asyncio.ensure_future(slot.model().predict(texts, timeout_s=_timeout_s(request, settings)))
@@ -72,9 +70,11 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
+    if key and settings.api_key_guards == "everything":
+        app.add_middleware(Lock, key=key)
     app.add_middleware(Stopwatch, metrics=metrics, logs=settings.access_log)
     _translate_errors(app)
-    guarded = [Depends(authorize)]
+    guarded = [Depends(authorize), *KEYS]
 
     @app.post("/inference/", include_in_schema=False, dependencies=guarded)
     @app.post(

@@ -1,7 +1,9 @@
-"""What every request passes before the API sees it: a limit to its size, and a stopwatch."""
+"""What every request passes before the API sees it: a stopwatch, perhaps a lock, a limit to its size."""
 
+import hmac
 import logging
 import time
+from collections.abc import Iterable
 from uuid import uuid4
 
 from starlette.responses import JSONResponse
@@ -14,6 +16,35 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = b"x-request-id"
 LONGEST_ID = 128
+
+
+NO_KEY = "This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`."
+
+
+def has_key(headers: Iterable[tuple[bytes, bytes]], key: bytes) -> bool:
+    """Whether one of a request's headers is the key; how long it takes tells nothing of the key."""
+    shown = []
+    for name, value in headers:
+        if name == b"x-api-key":
+            shown.append(value)
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            shown.append(value[7:].strip())
+    return any(hmac.compare_digest(one, key) for one in shown)
+
+
+class Lock:
+    """Answers 401 to whatever comes without the API key, before anything else is read of it."""
+
+    def __init__(self, app: ASGIApp, *, key: bytes) -> None:
+        self.app, self.key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request pass if it shows the key."""
+        if scope["type"] != "http" or has_key(scope["headers"], self.key):
+            await self.app(scope, receive, send)
+            return
+        headers = {"WWW-Authenticate": "Bearer"}
+        await JSONResponse({"detail": NO_KEY}, status_code=401, headers=headers)(scope, receive, send)
 
 
 class BodyLimit:
