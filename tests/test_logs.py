@@ -13,9 +13,8 @@ from conftest import PACKAGE, Disk
 from tuneserve.logs import LONGEST_QUEUE
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-START = (
-    "import logging, signal, sys\nfrom pathlib import Path\nfrom tuneserve import logs\nlogs.start(Path(sys.argv[1]))\n"
-)
+IMPORTS = "import logging, signal, sys\nfrom pathlib import Path\nfrom tuneserve import logs\n"
+START = IMPORTS + "logs.start(Path(sys.argv[1]))\n"
 LINES = "for number in range(2000): logging.getLogger('a').info('line %d', number)\n"
 
 
