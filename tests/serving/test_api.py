@@ -1,3 +1,5 @@
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -289,6 +291,16 @@ def test_metrics_count_by_route_and_status_and_invent_no_routes(client: TestClie
     assert counts == {("/inference", "200"): 2, ("/inference", "422"): 1, ("(none)", "404"): 1}
     [model] = families["tuneserve_model_info"].samples
     assert (model.labels["version"], model.value) == (version.id, 1)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_nothing_wrong_with_the_metrics(client: TestClient) -> None:
+    client.post("/inference", json={"text": "film"})
+    client.post("/inference/batch", json={"texts": ["film", "a great film " * 9, ""]})
+    client.get("/nothing/here")
+    command = ["promtool", "check", "metrics"]
+    done = subprocess.run(command, input=client.get("/metrics").text, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_failure_of_the_engine_is_500_without_its_words(
