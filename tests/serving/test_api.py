@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
 
 from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, StoreError
@@ -177,13 +178,35 @@ def test_overload_is_429_at_once(settings: Settings, held: tuple[Slot, threading
     slot, go = held
     with TestClient(create_app(settings, slot)) as client, ThreadPoolExecutor(9) as pool:
         requests = [pool.submit(client.post, "/inference", json={"text": "film"}) for _ in range(9)]
-        [first] = wait(requests, timeout=10, return_when=FIRST_COMPLETED).done
+        first = next(iter(wait(requests, timeout=10, return_when=FIRST_COMPLETED).done))
         assert first.result().status_code == 429
         assert int(first.result().headers["Retry-After"]) > 0
         go.set()
         statuses = [one.result(10).status_code for one in requests]
         assert set(statuses) == {200, 429}
         assert client.post("/inference", json={"text": "film"}).status_code == 200
+
+
+def test_a_refusal_reads_nothing_of_the_request_and_is_counted_by_its_route(
+    settings: Settings, held: tuple[Slot, threading.Event]
+) -> None:
+    slot, go = held
+    guarded = settings.model_copy(update={"api_key": SecretStr("open sesame")})
+    key = {"X-API-Key": "open sesame"}
+    with TestClient(create_app(guarded, slot)) as client, ThreadPoolExecutor(9) as pool:
+        requests = [pool.submit(client.post, "/inference", json={"text": "film"}, headers=key) for _ in range(9)]
+        wait(requests, timeout=10, return_when=FIRST_COMPLETED)
+        for path in ("/inference", "/inference/batch/"):
+            answer = client.post(path, content=b"{" + b" " * 9000, headers=key)  # neither JSON nor small enough
+            assert answer.status_code == 429
+            assert int(answer.headers["Retry-After"]) > 0
+            assert answer.headers["X-Request-Id"]
+            assert "tokens are waiting" in answer.json()["detail"]
+        assert client.post("/inference", json={"text": "film"}).status_code == 401
+        assert client.get("/inference").status_code == 405
+        assert client.get("/livez").status_code == 200
+        assert 'tuneserve_requests_total{route="/inference/batch",status="429"} 1.0' in client.get("/metrics").text
+        go.set()
 
 
 @pytest.mark.parametrize(("header", "status"), [("0.05", 504), ("0", 422), ("soon", 422), ("nan", 422)])

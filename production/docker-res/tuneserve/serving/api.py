@@ -11,13 +11,14 @@ from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel, ValidationError
 from starlette.types import Lifespan
 
 import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
 from tuneserve.serving.classifier import Prediction
-from tuneserve.serving.middleware import NO_KEY, BodyLimit, Lock, Stopwatch, has_key
+from tuneserve.serving.middleware import NO_KEY, Admission, BodyLimit, Lock, Stopwatch, has_key
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -36,6 +37,12 @@ SHOWN_PROBLEMS = 20
 
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
+
+SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's own telemetry looks for listeners at every request, and its logs would repeat what was sent."""
+
+ENGINE_PATHS = frozenset({"/inference", "/inference/", "/inference/batch", "/inference/batch/"})
+"""Routes that are refused while too much waits for the engine."""
 
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
@@ -68,8 +75,15 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         version=tuneserve.__version__,
         summary="A text classifier, fine-tuned and served by one container.",
         lifespan=lifespan,
+        telemetry=SILENT,
     )
+
+    def require_room() -> None:
+        if slot.phase == "ready":
+            slot.model().batcher.require_room()
+
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
+    app.add_middleware(Admission, paths=ENGINE_PATHS, key=key, require_room=require_room)
     if key and settings.api_key_guards == "everything":
         app.add_middleware(Lock, key=key)
     app.add_middleware(Stopwatch, metrics=metrics, logs=settings.access_log)

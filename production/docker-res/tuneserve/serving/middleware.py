@@ -1,15 +1,16 @@
-"""What every request passes before the API sees it: a stopwatch, perhaps a lock, a limit to its size."""
+"""What every request passes before the API sees it: a stopwatch, perhaps a lock, the queue, a limit to size."""
 
 import hmac
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from uuid import uuid4
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tuneserve.errors import ClientGoneError
+from tuneserve.errors import ClientGoneError, OverloadedError
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,40 @@ class Lock:
             return
         headers = {"WWW-Authenticate": "Bearer"}
         await JSONResponse({"detail": NO_KEY}, status_code=401, headers=headers)(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The route of a request that never came to the router, for the figures."""
+
+    path: str
+
+
+class Admission:
+    """Answers 429 before anything of a request is read, as long as too much waits: a refusal must cost next to nothing.
+
+    Args:
+        app: that gets what is admitted.
+        paths: of the routes that the engine answers.
+        key: the API key; whoever does not show it is the API's to refuse.
+        require_room: raises while too much waits.
+    """
+
+    def __init__(self, app: ASGIApp, *, paths: Collection[str], key: bytes, require_room: Callable[[], None]) -> None:
+        self.app, self.paths, self.key, self.require_room = app, paths, key, require_room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request pass if it can be answered soon."""
+        if scope["type"] == "http" and scope["path"] in self.paths and scope["method"] == "POST":
+            try:
+                self.require_room()
+            except OverloadedError as error:
+                if not self.key or has_key(scope["headers"], self.key):
+                    scope["route"] = Refused(scope["path"])
+                    headers = {"Retry-After": str(error.retry_after_s)}
+                    await JSONResponse({"detail": str(error)}, error.status, headers)(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:
