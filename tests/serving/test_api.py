@@ -1,3 +1,5 @@
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
@@ -156,13 +159,35 @@ def test_overload_is_429_at_once(settings: Settings, held: tuple[Slot, threading
     slot, go = held
     with TestClient(create_app(settings, slot)) as client, ThreadPoolExecutor(9) as pool:
         requests = [pool.submit(client.post, "/inference", json={"text": "film"}) for _ in range(9)]
-        [first] = wait(requests, timeout=10, return_when=FIRST_COMPLETED).done
+        first = next(iter(wait(requests, timeout=10, return_when=FIRST_COMPLETED).done))
         assert first.result().status_code == 429
         assert int(first.result().headers["Retry-After"]) > 0
         go.set()
         statuses = [one.result(10).status_code for one in requests]
         assert set(statuses) == {200, 429}
         assert client.post("/inference", json={"text": "film"}).status_code == 200
+
+
+def test_a_refusal_reads_nothing_of_the_request_and_is_counted_by_its_route(
+    settings: Settings, held: tuple[Slot, threading.Event]
+) -> None:
+    slot, go = held
+    guarded = settings.model_copy(update={"api_key": SecretStr("open sesame")})
+    key = {"X-API-Key": "open sesame"}
+    with TestClient(create_app(guarded, slot)) as client, ThreadPoolExecutor(9) as pool:
+        requests = [pool.submit(client.post, "/inference", json={"text": "film"}, headers=key) for _ in range(9)]
+        wait(requests, timeout=10, return_when=FIRST_COMPLETED)
+        for path in ("/inference", "/inference/batch/"):
+            answer = client.post(path, content=b"{" + b" " * 9000, headers=key)  # neither JSON nor small enough
+            assert answer.status_code == 429
+            assert int(answer.headers["Retry-After"]) > 0
+            assert answer.headers["X-Request-Id"]
+            assert "tokens are waiting" in answer.json()["detail"]
+        assert client.post("/inference", json={"text": "film"}).status_code == 401
+        assert client.get("/inference").status_code == 405
+        assert client.get("/livez").status_code == 200
+        assert 'tuneserve_requests_total{route="/inference/batch",status="429"} 1.0' in client.get("/metrics").text
+        go.set()
 
 
 @pytest.mark.parametrize(("header", "status"), [("0.05", 504), ("0", 422), ("soon", 422), ("nan", 422)])
@@ -226,6 +251,30 @@ def test_the_api_key_guards_answers_and_metadata_but_not_health(settings: Settin
             assert client.get(path).status_code == 200
 
 
+def test_the_api_key_guards_everything_if_it_is_told_to(slot: Slot) -> None:
+    guarded = Settings.from_environ({"API_KEY": "open sesame", "API_KEY_GUARDS": "everything"})
+    with TestClient(create_app(guarded, slot)) as client:
+        for path in ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/", "/model", "/nothing"):
+            for headers in ({}, {"X-API-Key": "open"}, {"Authorization": "Bearer"}, {"Authorization": "open sesame"}):
+                refused = client.get(path, headers=headers)
+                assert refused.status_code == 401, path
+                assert refused.headers["WWW-Authenticate"] == "Bearer"
+                assert "API key" in refused.json()["detail"]
+            for headers in ({"X-API-Key": "open sesame"}, {"Authorization": "bearer open sesame"}):
+                assert client.get(path, headers=headers).status_code == (404 if path == "/nothing" else 200), path
+        assert client.post("/inference", content=b"{").status_code == 401
+    without = Settings.from_environ({"API_KEY_GUARDS": "everything"})
+    with TestClient(create_app(without, slot)) as client:
+        assert client.get("/livez").status_code == 200
+
+
+def test_the_documentation_says_how_the_key_is_shown(client: TestClient) -> None:
+    description = client.get("/openapi.json").json()
+    assert set(description["components"]["securitySchemes"]) == {"HTTPBearer", "APIKeyHeader"}
+    assert description["paths"]["/inference"]["post"]["security"] == [{"HTTPBearer": []}, {"APIKeyHeader": []}]
+    assert "security" not in description["paths"]["/livez"]["get"]
+
+
 def test_the_model_page_is_the_versions_metadata(client: TestClient, version: Version) -> None:
     assert client.get("/model").json() == {"version": version.id, **version.metadata}
 
@@ -244,6 +293,16 @@ def test_metrics_count_by_route_and_status_and_invent_no_routes(client: TestClie
     assert counts == {("/inference", "200"): 2, ("/inference", "422"): 1, ("(none)", "404"): 1}
     [model] = families["tuneserve_model_info"].samples
     assert (model.labels["version"], model.value) == (version.id, 1)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_nothing_wrong_with_the_metrics(client: TestClient) -> None:
+    client.post("/inference", json={"text": "film"})
+    client.post("/inference/batch", json={"texts": ["film", "a great film " * 9, ""]})
+    client.get("/nothing/here")
+    command = ["promtool", "check", "metrics"]
+    done = subprocess.run(command, input=client.get("/metrics").text, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_failure_of_the_engine_is_500_without_its_words(

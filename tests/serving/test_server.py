@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import tiny
+from conftest import Disk
 
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import Stop
@@ -246,3 +247,22 @@ def test_the_log_never_holds_the_text(start: Start, environment: dict[str, str],
     httpx.post(f"{server.url}/inference", json={"text": ["a very private film"]})
     _, output = server.end()
     assert "private" not in output + (tmp_path / "tuneserve.log").read_text()
+
+
+def test_a_full_disk_under_the_log_does_not_touch_the_answers(
+    start: Start, environment: dict[str, str], disk: Disk
+) -> None:
+    server = start(environment | {"LOG_PATH": str(disk.path), "ACCESS_LOG": "1"})
+    server.wait_until_ready()
+    disk.fill()
+    with httpx.Client() as client:
+        for number in range(200):
+            answer = client.post(
+                f"{server.url}/inference", json={"text": "film"}, headers={"X-Request-Id": f"n{number}"}
+            )
+            assert answer.status_code == 200
+    code, output = server.end()
+    assert code == 0
+    assert output.count("No space left") == 1
+    logged = [line.split()[-1] for line in output.splitlines() if " /inference 200 " in line]
+    assert logged == [f"n{number}" for number in range(200)]

@@ -141,8 +141,10 @@ class Settings(BaseModel):
     """Port to listen on."""
 
     api_key: SecretStr = SecretStr("")
-    """When set, `POST /inference*`, `GET /model` and `GET /drift*` want it: as `Authorization: Bearer …` or
-    `X-API-Key`."""
+    """When set, requests want it as `Authorization: Bearer …` or `X-API-Key`."""
+
+    api_key_guards: Literal["api", "everything"] = "api"
+    """What wants the API key: everything but health, metrics and the documentation, or really everything."""
 
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""

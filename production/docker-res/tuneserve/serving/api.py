@@ -1,17 +1,17 @@
 """The HTTP API over a slot: routes, and every error's translation."""
 
 import asyncio
-import hmac
 import json
 import logging
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel, ValidationError
 from starlette.types import Lifespan
 
@@ -22,7 +22,7 @@ from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.classifier import Prediction
 from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
-from tuneserve.serving.middleware import BodyLimit, Stopwatch
+from tuneserve.serving.middleware import NO_KEY, Admission, BodyLimit, Lock, Stopwatch, has_key
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -42,6 +42,15 @@ SHOWN_PROBLEMS = 20
 
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
+
+SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's own telemetry looks for listeners at every request, and its logs would repeat what was sent."""
+
+ENGINE_PATHS = frozenset({"/inference", "/inference/", "/inference/batch", "/inference/batch/"})
+"""Routes that are refused while too much waits for the engine."""
+
+KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+"""How the API's description says what a key is shown in."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Answers = TypeVar("Answers")
@@ -65,15 +74,11 @@ def create_app(
         lifespan: of the application.
     """
     metrics = slot.metrics
-    key = settings.api_key.get_secret_value()
+    key = settings.api_key.get_secret_value().encode()
 
-    async def authorize(
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))],
-        header: Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))],
-    ) -> None:
-        shown = [one.encode("latin-1") for one in (bearer and bearer.credentials, header) if one]  # as headers are read
-        if key and not any(hmac.compare_digest(one, key.encode()) for one in shown):
-            raise UnauthorizedError("This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`.")
+    async def authorize(request: Request) -> None:
+        if key and not has_key(request.scope["headers"], key):
+            raise UnauthorizedError(NO_KEY)
 
     async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
         work = asyncio.ensure_future(slot.model().predict(texts, timeout_s=_timeout_s(request, settings)))
@@ -96,11 +101,20 @@ def create_app(
         version=tuneserve.__version__,
         summary="A text classifier, fine-tuned and served by one container.",
         lifespan=lifespan,
+        telemetry=SILENT,
     )
+
+    def require_room() -> None:
+        if slot.phase == "ready":
+            slot.model().batcher.require_room()
+
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
+    app.add_middleware(Admission, paths=ENGINE_PATHS, key=key, require_room=require_room)
+    if key and settings.api_key_guards == "everything":
+        app.add_middleware(Lock, key=key)
     app.add_middleware(Stopwatch, metrics=metrics, logs=settings.access_log)
     _translate_errors(app)
-    guarded = [Depends(authorize)]
+    guarded = [Depends(authorize), *KEYS]
 
     @app.post("/inference/", include_in_schema=False, dependencies=guarded)
     @app.post(
