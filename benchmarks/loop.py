@@ -173,6 +173,7 @@ class Load:
                 self.versions[body["model_version"]] += 1
                 self.ids.append((answer.headers["X-Request-Id"], text))
             time.sleep(0.01)
+        connection.close()
 
 
 class Report:

@@ -74,6 +74,8 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
             f"version {candidate.id} has these settings and data, and may not serve: {why}. "
             f"Change either, or run.py promote {candidate.id}."
         )
+    if known is not None and candidate.id == store.challenger_id():
+        return known
     evidence = read_evidence(store.evidence_folder / candidate.id)
     found = run_trial(candidate, champion, evidence, settings)
     clean = unlearned(store.evidence_folder / champion.id, evidence.texts) if champion else None
@@ -84,6 +86,10 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
     if not decision.stands:
         store.forget_old(settings.keep_versions)
         raise RefusedError(f"version {candidate.id} is refused: {decision.sentence}. The champion stays.")
+    if champion is not None and settings.shadow_requests:
+        store.set_challenger(candidate)
+        logger.info("version %s answers in the champion's shadow first: %s", candidate.id, decision.sentence)
+        return decision
     store.set_champion(candidate)
     logger.info("version %s is the champion: %s", candidate.id, decision.sentence)
     if gone := store.forget_old(settings.keep_versions):

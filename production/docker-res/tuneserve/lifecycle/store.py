@@ -5,6 +5,7 @@
     MODEL_PATH/checkpoints/     training that may be resumed
     MODEL_PATH/champion         the id of the version that answers
     MODEL_PATH/previous         the id of the one that answered before it
+    MODEL_PATH/challenger       the id of the one that shadows the champion, if there is one
     MODEL_PATH/trainer.lock     who trains now; one at a time
     MODEL_PATH/training.json    how far that is, or how the last training ended
 
@@ -36,6 +37,7 @@ class Store:
         self.evidence_folder = root / "evidence"
         self.pointer = root / "champion"
         self.previous_pointer = root / "previous"
+        self.challenger_pointer = root / "challenger"
         self.lock = root / "trainer.lock"
         self.status_file = root / "training.json"
 
@@ -141,6 +143,28 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.pointer} cannot be written: {error}") from error
 
+    def challenger_id(self) -> str | None:
+        """The id of the version that is to shadow the champion.
+
+        Raises:
+            StoreError: the pointer cannot be read, or holds something else.
+        """
+        return _read_pointer(self.challenger_pointer)
+
+    def set_challenger(self, version: Version | None) -> None:
+        """Let this version shadow the champion; None ends it.
+
+        Raises:
+            StoreError: the pointer cannot be written.
+        """
+        try:
+            if version is None:
+                self.challenger_pointer.unlink(missing_ok=True)
+            else:
+                replace_file(self.challenger_pointer, f"{version.id}\n".encode())
+        except OSError as error:
+            raise StoreError(f"{self.challenger_pointer} cannot be written: {error}") from error
+
     def promote(self, name: str) -> Version:
         """Let a version answer because a person wants it, whatever the gate said.
 
@@ -195,7 +219,7 @@ class Store:
 
     def forget_old(self, keep: int) -> list[str]:
         """Remove the oldest versions until `keep` are left, champion and previous never; returns what went."""
-        kept = {self.champion_id()} | ({before.id} if (before := self.previous()) else set())
+        kept = {self.champion_id(), self.challenger_id()} | ({before.id} if (before := self.previous()) else set())
         versions = self.versions()
         others = [version for version in versions if version.id not in kept]
         surplus = others[: max(0, min(len(others), len(versions) - keep))]

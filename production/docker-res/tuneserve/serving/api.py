@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -81,8 +82,11 @@ def create_app(
             raise UnauthorizedError(NO_KEY)
 
     async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
+        began = time.perf_counter()
         work = asyncio.ensure_future(slot.model().predict(texts, timeout_s=_timeout_s(request, settings)))
         answers = await _unless_gone(work, request)
+        if slot.shadow is not None:
+            slot.shadow(texts, answers, time.perf_counter() - began)
         if feedback is not None:
             request_id = request.state.request_id
             for place, (text, one) in enumerate(zip(texts, answers, strict=True)):

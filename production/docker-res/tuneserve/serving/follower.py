@@ -12,6 +12,7 @@ from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, StoreError, TuneserveError
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Follower:
         slot: that it goes into.
         load: makes a classifier of a version, which has proved itself.
         required: whether it is a failure now if there is nothing to answer with.
+        shadowing: of challengers, looked after by the same thread.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class Follower:
         load: Callable[[Version], Classifier],
         *,
         required: Callable[[], bool] = lambda: True,
+        shadowing: Shadowing | None = None,
     ) -> None:
+        self._shadowing = shadowing
         self._store, self._slot, self._load, self._required = store, slot, load, required
         self._refused, self._again_at, self._pause_s = "", 0.0, RETRY_S
         self._complaint = ""
@@ -55,11 +59,18 @@ class Follower:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._shadowing is not None:
+            self._shadowing.close()
 
     def _follow(self) -> None:
         self._fill()
         while not self._ended.wait(EVERY_S) and self._slot.phase != "failed":
-            self.look()
+            try:
+                self.look()
+                if self._shadowing is not None:
+                    self._shadowing.look()
+            except Exception:  # whatever it is, the next look may go better, and the model that answers goes on
+                logger.exception("the champion could not be looked after")
 
     def _fill(self) -> None:
         """The first model: the champion or, if it cannot answer, the last one that could."""

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 
@@ -21,6 +22,7 @@ from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.serving.follower import Follower
+from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
@@ -67,7 +69,11 @@ def follow(settings: Settings, slot: Slot, *, threads: int, trainer: Trainer | N
     def required() -> bool:
         return trainer is None or trainer.running is None
 
-    return Follower(Store(settings.model_path), slot, load, required=required)
+    store = Store(settings.model_path)
+    shadowing = Shadowing(
+        store, slot, load, wanted=settings.shadow_requests, max_latency_increase=settings.max_latency_increase
+    )
+    return Follower(store, slot, load, required=required, shadowing=shadowing)
 
 
 def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> None:
@@ -166,18 +172,16 @@ def _train_first(trainer: Trainer, slot: Slot) -> None:
     """Train at the start, which finds out by itself if there is nothing to do; without a model a failure is the end."""
 
     def look(job: Job) -> None:
-        if not slot.empty or job.state == "finished":
-            return
         if job.exit_code == BusyError.exit_code:
             again = threading.Timer(BUSY_S, start)
             again.daemon = True
             again.start()
-        else:
+        elif slot.empty and job.state != "finished":
             slot.fail(FailedTrainingError(job))
 
     def start() -> None:
-        if slot.empty and trainer.running is None:
-            trainer.start("the container's start")
+        with suppress(BusyError):
+            trainer.start("the container's start, once more")
 
     trainer.on_end = look
     trainer.start("the container's start")

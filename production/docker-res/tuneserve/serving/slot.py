@@ -18,6 +18,8 @@ from tuneserve.tokenization import Tokens
 
 logger = logging.getLogger(__name__)
 
+Answers = list[Prediction | TuneserveError]
+
 Phase = Literal["empty", "loading", "ready", "failed"]
 
 HOLD_S = 600.0
@@ -156,6 +158,7 @@ class Slot:
         self.failure: BaseException | None = None
         self.metrics = metrics or Metrics()
         self.on_failure: Callable[[], None] = lambda: None
+        self.shadow: Callable[[Sequence[str], Answers, float], None] | None = None
         self._max_queue_tokens = max_queue_tokens
         self._new_window = new_window
         self._model: ServedModel | None = None
