@@ -10,10 +10,12 @@ from fastapi import FastAPI
 from tuneserve.hardware import set_threads
 from tuneserve.serving.api import create_app
 from tuneserve.serving.server import champion_slot
+from tuneserve.serving.traces import Traces
 from tuneserve.settings import Settings
 
 settings = Settings.from_environ(os.environ)
 slot = champion_slot(settings, threads=set_threads(settings.omp_num_threads))
+traces = Traces(settings.otel_exporter_otlp_endpoint)
 
 
 @asynccontextmanager
@@ -22,6 +24,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     slot.fill_in_background()
     yield
     await asyncio.to_thread(slot.close)
+    await asyncio.to_thread(traces.close)
 
 
-app = create_app(settings, slot, lifespan=lifespan)
+app = create_app(settings, slot, lifespan=lifespan, telemetry=traces.telemetry)

@@ -68,9 +68,10 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
 
 
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
-    """Train, then serve; a port that is taken is found before the training and not after it."""
-    from tuneserve.serving import server
+    """Train, then serve; what would keep it from serving is found before the training and not after it."""
+    from tuneserve.serving import server, traces
 
+    traces.require_extra(settings.otel_exporter_otlp_endpoint)
     server.listen(settings.host, settings.port).close()
     train(settings, stop, threads)
     serve(settings, stop, threads)

@@ -28,6 +28,7 @@ from tuneserve.serving.schemas import (
     Readiness,
 )
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import SILENT
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,6 @@ SHOWN_PROBLEMS = 20
 
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
-
-SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-"""FastAPI's own telemetry looks for listeners at every request, and its logs would repeat what was sent."""
 
 ENGINE_PATHS = frozenset({"/inference", "/inference/", "/inference/batch", "/inference/batch/"})
 """Routes that are refused while too much waits for the engine."""
@@ -51,7 +49,9 @@ Schema = TypeVar("Schema", bound=BaseModel)
 Answers = TypeVar("Answers")
 
 
-def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | None = None, telemetry: TelemetryConfig = SILENT
+) -> FastAPI:
     """The ASGI application; it does not load the model, whoever made the slot does."""
     metrics = slot.metrics
     key = settings.api_key.get_secret_value().encode()
@@ -75,7 +75,7 @@ def create_app(settings: Settings, slot: Slot, *, lifespan: Lifespan[FastAPI] | 
         version=tuneserve.__version__,
         summary="A text classifier, fine-tuned and served by one container.",
         lifespan=lifespan,
-        telemetry=SILENT,
+        telemetry=telemetry,
     )
 
     def require_room() -> None:

@@ -12,6 +12,7 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import Traces
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -39,13 +40,14 @@ def serve(settings: Settings, *, threads: int) -> None:
     Raises:
         NoModelError: the store holds no model.
         TuneserveError: its model cannot be loaded.
-        SettingsError: the address cannot be listened on.
+        SettingsError: the address cannot be listened on, or traces cannot be sent.
     """
     sys.setswitchinterval(SWITCH_S)
+    traces = Traces(settings.otel_exporter_otlp_endpoint)
     champion = Store(settings.model_path).champion()
     slot = champion_slot(settings, threads=threads)
     config = uvicorn.Config(
-        create_app(settings, slot),
+        create_app(settings, slot, telemetry=traces.telemetry),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -69,6 +71,7 @@ def serve(settings: Settings, *, threads: int) -> None:
                 raise
         finally:
             slot.close()
+            traces.close()
     if slot.failure is not None:
         raise slot.failure
 
