@@ -18,6 +18,9 @@ from tuneserve.errors import SettingsError
 PROJECT = Path(__file__).resolve().parents[3]
 """The folder that holds `production/`: the clone's root, and `/` in the image."""
 
+URLS = ("dataset", "input", "output", "otel_exporter_otlp_endpoint")
+"""Settings that may be URLs, whose passwords are not shown."""
+
 SAMPLE = "sample"
 """The value of DATASET that means the embedded reviews."""
 
@@ -225,6 +228,10 @@ class Settings(BaseModel):
     """Texts of live traffic that a version which passed the gate answers beside the champion before it takes over.
     0: none."""
 
+    otel_exporter_otlp_endpoint: str = ""
+    """OpenTelemetry collector that is sent a span of every request: `http://collector:4318`. Wants the traces to be
+    installed; the SDK's other `OTEL_*` variables hold too."""
+
     input: str = ""
     """What `predict` scores: a CSV, TSV, JSONL or Parquet file, a folder of files of one of these kinds, or the URL of
     either (`s3://bucket/reviews/`)."""
@@ -294,7 +301,7 @@ class Settings(BaseModel):
     def public(self) -> dict[str, Any]:
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
-        return shown | {name: without_password(shown[name]) for name in ("dataset", "input", "output")}
+        return shown | {name: without_password(shown[name]) for name in URLS}
 
 
 def _is_unicode(value: str) -> bool:
@@ -307,6 +314,8 @@ def without_password(url: str) -> str:
 
 
 def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
+    if name.startswith("OTEL_"):
+        return None  # OpenTelemetry has many of these, and several are alike
     close = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.88)
     return close[0] if close else None
 

@@ -33,6 +33,7 @@ from tuneserve.serving.schemas import (
     Readiness,
 )
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import SILENT
 from tuneserve.serving.training_api import training_routes
 from tuneserve.settings import Settings
 
@@ -43,9 +44,6 @@ SHOWN_PROBLEMS = 20
 
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
-
-SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-"""FastAPI's own telemetry looks for listeners at every request, and its logs would repeat what was sent."""
 
 ENGINE_PATHS = frozenset({"/inference", "/inference/", "/inference/batch", "/inference/batch/"})
 """Routes that are refused while too much waits for the engine."""
@@ -64,6 +62,7 @@ def create_app(
     feedback: Feedback | None = None,
     *,
     lifespan: Lifespan[FastAPI] | None = None,
+    telemetry: TelemetryConfig = SILENT,
 ) -> FastAPI:
     """The ASGI application; it loads no model, whoever fills the slot does.
 
@@ -73,6 +72,7 @@ def create_app(
         trainer: that `POST /retrain` asks; None for a server that only serves.
         feedback: where answers are remembered and labels kept; None for nowhere.
         lifespan: of the application.
+        telemetry: FastAPI's.
     """
     metrics = slot.metrics
     key = settings.api_key.get_secret_value().encode()
@@ -105,7 +105,7 @@ def create_app(
         version=tuneserve.__version__,
         summary="A text classifier, fine-tuned and served by one container.",
         lifespan=lifespan,
-        telemetry=SILENT,
+        telemetry=telemetry,
     )
 
     def require_room() -> None:

@@ -36,6 +36,15 @@ SMOOTHING = 0.1
 """Weight of the newest batch in the measured rate."""
 
 
+@dataclass(slots=True)
+class Stages:
+    """When a request was queued, taken by the engine and answered, in seconds of the monotonic clock; for traces."""
+
+    queued_at: float = 0.0
+    taken_at: float = 0.0
+    answered_at: float = 0.0
+
+
 @dataclass(eq=False)
 class Job:
     """The texts of one request that were handed in together."""
@@ -44,6 +53,7 @@ class Job:
     answer: "asyncio.Future[list[Outcome]]"
     deadline: float
     queued_at: float
+    stages: Stages | None = None
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,14 +124,20 @@ class Batcher:
                 f"{self.tokens_waiting} tokens are waiting; try again in {again_s} s.", retry_after_s=again_s
             )
 
-    def submit(self, texts: Sequence[Sequence[int]], *, deadline: float) -> "asyncio.Future[list[Outcome]]":
+    def submit(
+        self, texts: Sequence[Sequence[int]], *, deadline: float, stages: Stages | None = None
+    ) -> "asyncio.Future[list[Outcome]]":
         """Queue the token ids of some texts; the future, of the running loop, has their outcomes in order.
+
+        `stages`, if somebody wants to know, is filled: with the first queueing and taking, and the last answer.
 
         Raises:
             NoModelError: the engine has ended.
         """
         now = time.monotonic()
-        job = Job([None] * len(texts), asyncio.get_running_loop().create_future(), deadline, now)
+        job = Job([None] * len(texts), asyncio.get_running_loop().create_future(), deadline, now, stages)
+        if stages is not None:
+            stages.queued_at = stages.queued_at or now
         with self._arrived:
             if self.dead or self._closed:
                 raise NoModelError("The engine has stopped.")
@@ -235,6 +251,8 @@ class Batcher:
         for item in batch:
             if item.place == 0:
                 self._metrics.stages.labels("queue").observe(now - item.job.queued_at)
+                if item.job.stages is not None:
+                    item.job.stages.taken_at = item.job.stages.taken_at or now
         return batch
 
     def _drop_forsaken(self) -> None:
@@ -288,6 +306,8 @@ class Batcher:
             job.outcomes[item.place] = outcome
             job.left -= 1
             if job.left == 0:
+                if job.stages is not None:
+                    job.stages.answered_at = time.monotonic()
                 done.setdefault(job.answer.get_loop(), []).append(job)
         for loop, jobs in done.items():
             if not loop.is_closed():

@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,12 +25,16 @@ from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.serving.follower import Follower
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import Traces
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 DRAIN_S = 25
 """Seconds that accepted requests get to finish after SIGTERM; Kubernetes kills after 30, `docker stop` after 10."""
+
+SWITCH_S = 0.0005
+"""Seconds that the event loop may keep the interpreter while the engine's thread, which has work to give, wants it."""
 
 BUSY_S = 15.0
 """Seconds after which a first training is tried again that another process's training kept away."""
@@ -88,9 +93,11 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
         NoModelError: the store holds no model, and none will be trained.
         FailedTrainingError: the first training failed; the exit code is its own.
         TuneserveError: the model cannot be loaded.
-        SettingsError: the address cannot be listened on.
+        SettingsError: the address cannot be listened on, or traces cannot be sent.
         SystemExit: a signal came before there was a first model.
     """
+    sys.setswitchinterval(SWITCH_S)
+    traces = Traces(settings.otel_exporter_otlp_endpoint)
     store = Store(settings.model_path)
     if not training and store.champion_id() is None:
         store.champion()  # raises, and says what to do
@@ -101,7 +108,7 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
     feedback = open_feedback(settings)
     server = Server(
         uvicorn.Config(
-            create_app(settings, slot, trainer, feedback),
+            create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
             host=settings.host,
             port=settings.port,
             log_config=None,
@@ -144,6 +151,7 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
                 trainer.close()
             slot.close()
             feedback.close()
+            traces.close()
     if slot.failure is not None:
         raise slot.failure
 

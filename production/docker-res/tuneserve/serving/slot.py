@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+from opentelemetry import trace
+
 from tuneserve.errors import NoModelError, TextError, TimeoutExceededError, TuneserveError
 from tuneserve.lifecycle.drift import Window
-from tuneserve.serving.batcher import Batcher, Outcome
+from tuneserve.serving.batcher import Batcher, Outcome, Stages
 from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.monitor import Monitor
@@ -81,23 +83,37 @@ class ServedModel:
             self.in_flight -= 1
 
     async def _predict(self, texts: Sequence[str], *, deadline: float) -> list[Prediction | TuneserveError]:
+        span = trace.get_current_span()
+        stages = Stages() if span.is_recording() else None
         began = time.perf_counter()
         if sum(map(len, texts)) < INLINE_CHARACTERS:
             readings = self.classifier.read(texts)
         else:
             readings = await asyncio.to_thread(self.classifier.read, texts)
-        self.metrics.stages.labels("tokenize").observe(time.perf_counter() - began)
+        tokenize_s = time.perf_counter() - began
+        self.metrics.stages.labels("tokenize").observe(tokenize_s)
         ids = [window for one in readings if isinstance(one, Tokens) for window in one.windows]
-        outcomes = iter(await self._compute(ids, deadline))
+        outcomes = iter(await self._compute(ids, deadline, stages))
+        if stages is not None:
+            span.set_attributes(
+                {
+                    "tuneserve.model_version": self.classifier.version.id,
+                    "tuneserve.texts": len(texts),
+                    "tuneserve.tokens": sum(map(len, ids)),
+                    "tuneserve.tokenize_s": tokenize_s,
+                    "tuneserve.queue_s": max(0.0, stages.taken_at - stages.queued_at),
+                    "tuneserve.infer_s": max(0.0, stages.answered_at - stages.taken_at),
+                }
+            )
         return [self._answer(one, outcomes) for one in readings]
 
-    async def _compute(self, ids: list[list[int]], deadline: float) -> list[Outcome]:
+    async def _compute(self, ids: list[list[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
         """Outcomes in order; few chunks of a large request wait at once."""
         outcomes: list[Outcome] = []
         waiting: deque[asyncio.Future[list[Outcome]]] = deque()
         try:
             for chunk in _chunks(ids, CHUNK_BATCHES * self.batcher.max_batch_tokens):
-                waiting.append(self.batcher.submit(chunk, deadline=deadline))
+                waiting.append(self.batcher.submit(chunk, deadline=deadline, stages=stages))
                 if len(waiting) > 1:
                     outcomes += await waiting[0]
                     waiting.popleft()
