@@ -1,3 +1,4 @@
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -148,12 +149,15 @@ def test_the_window_may_be_read_while_it_is_written() -> None:
             number += 1
 
     writer = threading.Thread(target=write)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that the writer gets its turn in the middle of a read
     writer.start()
     try:
-        for _ in range(10):
+        for _ in range(30):
             tokens = window.read()[1].tokens
             assert (np.diff(tokens) == 1).all()
     finally:
+        sys.setswitchinterval(interval)
         ended.set()
         writer.join()
 
