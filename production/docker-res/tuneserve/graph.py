@@ -77,6 +77,9 @@ class Graph:
                 precision if precision in self.description.get("formats", [precision]) else "fp32"
             )
             core = load_openvino().Core()
+            # Weights in memory of one's own: a file that is cut short, or a volume that goes away, under a mapped one
+            # would kill the process.
+            core.set_property({"ENABLE_MMAP": False})
             model = core.read_model(folder / FOLDER / MODEL)
             compiled = core.compile_model(
                 model,
