@@ -115,17 +115,15 @@ class Graph:
         return logits
 
     def warm_up_shapes(self, max_batch_tokens: int) -> None:
-        """Run every shape once that batches of this size can have."""
+        """Run every shape once that batches of this size can have; the number of results in it costs little."""
         for width in self._widths:
             for rows in ROW_COUNTS:
                 if rows > 1 and (
                     rows * width > SLACK * max_batch_tokens or not _is_batch_width(width, self.max_tokens)
                 ):
                     break
-                for texts in {rows, *_result_counts(rows, width)} if self._packed else {rows}:
-                    length = width if texts == rows else max(1, rows * width // texts)
-                    self.begin(self.prepare([[0] * length] * texts))
-                    self.result()
+                self.begin(self.prepare([[0] * width] * rows))
+                self.result()
 
     def _pad(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> Prepared:
         width = next(one for one in self._widths if one >= max(lengths))
