@@ -296,7 +296,9 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
         began = time.monotonic()
         second, _ = service.wait("/readyz", lambda body: body["model_version"] != first["model_version"])
         report.add("more texts and feedback", f"{second['model_version']} answers", time.monotonic() - began)
-        job = next(job for job in service.get("/jobs") if job["version"] == second["model_version"])
+        new = second["model_version"]
+        jobs, _ = service.wait("/jobs", lambda jobs: any(job["version"] == new for job in jobs))
+        job = next(job for job in jobs if job["version"] == new)
         report.add("why", str(job["said"]))
 
         said, seconds = service.command("rollback")
