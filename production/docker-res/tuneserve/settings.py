@@ -112,8 +112,10 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. `cuda` fails at once when no GPU can be used; `auto` takes one if it can and says so."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of matrix products. `auto`: bf16 where the device computes in it, else fp32. Weights stay fp32."""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Number format of matrix products. `auto`: bf16 where the device computes in it, else fp32. Weights stay fp32.
+    `int8`: as `auto`, but on a CPU an int8 graph answers if it costs less than 0.3 points of validation accuracy; a
+    training that is to make it needs requirements-int8.txt."""
 
     omp_num_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """CPU threads. `auto`: as many as the container's CPU quota (`--cpus`) and affinity grant."""

@@ -1,16 +1,19 @@
 """A version that can be asked: texts to token ids, logits to predictions."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from tuneserve.artifact import Version, is_whole, read_golden
+from tuneserve.artifact import GOLDEN_INT8, Golden, Version, is_whole, read_golden
 from tuneserve.errors import EngineError, StoreError, TextError
-from tuneserve.serving.engine import Engine, infer, load_engine
+from tuneserve.serving.engine import Engine, infer, load_engine, load_int8_engine
 from tuneserve.settings import Settings
 from tuneserve.tokenization import TextEncoder, Tokens
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -143,18 +146,24 @@ def load_classifier(version: Version, settings: Settings, *, threads: int) -> Cl
     """
     if not is_whole(version):
         raise StoreError(f"version {version.id} is damaged: a file is missing or not as large as when it was saved.")
+    try:
+        if (engine := load_int8_engine(version, settings, threads=threads)) is not None:
+            classifier = Classifier(version, engine, long_text=settings.long_text)
+            prove(classifier, read_golden(version, GOLDEN_INT8))
+            return classifier
+    except StoreError as error:
+        logger.warning("the int8 graph does not serve, PRECISION=auto does: %s", error)
     classifier = Classifier(version, load_engine(version, settings, threads=threads), long_text=settings.long_text)
-    prove(classifier)
+    prove(classifier, read_golden(version))
     return classifier
 
 
-def prove(classifier: Classifier) -> None:
+def prove(classifier: Classifier, golden: Golden) -> None:
     """Ask what was stored with the model when it was saved, and compare the answers.
 
     Raises:
         StoreError: an answer differs: the files are damaged, or the engine computes something else.
     """
-    golden = read_golden(classifier.version)
     found = classifier.predict(golden.texts)
     for wanted, prediction in zip(golden.scores, found, strict=True):
         if isinstance(prediction, TextError) and classifier.refuses_long_texts:

@@ -55,9 +55,16 @@ class GraphEngine(Graph):
     """The exported graph, on a CPU."""
 
     def __init__(
-        self, folder: Path, *, precision: Precision, threads: int, max_tokens: int, max_batch_tokens: int
+        self,
+        folder: Path,
+        *,
+        precision: Precision,
+        threads: int,
+        max_tokens: int,
+        max_batch_tokens: int,
+        int8: bool = False,
     ) -> None:
-        super().__init__(folder, precision=precision, threads=threads, max_tokens=max_tokens)
+        super().__init__(folder, precision=precision, threads=threads, max_tokens=max_tokens, int8=int8)
         self.max_batch_tokens = max_batch_tokens
 
     def warm_up(self) -> None:
@@ -121,32 +128,65 @@ class TorchEngine:
 
 
 def load_engine(version: Version, settings: Settings, *, threads: int) -> Engine:
-    """The fastest engine that this machine and version allow.
+    """The fastest engine that this machine and version allow; for PRECISION=int8 see `load_int8_engine`.
 
     Raises:
         StoreError: the version's files are damaged.
         DeviceError: the device asked for cannot be had.
     """
     folder = version.folder
-    on_gpu = settings.device == "cuda" or (
-        settings.device == "auto" and gpu_may_be_there() and choose_device("auto")[0].type == "cuda"
-    )
+    on_gpu = _is_on_gpu(settings)
     tokens = settings.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
     if on_gpu or not (folder / FOLDER / DESCRIPTION).exists():
         logger.info("engine: torch on the %s", "GPU" if on_gpu else "CPU, for this version has no graph")
         return TorchEngine(folder, settings, threads=threads, max_batch_tokens=tokens)
-    engine = GraphEngine(
-        folder,
-        precision=_cpu_precision(settings),
-        threads=threads,
-        max_tokens=version.metadata["settings"]["num_max_positions"],
-        max_batch_tokens=tokens,
-    )
+    engine = _graph_engine(version, settings, threads, int8=False)
     logger.info("engine: OpenVINO, %s, %s, %d threads", engine.description["layout"], engine.precision, threads)
     return engine
 
 
+def load_int8_engine(version: Version, settings: Settings, *, threads: int) -> Engine | None:
+    """The int8 graph if it is asked for and was accepted when the version was saved; else the log says why not.
+
+    Raises:
+        StoreError: its files are damaged.
+        DeviceError: the device asked for cannot be had.
+    """
+    if settings.precision != "int8":
+        return None
+    found = (version.metadata.get("engine") or {}).get("int8")
+    if _is_on_gpu(settings):
+        obstacle = "it is for CPUs"
+    elif found is None:
+        obstacle = "this version was trained without it"
+    elif not found["accepted"]:
+        obstacle = f"it was refused when this version was saved: {found['reason']}"
+    else:
+        engine = _graph_engine(version, settings, threads, int8=True)
+        logger.info("engine: OpenVINO, %s, int8, %d threads", engine.description["layout"], threads)
+        return engine
+    logger.warning("PRECISION=int8 has no int8 graph to serve, and serves as `auto`: %s", obstacle)
+    return None
+
+
+def _is_on_gpu(settings: Settings) -> bool:
+    return settings.device == "cuda" or (
+        settings.device == "auto" and gpu_may_be_there() and choose_device("auto")[0].type == "cuda"
+    )
+
+
+def _graph_engine(version: Version, settings: Settings, threads: int, *, int8: bool) -> GraphEngine:
+    return GraphEngine(
+        version.folder,
+        precision=_cpu_precision(settings),
+        threads=threads,
+        max_tokens=version.metadata["settings"]["num_max_positions"],
+        max_batch_tokens=settings.max_batch_tokens or CPU_BATCH_TOKENS,
+        int8=int8,
+    )
+
+
 def _cpu_precision(settings: Settings) -> Precision:
-    if settings.precision == "auto":
+    if settings.precision == "auto" or settings.precision == "int8":
         return "bf16" if cpu_has_bf16() else "fp32"
     return settings.precision

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.learning import Run
 from tuneserve.training.model import load_classifier, load_tokenizer
 from tuneserve.training.publication import publish
+from tuneserve.training.quantization import require_nncf
 from tuneserve.training.rows import Columns
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
@@ -64,6 +66,8 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         SystemExit: a signal came; what was learned so far is in a checkpoint.
     """
     require_extra(settings.mlflow_tracking_uri.get_secret_value())
+    if settings.precision == "int8":
+        require_nncf()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -244,10 +248,12 @@ def read_tokens(
 def fingerprint_run(settings: Settings, base: base_model.BaseModel, splits: checks.Splits) -> str:
     """What names a run: equal fingerprints mean equal settings, data and base model."""
     decisive = settings.model_dump(mode="json", include=DECISIVE)
-    content = {
+    content: dict[str, Any] = {
         "settings": decisive,
         "data": splits.fingerprints,
         "base_model": base.content,
         "recipe": tuneserve.__version__,
     }
+    if settings.precision == "int8":  # a version is never changed, so one without that graph cannot be given it
+        content["int8"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

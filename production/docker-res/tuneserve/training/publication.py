@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,16 @@ from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
-from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden, write_json
+from tuneserve.artifact import (
+    GOLDEN_INT8,
+    METADATA,
+    Golden,
+    Version,
+    new_version,
+    read_version,
+    write_golden,
+    write_json,
+)
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
@@ -25,6 +35,7 @@ from tuneserve.training.evaluation import Array, expected_calibration_error, pre
 from tuneserve.training.export import export
 from tuneserve.training.forward import choose_forward
 from tuneserve.training.model import cast
+from tuneserve.training.quantization import graph_logits, quantize
 from tuneserve.training.tokens import TokenizedSplit
 
 logger = logging.getLogger(__name__)
@@ -55,7 +66,15 @@ def publish(
         saved.to(model.device)
         logits = {name: _logits(saved, tokens[name], precision) for name in ("valid", "test")}
         metrics, errors = test(logits, tokens, metadata["labels"], temperature)
-        engine = export(saved.cpu(), temporary, tokens["valid"], threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        engine = export(saved.cpu(), temporary, tokens["valid"], threads=threads)
+        if engine is not None and metadata["settings"]["precision"] == "int8":
+            engine = quantize(
+                temporary, tokens["train"], tokens["valid"], threads=threads, seed=metadata["settings"]["seed"]
+            )
+            if engine["int8"]["accepted"]:
+                answers_of_int8 = golden_answers_of_int8(temporary, tokenizer, metadata["labels"], threads=threads)
+                write_golden(temporary, answers_of_int8, GOLDEN_INT8)
         write_golden(temporary, golden_answers(saved, tokenizer, metadata["labels"]))
         answers = answers_to([tokens["valid"], tokens["test"]], [logits["valid"], logits["test"]], tokenizer)
         write_reference(temporary, answers, seed=metadata["settings"]["seed"])
@@ -111,6 +130,20 @@ def golden_answers(saved: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, l
         logits = saved(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
         scores.append(dict(zip(labels, logits.softmax(0).tolist(), strict=True)))
     return Golden(list(GOLDEN_TEXTS), scores)
+
+
+def golden_answers_of_int8(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, labels: list[str], *, threads: int
+) -> Golden:
+    """What the int8 graph itself says to the golden texts: torch's answers would tell nothing about its files.
+
+    It differs from torch by more than a damaged file might, so it is held to its own answers, as closely as the others.
+    """
+    limit = int(tokenizer.model_max_length)
+    encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=limit)
+    texts = [tokens.ids for tokens in encoder.encode(GOLDEN_TEXTS)]
+    rows = softmax(graph_logits(folder, texts, int8=True, threads=threads, max_tokens=limit).astype(np.float64), axis=1)
+    return Golden(list(GOLDEN_TEXTS), [dict(zip(labels, row.tolist(), strict=True)) for row in rows])
 
 
 def calibrate(model: PreTrainedModel, valid: TokenizedSplit, precision: Precision) -> float:
