@@ -22,7 +22,7 @@ from tuneserve.settings import PROJECT
 
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```sh\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(found["mark"] or "", found["code"]) for found in BLOCK.finditer((PROJECT / "README.md").read_text())]
-NEEDS = re.compile(r"needs (Docker|Docker and a GPU|a GPU|a network)")
+NEEDS = re.compile(r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store)")
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
 
 
 def test_a_version_is_a_checkpoint_that_anything_loads(environment: dict[str, str]) -> None:
-    version = train(environment)
+    version = train(environment, N_EPOCHS="6")
     classify = pipeline("text-classification", str(version.folder))
     assert [answer["label"] for answer in classify(["the film was great", "the food was awful"])] == ["good", "bad"]
     assert version.metadata["metrics"]["test"]["accuracy"] >= 0.9

@@ -6,6 +6,7 @@ texts (neither has learned from them), and is not much larger or slower. What wa
 
 import json
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ MIN_CLEAN_TEXTS = 50
 """Fewest texts that neither model has learned from on which a comparison means something."""
 ENGINE_POINTS = 0.01
 """How far the engine's accuracy may lie from torch's on the same texts."""
+BORDERLINE = 0.05
+"""Share of texts so near the border that rounding may put them on either side of it: half a chance each."""
 TRIAL_TIMEOUT_S = 1800.0
 
 PROGRAM = Path(__file__).resolve().parents[2]
@@ -214,9 +217,9 @@ def _same_as_torch(candidate: Version, right: Array) -> Check:
     test = candidate.metadata["metrics"]["test"]
     accuracy, torch_accuracy = float(right.mean()), float(test["accuracy"])
     tested = sum(candidate.metadata["data"]["counts"]["test"].values())
-    # Of a larger test a part was drawn, whose accuracy varies by chance.
-    chance = 0.0 if tested <= len(right) else 3 * float(np.sqrt(torch_accuracy * (1 - torch_accuracy) / len(right)))
-    bound = ENGINE_POINTS + chance + 1 / len(right)
+    # Of a larger test a part was drawn, whose accuracy varies by chance; of the same texts those on the border do.
+    variance = BORDERLINE if tested <= len(right) else torch_accuracy * (1 - torch_accuracy)
+    bound = ENGINE_POINTS + 3 * math.sqrt(variance / len(right))
     difference = abs(accuracy - torch_accuracy)
     return Check(
         "engine",
