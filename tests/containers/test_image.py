@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import NAME, PROJECT, VERSION, Job
+from .conftest import NAME, PROJECT, VERSION, Job, eventually
 
 JOB = {"LR": "0.003", "N_EPOCHS": "1", "BATCH_SIZE": "16", "TRAIN_BODY": "0", "NUM_TRAIN": "64", "NUM_TEST": "32"}
 RESOLVED = {"lr": 0.003, "n_epochs": 1, "batch_size": 16, "train_body": False, "num_train": 64, "num_test": 32}
@@ -81,11 +81,45 @@ def test_it_does_not_run_as_root(served: Job) -> None:
 
 def test_a_restarted_container_serves_without_training_again(served: Job) -> None:
     before = served.read("/models/champion")
-    printed = len(served.log)
     served.container.restart()
     served.is_ready()
-    assert "already trained" in served.log[printed:]
+    served.says("nothing to train")
     assert served.read("/models/champion") == before
+
+
+def test_the_port_is_open_and_says_how_far_it_is_while_the_first_model_trains(start: Start) -> None:
+    job = start(environment=JOB | {"N_EPOCHS": "5000"})
+    assert eventually(lambda: job.get("/livez")[0] == 200, within_s=10), job.log
+    status, state = job.get("/readyz")
+    assert status == 503
+    assert state["phase"] in ("empty", "preparing", "training")
+    assert eventually(lambda: job.get("/readyz")[1].get("epoch", 0) > 1, within_s=60), job.log
+    state = job.get("/readyz")[1]
+    assert state["phase"] == "training"
+    assert 0 < state["progress"] < 1
+    assert state["eta_s"] > 0
+    assert job.post("/inference", {"text": "A film."})[0] == 503
+    assert seconds_to_end(job, "SIGTERM") < 10
+    assert job.ends() == 143
+
+
+def test_what_another_container_trains_is_swapped_in(start: Start, served: Job, models: str) -> None:
+    before = served.get("/model")[1]["version"]
+    trained = start("train", environment=JOB | {"SEED": "7", "MIN_ACCURACY": "0"}, models=models, ports={})
+    assert trained.ends() == 0, trained.log
+    now = served.read("/models/champion").strip()
+    assert now != before
+    assert eventually(lambda: served.get("/model")[1]["version"] == now, within_s=10), served.log
+    assert served.post("/inference", {"text": "A film."})[1]["model_version"] == now
+    exit_code, said = served.container.exec_run(["/opt/venv/bin/python", "run.py", "rollback"])
+    assert exit_code == 0, said
+    assert eventually(lambda: served.get("/model")[1]["version"] == before, within_s=5), served.log
+
+
+def test_a_first_training_that_fails_ends_the_container_with_its_reason(start: Start) -> None:
+    job = start(environment=JOB | {"MIN_ACCURACY": "1"})
+    assert job.ends() not in (0, 137)
+    assert "MIN_ACCURACY" in job.log
 
 
 def test_an_environment_file_gives_the_same_settings(

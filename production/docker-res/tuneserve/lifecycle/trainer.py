@@ -5,12 +5,14 @@ MODEL_PATH/jobs/<id>.json   each training that a server started, and how it ende
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Literal
 from uuid import uuid4
 
@@ -50,6 +52,7 @@ class Trainer:
         store: that it trains for.
         serves: whether a model answers now.
         on_end: told of each job that ended, on a thread of its own.
+        environ: of the trainings, where it is not this process's: variables to set.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class Trainer:
         *,
         serves: Callable[[], bool],
         on_end: Callable[[Job], None] = lambda job: None,
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.on_end = on_end
         self._command = list(command)
         self._store = store
         self._serves = serves
+        self._environ = environ
         self._folder = store.root / "jobs"
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -144,7 +149,7 @@ class Trainer:
                 self._child = None
                 if not self._closed:
                     self._store.status_file.unlink(missing_ok=True)  # what it says is of the training before
-                    self._child = subprocess.Popen([*self._command, *beside])
+                    self._child = subprocess.Popen([*self._command, *beside], env={**os.environ, **self._environ})
             code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)
         except OSError as error:

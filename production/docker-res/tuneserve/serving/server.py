@@ -104,7 +104,9 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
     slot = open_slot(settings)
     trainer = None
     if training:
-        trainer = Trainer(training, store, serves=lambda: not slot.empty)
+        # `auto` as its user wrote it: this process has told its libraries a number by the same variable.
+        asked = {"OMP_NUM_THREADS": str(settings.omp_num_threads)}
+        trainer = Trainer(training, store, serves=lambda: not slot.empty, environ=asked)
     feedback = open_feedback(settings)
     server = Server(
         uvicorn.Config(
