@@ -88,7 +88,7 @@ def test_a_restarted_container_serves_without_training_again(served: Job) -> Non
 
 
 def test_the_port_is_open_and_says_how_far_it_is_while_the_first_model_trains(start: Start) -> None:
-    job = start(environment=JOB | {"N_EPOCHS": "5000"})
+    job = start(environment=JOB | {"TRAIN_BODY": "1", "N_EPOCHS": "500", "PATIENCE": "0"})
     assert eventually(lambda: job.get("/livez")[0] == 200, within_s=10), job.log
     status, state = job.get("/readyz")
     assert status == 503
