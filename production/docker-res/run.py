@@ -92,9 +92,10 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Serve what there is at once, train beside it, and serve what passes the gate."""
     from tuneserve.serving import server
 
-    server.serve(
-        settings, threads=threads, training=[sys.executable, str(Path(__file__).resolve()), "train", "--child"]
-    )
+    command = [sys.executable, str(Path(__file__).resolve()), "train", "--child"]
+    # `auto` as its user wrote it: this process has told its libraries a number by the same variable.
+    environ = {**os.environ, "OMP_NUM_THREADS": str(settings.omp_num_threads)}
+    server.serve(settings, threads=threads, training=command, environ=environ)
 
 
 def versions(settings: "Settings", version: str | None) -> None:

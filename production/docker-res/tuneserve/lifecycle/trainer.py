@@ -5,14 +5,12 @@ MODEL_PATH/jobs/<id>.json   each training that a server started, and how it ende
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Literal
 from uuid import uuid4
 
@@ -52,7 +50,7 @@ class Trainer:
         store: that it trains for.
         serves: whether a model answers now.
         on_end: told of each job that ended, on a thread of its own.
-        environ: of the trainings, where it is not this process's: variables to set.
+        environ: their environment variables; None for this process's own.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class Trainer:
         *,
         serves: Callable[[], bool],
         on_end: Callable[[Job], None] = lambda job: None,
-        environ: Mapping[str, str] = MappingProxyType({}),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.on_end = on_end
         self._command = list(command)
@@ -149,7 +147,7 @@ class Trainer:
                 self._child = None
                 if not self._closed:
                     self._store.status_file.unlink(missing_ok=True)  # what it says is of the training before
-                    self._child = subprocess.Popen([*self._command, *beside], env={**os.environ, **self._environ})
+                    self._child = subprocess.Popen([*self._command, *beside], env=self._environ)
             code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)
         except OSError as error:

@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -81,13 +81,16 @@ def follow(settings: Settings, slot: Slot, *, threads: int, trainer: Trainer | N
     return Follower(store, slot, load, required=required, shadowing=shadowing)
 
 
-def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> None:
+def serve(
+    settings: Settings, *, threads: int, training: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> None:
     """Serve the champion until SIGTERM or SIGINT.
 
     Args:
         settings: of the run.
         threads: CPU threads to compute with.
         training: the command that trains as a child, at once and when asked; empty for a server that only serves.
+        environ: that command's environment variables; None for this process's own.
 
     Raises:
         NoModelError: the store holds no model, and none will be trained.
@@ -104,9 +107,7 @@ def serve(settings: Settings, *, threads: int, training: Sequence[str] = ()) -> 
     slot = open_slot(settings)
     trainer = None
     if training:
-        # `auto` as its user wrote it: this process has told its libraries a number by the same variable.
-        asked = {"OMP_NUM_THREADS": str(settings.omp_num_threads)}
-        trainer = Trainer(training, store, serves=lambda: not slot.empty, environ=asked)
+        trainer = Trainer(training, store, serves=lambda: not slot.empty, environ=environ)
     feedback = open_feedback(settings)
     server = Server(
         uvicorn.Config(
