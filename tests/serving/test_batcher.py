@@ -186,6 +186,7 @@ def test_an_engine_that_fails_on_everything_is_dead_and_nobody_waits_for_it(make
             batcher.submit([text(3)], deadline=FAR)
 
     asyncio.run(ask())
+    batcher.close()  # whoever waited is told first, then the owner
     assert len(died) == 1
 
 
