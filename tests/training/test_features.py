@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
+from tuneserve.forward import choose_forward
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.training import features, job
-from tuneserve.training.forward import choose_forward
 from tuneserve.training.tokens import TokenizedSplit
 
 

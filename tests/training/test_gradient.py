@@ -19,8 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tuneserve.errors import TrainingError
+from tuneserve.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.training.batches import Batch, collate
-from tuneserve.training.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.training.gradient import Gradient, Step, is_out_of_memory
 from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.recipe import Recipe

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tuneserve.errors import TrainingError
+from tuneserve.forward import choose_forward
 from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.forward import choose_forward
 from tuneserve.training.loop import fit, warm_up_and_fall
 from tuneserve.training.recipe import Recipe
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from tuneserve.forward import choose_forward
 from tuneserve.training.batches import Batch, collate
-from tuneserve.training.forward import choose_forward
 from tuneserve.training.model import freeze_body
 from tuneserve.training.optimizer import Optimizer
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tuneserve.forward import Texts
 from tuneserve.training.tokens import TokenizedSplit
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -16,20 +17,10 @@ WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Texts end to end, without padding: `input_ids` int64 [tokens]; `lengths` and `label_ids` int64 [texts]."""
+class Batch(Texts):
+    """Texts to learn from or to be tested on: `label_ids` int64 [texts]."""
 
-    input_ids: torch.Tensor
-    lengths: Array
     label_ids: torch.Tensor
-
-    def padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The texts as rows of equal length, and which places are filled: both int64 [texts, tokens of the longest]."""
-        filled = np.arange(self.lengths.max()) < self.lengths[:, None]
-        mask = torch.from_numpy(filled).to(self.input_ids.device)
-        input_ids = torch.full(filled.shape, pad_id, dtype=torch.int64, device=self.input_ids.device)
-        input_ids[mask] = self.input_ids
-        return input_ids, mask.long()
 
 
 def shuffled_batches(lengths: Array, batch_size: int, rng: np.random.Generator) -> list[Array]:

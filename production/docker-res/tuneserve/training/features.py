@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tuneserve.errors import StoreError
-from tuneserve.training.batches import Array, Batch, collate, sorted_batches
-from tuneserve.training.forward import PROBE_TOLERANCE, Forward, probe
+from tuneserve.forward import PROBE_TOLERANCE, Forward, Texts, probe
+from tuneserve.training.batches import Array, collate, sorted_batches
 from tuneserve.training.progress import counted
 from tuneserve.training.tokens import TokenizedSplit
 
@@ -71,7 +71,7 @@ class Encoder:
         model.base_model.register_forward_hook(self._keep)
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batch: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [texts, channels] and, by the way, the logits [texts, labels], both fp32."""
         logits = self.forward(batch)
         return self._states[:, 0].float(), logits.float()
@@ -159,7 +159,7 @@ class LookUp:
         self.head, self.device = head, device
         self.tables = [tables[name] for name in SPLITS]
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Texts) -> torch.Tensor:
         """Logits of each text."""
         rows = batch.input_ids.cpu().numpy()
         table, begin = self.tables[0], 0

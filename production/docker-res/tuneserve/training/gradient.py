@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from tuneserve.errors import TrainingError
+from tuneserve.forward import Forward
 from tuneserve.training.batches import Array, Batch, collate, split_by_tokens
-from tuneserve.training.forward import Forward
 from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit

@@ -11,14 +11,14 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
+from tuneserve.forward import Forward, cast, choose_forward
 from tuneserve.hardware import Precision
 from tuneserve.settings import Settings
 from tuneserve.training import features
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.evaluation import predict_logits, score
-from tuneserve.training.forward import Forward, choose_forward
 from tuneserve.training.loop import fit
-from tuneserve.training.model import cast, freeze_body
+from tuneserve.training.model import freeze_body
 from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from tuneserve.errors import BaseModelError
-from tuneserve.hardware import Precision
 
 DROPOUTS = {
     "hidden_dropout_prob",
@@ -30,9 +29,6 @@ DROPOUTS = {
     "cls_dropout",
 }
 """The names under which the encoders' configurations keep their dropouts."""
-
-NUMBER_FORMAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""torch's types by the names that PRECISION knows."""
 
 ATTENTION = {"cpu": "eager"}
 """What attention to train with where transformers' own choice is not the fastest: on a CPU the backward pass of torch's
@@ -90,12 +86,6 @@ def load_classifier(
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
     return model
-
-
-def cast(model: nn.Module, precision: Precision) -> None:
-    """Let a model compute in this format. Its buffers stay as they are: rounded frequencies would shift positions."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(NUMBER_FORMAT[precision])
 
 
 def body_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -13,8 +13,9 @@ from torch.nn import functional
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from tuneserve.forward import NUMBER_FORMAT
 from tuneserve.hardware import Precision
-from tuneserve.training.model import NUMBER_FORMAT, body_parameters
+from tuneserve.training.model import body_parameters
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

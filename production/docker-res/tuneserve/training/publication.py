@@ -26,6 +26,7 @@ from tuneserve.artifact import (
     write_golden,
     write_json,
 )
+from tuneserve.forward import cast, choose_forward
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
@@ -33,8 +34,6 @@ from tuneserve.tokenization import TextEncoder, unknown_id
 from tuneserve.training import calibration
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
 from tuneserve.training.export import export
-from tuneserve.training.forward import choose_forward
-from tuneserve.training.model import cast
 from tuneserve.training.quantization import graph_logits, quantize
 from tuneserve.training.tokens import TokenizedSplit
 

@@ -11,10 +11,9 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.training import attention
+from tuneserve import attention
+from tuneserve.forward import Forward, Packed, Padded, cast, choose_forward
 from tuneserve.training.batches import Batch, collate
-from tuneserve.training.forward import Forward, Packed, Padded, choose_forward
-from tuneserve.training.model import cast
 
 CPU = torch.device("cpu")
 NARROW = {"local_attention": 8, "global_attn_every_n_layers": 2}

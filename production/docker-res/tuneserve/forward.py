@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.training.attention import IMPLEMENTATION, Layout, Spans
-from tuneserve.training.batches import Batch
+from tuneserve.attention import IMPLEMENTATION, Array, Layout, Spans
+from tuneserve.hardware import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +22,33 @@ PROBE_LENGTHS = (3, 7, 7, 12, 160)
 PROBE_TOLERANCE = 2e-5
 
 
+NUMBER_FORMAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""torch's types by the names that PRECISION knows."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts end to end, without padding: `input_ids` int64 [tokens], `lengths` int64 [texts]."""
+
+    input_ids: torch.Tensor
+    lengths: Array
+
+    def padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The texts as rows of equal length, and which places are filled: both int64 [texts, tokens of the longest]."""
+        filled = np.arange(self.lengths.max()) < self.lengths[:, None]
+        mask = torch.from_numpy(filled).to(self.input_ids.device)
+        input_ids = torch.full(filled.shape, pad_id, dtype=torch.int64, device=self.input_ids.device)
+        input_ids[mask] = self.input_ids
+        return input_ids, mask.long()
+
+
 class Forward(Protocol):
     """Takes a batch to its logits [texts, labels], in the model's own number format."""
 
     pads: bool
     """Whether texts are made equally long."""
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Texts) -> torch.Tensor:
         """Logits of each text."""
         ...
 
@@ -43,7 +64,7 @@ class Padded:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Texts) -> torch.Tensor:
         """Logits of each text."""
         input_ids, mask = batch.padded(self.model.config.pad_token_id or 0)
         logits = self.model(input_ids=input_ids, attention_mask=mask).logits
@@ -88,7 +109,7 @@ class Packed:
         if isinstance(pooler := getattr(body, "pooler", None), nn.Module):
             self._hooks.append(pooler.register_forward_pre_hook(self._pool_input))
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Texts) -> torch.Tensor:
         """Logits of each text."""
         return self.run(batch.input_ids, Spans(batch.lengths, batch.input_ids.device))
 
@@ -203,7 +224,7 @@ def _agreeing(model: PreTrainedModel, padded: Padded) -> Packed | None:
     return None
 
 
-def probe(model: PreTrainedModel) -> Batch:
+def probe(model: PreTrainedModel) -> Texts:
     """A few made-up texts of this model's words, the same every time."""
     limit = getattr(model.config, "max_position_embeddings", None) or max(PROBE_LENGTHS)
     lengths = np.minimum(PROBE_LENGTHS, max(1, limit - (model.config.pad_token_id or 0) - 2))  # RoBERTa counts from 2
@@ -211,8 +232,13 @@ def probe(model: PreTrainedModel) -> Batch:
     input_ids = rng.integers(0, model.config.vocab_size, lengths.sum())
     input_ids[input_ids == model.config.pad_token_id] += 1
     input_ids = input_ids % model.config.vocab_size
-    device = model.device
-    return Batch(torch.from_numpy(input_ids).to(device), lengths, torch.zeros(len(lengths), dtype=torch.int64))
+    return Texts(torch.from_numpy(input_ids).to(model.device), lengths)
+
+
+def cast(model: nn.Module, precision: Precision) -> None:
+    """Let a model compute in this format. Its buffers stay as they are: rounded frequencies would shift positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(NUMBER_FORMAT[precision])
 
 
 def _project(states: torch.Tensor, heads: int, *linears: Any) -> torch.Tensor:
