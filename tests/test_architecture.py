@@ -21,7 +21,10 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
-GROUND = ("artifact", "columns", "errors", "hardware", "logs", "settings", "signals", "tokenization")
+GROUND = (
+    *("artifact", "attention", "columns", "errors", "forward", "graph", "hardware", "logs", "settings", "signals"),
+    *("tokenization", "yielding"),
+)
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -127,6 +130,40 @@ def test_there_is_no_pickle_anywhere() -> None:
     assert loads == set()
 
 
+def imports_of_its_own(tree: ast.AST) -> Iterator[str]:
+    """What is imported with the module itself; what is under TYPE_CHECKING or within functions is not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(ast.Module([node], []))
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            yield from imports_of_its_own(node)
+
+
+def test_outside_training_three_modules_load_torch_and_one_function_asks_for_them() -> None:
+    of_torch = {
+        name
+        for name, tree in MODULES.items()
+        if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
+    }
+    apart = {name for name in of_torch if not within(name, "training")}
+    assert apart == {"tuneserve.attention", "tuneserve.forward", "tuneserve.serving.torch_engine"}
+    askers = {
+        (name, other)
+        for name, tree in MODULES.items()
+        if not within(name, "training")
+        for other in apart & set(imports(tree))
+    }
+    assert askers == {
+        ("tuneserve.forward", "tuneserve.attention"),
+        ("tuneserve.serving.torch_engine", "tuneserve.attention"),
+        ("tuneserve.serving.torch_engine", "tuneserve.forward"),
+        ("tuneserve.serving.engine", "tuneserve.serving.torch_engine"),
+    }
+    assert "tuneserve.serving.torch_engine" not in set(imports_of_its_own(MODULES["tuneserve.serving.engine"]))
+
+
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow"}
 LOADED = "import sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
 
@@ -150,7 +187,7 @@ def test_what_both_wings_stand_on_loads_neither_torch_nor_numpy(python: Python) 
 
 
 def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(python: Python) -> None:
-    modules = [name for name in MODULES if within(name, "serving")]
+    modules = [name for name in MODULES if within(name, "serving") and name != "tuneserve.serving.torch_engine"]
     assert len(modules) > 5
     found = loaded(python, *modules, "app")
     assert "fastapi" in found

@@ -1,5 +1,6 @@
 """The real server as a real process on a real port."""
 
+import json
 import os
 import shutil
 import signal
@@ -210,6 +211,33 @@ def test_weights_with_a_flipped_bit_are_found_out_by_the_golden_answers(
     output, _ = server.process.communicate(timeout=60)
     assert server.process.returncode == 6, output
     assert "does not answer as it did" in output
+
+
+def test_a_version_without_a_graph_is_served_by_torch(
+    start: Start, environment: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "without a graph"
+    shutil.copytree(store, copy)
+    [metadata_file] = copy.glob("versions/*/metadata.json")
+    metadata = json.loads(metadata_file.read_text())
+    shutil.rmtree(metadata_file.parent / "engine")
+    metadata["files"] = {name: size for name, size in metadata["files"].items() if not name.startswith("engine/")}
+    metadata_file.write_text(json.dumps(metadata | {"engine": None}))
+    texts = ["a great film", "awful food", "the film was not bad and the food was very very warm"]
+    answers = []
+    for folder in (store, copy):
+        server = start(environment | {"MODEL_PATH": str(folder)})
+        server.wait_until_ready()
+        batch = httpx.post(f"{server.url}/inference/batch", json={"texts": texts}).json()["predictions"]
+        alone = [httpx.post(f"{server.url}/inference", json={"text": text}).json() for text in texts]
+        assert [one["scores"]["good"] for one in batch] == pytest.approx(
+            [one["scores"]["good"] for one in alone], abs=0.02
+        )
+        answers.append([one["scores"]["good"] for one in batch])
+        code, output = server.end()
+        assert code == 0
+        assert ("torch on the CPU, without padding" in output) == (folder == copy)
+    assert answers[1] == pytest.approx(answers[0], abs=0.02)
 
 
 def test_a_port_that_is_taken_is_an_error(start: Start, environment: dict[str, str]) -> None:

@@ -32,6 +32,12 @@ MASKED = -1e9
 """Added to a score that must not count; finite, so that a row of nothing else has no NaN."""
 
 
+def upload(array: Array, device: torch.device) -> torch.Tensor:
+    """The array as a tensor on the device. For a GPU the copy is only queued, behind what the GPU has to do already."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Block:
     """Texts of like length that are attended to together, as rows of `longest` places.
@@ -99,7 +105,7 @@ class Spans:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """Where each text begins, and the end: int32 [texts + 1], as flash attention takes it."""
-        return torch.from_numpy(self.starts.astype(np.int32)).to(self.device)
+        return upload(self.starts.astype(np.int32), self.device)
 
     @cached_property
     def one_each(self) -> torch.Tensor:
@@ -109,18 +115,23 @@ class Spans:
     @cached_property
     def first(self) -> torch.Tensor:
         """The place of each text's first token, int64 [texts]."""
-        return torch.from_numpy(self.starts[:-1]).to(self.device)
+        return upload(self.starts[:-1], self.device)
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """Each token's place in its text, int64 [tokens]."""
         places = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], self.lengths)
-        return torch.from_numpy(places).to(self.device)
+        return upload(places, self.device)
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest text."""
         return int(self.lengths.max())
+
+    def upload(self) -> None:
+        """Send what the layers will ask for, so that none of them waits for it."""
+        assert len(self.first) == len(self.one_each) - 1 == len(self.cu_seqlens) - 1
+        assert len(self.positions) == self.starts[-1]
 
     def blocks(self, heads: int) -> list[Block]:
         """The texts in blocks of at most BLOCK_SCORES scores; neighbours of like length share one."""
@@ -181,10 +192,10 @@ class Spans:
 
     def mean(self, states: torch.Tensor) -> torch.Tensor:
         """See `Layout.mean`."""
-        lengths = torch.as_tensor(self.lengths, device=states.device)
+        lengths = self.cu_seqlens.diff().long()
         exact = states.to(torch.promote_types(states.dtype, torch.float32))  # a sum in bf16 stops growing
         sums = exact.new_zeros(len(lengths), states.shape[1])
-        sums = sums.index_add(0, torch.repeat_interleave(lengths), exact)
+        sums = sums.index_add(0, torch.repeat_interleave(lengths, output_size=len(exact)), exact)
         return (sums / lengths[:, None]).to(states.dtype)
 
     def _block(self, begin: int, end: int, longest: int) -> Block:
@@ -197,9 +208,9 @@ class Spans:
         mask = np.where(filled, 0.0, MASKED)[:, None, None, :]
         return Block(
             *span,
-            torch.from_numpy(places.reshape(-1)).to(self.device),
-            torch.from_numpy(np.flatnonzero(filled)).to(self.device),
-            torch.from_numpy(mask).to(self.device),
+            upload(places.reshape(-1), self.device),
+            upload(np.flatnonzero(filled), self.device),
+            upload(mask, self.device),
         )
 
 

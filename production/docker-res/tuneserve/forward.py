@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.attention import IMPLEMENTATION, Array, Layout, Spans
+from tuneserve.attention import IMPLEMENTATION, Array, Layout, Spans, upload
 from tuneserve.hardware import Precision
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ class Texts:
     def padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The texts as rows of equal length, and which places are filled: both int64 [texts, tokens of the longest]."""
         filled = np.arange(self.lengths.max()) < self.lengths[:, None]
-        mask = torch.from_numpy(filled).to(self.input_ids.device)
-        input_ids = torch.full(filled.shape, pad_id, dtype=torch.int64, device=self.input_ids.device)
-        input_ids[mask] = self.input_ids
-        return input_ids, mask.long()
+        device = self.input_ids.device
+        input_ids = torch.full((filled.size,), pad_id, dtype=torch.int64, device=device)
+        input_ids[upload(np.flatnonzero(filled), device)] = self.input_ids  # by a mask, the GPU would be waited for
+        return input_ids.view(filled.shape), upload(filled.astype(np.int64), device)
 
 
 class Forward(Protocol):
@@ -66,7 +66,14 @@ class Padded:
 
     def __call__(self, batch: Texts) -> torch.Tensor:
         """Logits of each text."""
-        input_ids, mask = batch.padded(self.model.config.pad_token_id or 0)
+        return self.run(*self.lay_out(batch))
+
+    def lay_out(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `run` takes; laid out, a GPU's work can be queued without waiting for it."""
+        return texts.padded(self.model.config.pad_token_id or 0)
+
+    def run(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits [texts, labels] of padded rows: both int64 [texts, tokens of the longest]."""
         logits = self.model(input_ids=input_ids, attention_mask=mask).logits
         assert isinstance(logits, torch.Tensor)
         return logits
@@ -112,6 +119,12 @@ class Packed:
     def __call__(self, batch: Texts) -> torch.Tensor:
         """Logits of each text."""
         return self.run(batch.input_ids, Spans(batch.lengths, batch.input_ids.device))
+
+    def lay_out(self, texts: Texts) -> tuple[torch.Tensor, Spans]:
+        """What `run` takes; laid out, a GPU's work can be queued without waiting for it."""
+        spans = Spans(texts.lengths, texts.input_ids.device)
+        spans.upload()
+        return texts.input_ids, spans
 
     def run(self, input_ids: torch.Tensor, spans: Layout) -> torch.Tensor:
         """Logits [texts, labels] of texts that lie in `input_ids` int64 [tokens] as `spans` says."""
@@ -186,7 +199,7 @@ class Packed:
         return states[:, None]
 
 
-def choose_forward(model: PreTrainedModel, *, learns: bool = True) -> Forward:
+def choose_forward(model: PreTrainedModel, *, learns: bool = True) -> Packed | Padded:
     """The fastest way that gives this model's own logits, found by trying on a few made-up texts.
 
     Encoders that do not use transformers' attention interface (DeBERTa), or add to the scores what the packed kernels

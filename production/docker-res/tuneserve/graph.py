@@ -50,9 +50,9 @@ def load_openvino() -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch laid out: the graph's inputs, the number of texts, and the places computed, padding included."""
+    """A batch laid out: what its engine computes from, the number of texts, and the places, padding included."""
 
-    inputs: tuple[Array, ...]
+    inputs: tuple[Any, ...]
     texts: int
     places: int
 

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tuneserve.artifact import Version
-from tuneserve.errors import StoreError
 from tuneserve.graph import DESCRIPTION, FOLDER, Graph, Prepared
-from tuneserve.hardware import Precision, choose_device, choose_precision, cpu_has_bf16, gpu_may_be_there
+from tuneserve.hardware import Precision, choose_device, cpu_has_bf16, gpu_may_be_there
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -72,61 +71,6 @@ class GraphEngine(Graph):
         self.warm_up_shapes(self.max_batch_tokens)
 
 
-class TorchEngine:
-    """The version's own weights, run by torch: on a GPU, and on a CPU where there is no graph.
-
-    Raises:
-        StoreError: the folder's files are damaged.
-    """
-
-    def __init__(self, folder: Path, settings: Settings, *, threads: int, max_batch_tokens: int) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        torch.set_num_threads(threads)
-        self.max_batch_tokens = max_batch_tokens
-        self._torch = torch
-        self._device, _ = choose_device(settings.device)
-        self._bf16 = choose_precision(settings.precision, self._device) == "bf16"
-        try:
-            self._model = AutoModelForSequenceClassification.from_pretrained(folder).to(self._device).eval()
-        except Exception as error:  # transformers and safetensors raise whatever met them in a damaged file
-            raise StoreError(f"The model in {folder} cannot be loaded: {error}") from error
-        self._pad_id = self._model.config.pad_token_id or 0
-        self._logits: Any = None
-
-    def prepare(self, texts: Sequence[Sequence[int]]) -> Prepared:
-        """See `Engine.prepare`."""
-        shape = len(texts), max(map(len, texts))
-        input_ids = np.full(shape, self._pad_id, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
-        for row, text in enumerate(texts):
-            input_ids[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-        return Prepared((input_ids, mask), len(texts), input_ids.size)
-
-    def begin(self, prepared: Prepared) -> None:
-        """See `Engine.begin`; on a GPU the kernels are only queued."""
-        torch = self._torch
-        tensors = [torch.from_numpy(one) for one in prepared.inputs]
-        if self._device.type == "cuda":
-            tensors = [one.pin_memory().to(self._device, non_blocking=True) for one in tensors]
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            self._logits = self._model(input_ids=tensors[0], attention_mask=tensors[1]).logits.float()
-
-    def result(self) -> Array:
-        """See `Engine.result`."""
-        logits: Array = self._logits.cpu().numpy()
-        self._logits = None
-        return logits
-
-    def warm_up(self) -> None:
-        """See `Engine.warm_up`."""
-        infer(self, [[self._pad_id] * 8] * 4)
-
-
 def load_engine(version: Version, settings: Settings, *, threads: int) -> Engine:
     """The fastest engine that this machine and version allow; for PRECISION=int8 see `load_int8_engine`.
 
@@ -138,8 +82,17 @@ def load_engine(version: Version, settings: Settings, *, threads: int) -> Engine
     on_gpu = _is_on_gpu(settings)
     tokens = settings.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
     if on_gpu or not (folder / FOLDER / DESCRIPTION).exists():
-        logger.info("engine: torch on the %s", "GPU" if on_gpu else "CPU, for this version has no graph")
-        return TorchEngine(folder, settings, threads=threads, max_batch_tokens=tokens)
+        from tuneserve.serving.torch_engine import TorchEngine  # here, for it loads torch
+
+        engine_of_torch = TorchEngine(
+            folder,
+            settings,
+            threads=threads,
+            max_tokens=version.metadata["settings"]["num_max_positions"],
+            max_batch_tokens=tokens,
+        )
+        logger.info("engine: torch on the %s, %s", "GPU" if on_gpu else "CPU", engine_of_torch.description)
+        return engine_of_torch
     engine = _graph_engine(version, settings, threads, int8=False)
     logger.info("engine: OpenVINO, %s, %s, %d threads", engine.description["layout"], engine.precision, threads)
     return engine
