@@ -146,7 +146,7 @@ def test_a_packed_pass_asks_the_device_for_nothing(kind: str, make: Make, tmp_pa
 
 
 def fail_beyond(engine: TorchEngine, tokens: int) -> list[int]:
-    """Let the model run out of memory as a GPU does if a batch has more tokens; the tokens of batches that went well."""
+    """Let memory run out, as a GPU's does, for batches of more tokens; returns the tokens of those that went well."""
     went_well: list[int] = []
 
     def look(module: Any, arguments: Any, named: dict[str, Any]) -> None:
