@@ -117,20 +117,23 @@ class Questions(TorchDispatchMode):
         self.asked: list[str] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        masked = operator.overloadpacket.__name__ in ("index", "index_put", "index_put_") and any(
+        name, named = operator.overloadpacket.__name__, named or {}
+        masked = name in ("index", "index_put", "index_put_") and any(
             one is not None and one.dtype in (torch.bool, torch.uint8) for one in arguments[1]
         )
-        if masked or operator.overloadpacket.__name__ in self.WAITING:
+        counted = name == "repeat_interleave" and named.get("output_size") is None
+        if masked or counted or name in self.WAITING:
             self.asked.append(str(operator))
-        return operator(*arguments, **(named or {}))
+        return operator(*arguments, **named)
 
 
 def test_questions_to_the_device_are_seen() -> None:
     with Questions() as questions:
         states = torch.arange(4)
         states[states > 1].sum().item()
+        torch.repeat_interleave(states)
         torch.tensor([1, 2])
-    assert len(questions.asked) == 3
+    assert len(questions.asked) == 4
 
 
 @pytest.mark.parametrize("kind", [*PACKED, "mean"])
