@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
+from tuneserve.attention import Spans
 from tuneserve.errors import StoreError
 from tuneserve.serving.batcher import Batcher
 from tuneserve.serving.engine import infer
@@ -266,3 +267,18 @@ def test_a_gpu_that_ran_out_of_memory_goes_on(make: Make, gpu: None) -> None:
     engine.warm_up()
     assert sizes[0] == 64
     assert infer(engine, [[5, 6, 7]]).shape == (1, 3)
+
+
+def test_a_kernel_that_this_number_format_lacks_means_padding(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Spans.attend_together
+
+    def lacking(self: Spans, joint: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        if joint.dtype == torch.bfloat16:
+            raise RuntimeError("no kernel for bf16")
+        return together(self, joint, scaling=scaling)
+
+    monkeypatch.setattr(Spans, "attend_together", lacking)
+    assert make(PRECISION="fp32").packs
+    engine = make(PRECISION="bf16")
+    assert not engine.packs
+    assert np.isfinite(infer(engine, texts_of(LENGTHS))).all()

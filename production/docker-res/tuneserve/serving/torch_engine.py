@@ -17,7 +17,7 @@ from transformers import logging as transformers_logging
 
 from tuneserve.attention import upload
 from tuneserve.errors import StoreError
-from tuneserve.forward import Packed, Padded, Texts, cast, choose_forward
+from tuneserve.forward import Packed, Padded, Texts, cast, choose_forward, probe
 from tuneserve.graph import Prepared
 from tuneserve.hardware import choose_device, choose_precision
 from tuneserve.settings import Settings
@@ -63,8 +63,9 @@ class TorchEngine:
             raise StoreError(f"The model in {folder} cannot be loaded: {error}") from error
         # In fp32 a GPU has no kernel for texts of different lengths; torch's own attention over rows is faster there.
         packs = self._device.type == "cpu" or self.precision == "bf16"
-        self._forward: Packed | Padded = choose_forward(model, learns=False) if packs else Padded(model)
+        forward: Packed | Padded = choose_forward(model, learns=False) if packs else Padded(model)
         cast(model, self.precision)
+        self._forward = _that_runs(forward)
         self._running = Prepared((), 0, 0)
         self._on_its_way: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
@@ -143,3 +144,17 @@ class TorchEngine:
             said = str(error)
         torch.cuda.empty_cache()  # here the failed attempt's tensors are gone, which the error's traceback held
         raise MemoryError(f"out of memory: {said}")
+
+
+@torch.inference_mode()
+def _that_runs(forward: Packed | Padded) -> Packed | Padded:
+    """The packed way only if its kernel takes this device and number format, which nobody has tried yet."""
+    try:
+        forward(probe(forward.model))
+    except RuntimeError as error:
+        if isinstance(forward, Padded):
+            raise
+        logger.warning("texts are padded, for without padding they cannot be computed here: %s", error)
+        forward.remove()
+        return Padded(forward.model)
+    return forward
