@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from tuneserve.errors import TrainingError, TuneserveError, WorkerError
@@ -50,7 +49,7 @@ def is_asked_for(settings: Settings, environ: Mapping[str, str]) -> bool:
 
 
 def leave_word(error: TuneserveError, environ: Mapping[str, str]) -> bool:
-    """Tell the launcher's parent why this worker ends; False if it has none. Of several workers' words the first stays.
+    """Tell the launcher's parent why this worker ends; False if it has none.
 
     Whoever is told exits with 0: a worker that failed would be started again.
     """
@@ -59,8 +58,7 @@ def leave_word(error: TuneserveError, environ: Mapping[str, str]) -> bool:
     word = Path(environ[WORD])
     own = word.with_name(f"{word.name}-{os.getpid()}")
     own.write_text(json.dumps({"words": str(error), "exit_code": error.exit_code}), encoding="utf-8")
-    with suppress(FileExistsError):
-        os.link(own, word)
+    own.replace(word)  # in one go, for several may have the same to say
     return True
 
 

@@ -55,7 +55,8 @@ class World:
             yield world
         except TuneserveError as error:
             failed = True
-            place.set("word", json.dumps([str(error), error.exit_code]))
+            with suppress(RuntimeError):  # the leading process is gone, and the place with it
+                place.set("word", json.dumps([str(error), error.exit_code]))
             raise
         except RuntimeError as error:  # so gloo and NCCL say that another process has left
             if word := _last_word(place):
@@ -63,7 +64,7 @@ class World:
             raise
         finally:
             distributed.destroy_process_group()
-            with suppress(RuntimeError):  # the leading process is gone, and the place with it
+            with suppress(RuntimeError):
                 place.add("left", 1)
                 deadline = time.monotonic() + FAREWELL_S
                 while failed and world.leads and place.add("left", 0) < world.size and time.monotonic() < deadline:
