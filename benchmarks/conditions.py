@@ -1,7 +1,7 @@
 """What all contenders of benchmarks/train.py share: `conditions.py VERB JSON` prints one line of JSON.
 
 prepare   write the texts that every contender reads
-survey    find a base model, count its weights, and time how fast this machine multiplies bf16 matrices
+survey    find a base model, count its weights, and time how fast this machine multiplies matrices
 """
 
 import csv
@@ -15,7 +15,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT / "production" / "docker-res"))
 
-from tuneserve.hardware import choose_device, set_threads
+from tuneserve.hardware import choose_device, choose_precision, set_threads
 
 THREADS = set_threads("auto")
 
@@ -26,6 +26,7 @@ from tuneserve.errors import BaseModelError, TuneserveError
 from tuneserve.tokenization import plain
 from tuneserve.training import base_model, checks
 from tuneserve.training.data import read
+from tuneserve.training.model import NUMBER_FORMAT
 from tuneserve.training.rows import Columns
 
 CACHE = PROJECT / "data"
@@ -76,9 +77,10 @@ def survey(*, name: str, folder: str, device: str) -> dict[str, Any]:
 
     Returns:
         `folder` of the model; `pretrained`, whether its weights were learned; `body`, the number of its weights outside
-        embeddings and pooler; `flops`, the best rate of bf16 products, in operations a second; `threads`.
+        embeddings and pooler; `rates`, the best rate of products in each precision, in operations a second;
+        `precision`, the one that the device computes in, and its rate, `flops`; `threads`.
     """
-    choose_device(device)  # refuses a GPU that is not there
+    chosen, _ = choose_device(device)  # refuses a GPU that is not there
     torch.set_num_threads(THREADS)
     transformers.logging.set_verbosity_error()
     try:
@@ -90,8 +92,17 @@ def survey(*, name: str, folder: str, device: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(found))
     body = sum(one.numel() for key, one in model.named_parameters() if "embeddings" not in key and "pooler" not in key)
-    flops = measure_products(device)
-    return {"folder": str(found), "pretrained": pretrained, "body": body, "flops": flops, "threads": THREADS}
+    precision = choose_precision("auto", chosen)
+    rates = {name: measure_products(device, dtype) for name, dtype in NUMBER_FORMAT.items()}
+    return {
+        "folder": str(found),
+        "pretrained": pretrained,
+        "body": body,
+        "precision": precision,
+        "flops": rates[precision],
+        "rates": rates,
+        "threads": THREADS,
+    }
 
 
 def draw_bert(folder: Path) -> Path:
@@ -103,10 +114,10 @@ def draw_bert(folder: Path) -> Path:
     return folder
 
 
-def measure_products(device: str) -> float:
-    """The best of several products of square bf16 matrices, in multiplications and additions a second."""
+def measure_products(device: str, dtype: torch.dtype) -> float:
+    """The best of several products of square matrices, in multiplications and additions a second."""
     size = SQUARE[device]
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     seconds = []
     for _ in range(PRODUCTS):
         began = time.perf_counter()

@@ -19,7 +19,7 @@ from typing import Any
 PRODUCTION = Path(__file__).resolve().parents[1] / "production" / "docker-res"
 sys.path.insert(0, str(PRODUCTION))
 
-from tuneserve.hardware import set_threads
+from tuneserve.hardware import choose_precision, set_threads
 
 THREADS = set_threads("auto")  # the same number, and the same patience of idle ones, for every contender
 
@@ -28,13 +28,13 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TUNED = {"bf16": True, "train_sampling_strategy": "group_by_length"}
+GROUPED = {"train_sampling_strategy": "group_by_length"}
 TRAINERS = {
     "trainer": {},
-    "trainer-tuned": TUNED,
-    "trainer-tuned-compiled": TUNED | {"torch_compile": True},
+    "trainer-tuned": GROUPED,
+    "trainer-tuned-compiled": GROUPED | {"torch_compile": True},
 }
-"""What is not Trainer's default, beside batch, epochs and learning rate."""
+"""What is not Trainer's default, beside batch, epochs and learning rate; see also `trainer_settings`."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def train_with_trainer(run: Run) -> dict[str, Any]:
         positions["real"] += int(batch["attention_mask"].sum())
         return batch
 
-    settings = TRAINERS[run.contender]
+    settings = trainer_settings(run.contender, run.device)
     arguments = transformers.TrainingArguments(
         output_dir=run.folder,
         num_train_epochs=run.epochs,
@@ -161,8 +161,15 @@ def train_with_trainer(run: Run) -> dict[str, Any]:
         "tokens_per_s": real / speed_s,
         "padding_share": 1 - real / fed,
         "test_accuracy": float((answers.predictions.argmax(axis=-1) == answers.label_ids).mean()),
-        "precision": "bf16" if "bf16" in settings else "fp32",
+        "precision": "bf16" if settings.get("bf16") else "fp32",
     }
+
+
+def trainer_settings(contender: str, device: str) -> dict[str, Any]:
+    """What this Trainer is told; a tuned one computes in bf16 where the device does, for emulated it is the slower."""
+    settings: dict[str, Any] = TRAINERS[contender]
+    native = choose_precision("auto", torch.device(device)) == "bf16"
+    return settings | {"bf16": True} if settings and native else settings
 
 
 class Clock(transformers.TrainerCallback):

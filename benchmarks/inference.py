@@ -52,7 +52,7 @@ def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seco
         checkpoint: the version's folder.
         texts: what is asked, by name.
         body: weights that a token is multiplied by; each is one multiplication and one addition.
-        flops: the machine's measured rate of bf16 products, in operations a second.
+        flops: the machine's measured rate of products, in operations a second.
         seconds: how long each measurement takes at least.
 
     Returns:

@@ -223,8 +223,9 @@ def describe(record: dict[str, Any]) -> str:
     """All that was measured, as Markdown."""
     machine, options = record["machine"], record["options"]
     parts = [
-        f"Checkpoint {record['checkpoint']}, {machine['body'] / 1e6:.1f}M weights in the body; bf16 products: "
-        f"{machine['flops'] / 1e12:.2f} TFLOP/s; {machine['threads']} threads; {options['seconds']} s a cell, "
+        f"Checkpoint {record['checkpoint']}, {machine['body'] / 1e6:.1f}M weights in the body; "
+        f"{machine['precision']} products: {machine['flops'] / 1e12:.2f} TFLOP/s; "
+        f"{machine['threads']} threads; {options['seconds']} s a cell, "
         f"{options['rounds']} round(s).",
         tabulate_servers(record),
     ]
@@ -236,7 +237,7 @@ def describe(record: dict[str, Any]) -> str:
     if record.get("engine_failure"):
         parts.append(f"The engine alone could not be measured: {record['engine_failure']}")
     elif record["engine"]:
-        parts += ["## the engine alone", tabulate_engine(record["engine"])]
+        parts += ["## the engine alone", tabulate_engine(record["engine"], machine["precision"])]
     return "\n\n".join(parts)
 
 
@@ -272,9 +273,9 @@ def tabulate_load(runs: list[dict[str, Any]], kind: str) -> str:
     return join(rows)
 
 
-def tabulate_engine(measured: list[dict[str, Any]]) -> str:
-    """A row for each kind of texts and size of a call."""
-    rows = [["texts", "in one call", "texts/s", "tokens/s", "of bf16 rate %"], ["---"] * 5]
+def tabulate_engine(measured: list[dict[str, Any]], precision: str) -> str:
+    """A row for each kind of texts and size of a call; `precision` is that of the machine's rate."""
+    rows = [["texts", "in one call", "texts/s", "tokens/s", f"of {precision} rate %"], ["---"] * 5]
     for one in measured:
         figures = [f"{one['texts_per_s']:.0f}", f"{one['tokens_per_s']:.0f}", f"{100 * one['rate_share']:.1f}"]
         rows.append([one["texts"], str(one["at_once"]), *figures])

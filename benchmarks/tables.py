@@ -8,7 +8,7 @@ Runs = list[dict[str, Any]]
 COLUMNS = {
     "texts/s": ("texts_per_s", 1, 1),
     "tokens/s": ("tokens_per_s", 1, 0),
-    "of bf16 rate %": ("rate_share", 100, 1),
+    "of {precision} rate %": ("rate_share", 100, 1),
     "padding %": ("padding_share", 100, 1),
     "fit s": ("fit_s", 1, 1),
     "process s": ("process_s", 1, 1),
@@ -19,9 +19,13 @@ COLUMNS = {
 RATIOS = {"texts/s": "texts_per_s", "process s": "process_s", "peak memory": "peak_bytes"}
 
 
-def tabulate(runs: Runs, contenders: Sequence[str]) -> str:
-    """A row for each contender that ran: mean ± standard deviation over its seeds; `-` where nothing is known."""
-    rows = [["contender", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+def tabulate(runs: Runs, contenders: Sequence[str], precision: str) -> str:
+    """A row for each contender that ran: mean ± standard deviation over its seeds; `-` where nothing is known.
+
+    `precision` is that of the products whose rate the shares are of.
+    """
+    titles = [title.format(precision=precision) for title in COLUMNS]
+    rows = [["contender", *titles], ["---"] * (1 + len(titles))]
     for contender in contenders:
         if own := [run for run in runs if run["contender"] == contender]:
             cells = [spread([run[key] for run in own], scale, digits) for key, scale, digits in COLUMNS.values()]

@@ -5,16 +5,18 @@
     make bench-train ARGS="--quick --tasks sst2"      whether it runs: a minute
 
 Contenders: `tuneserve`, `run.py train` with its defaults; `trainer`, transformers.Trainer with its defaults (fp32,
-random order, the model's dropout); `trainer-tuned`, Trainer in bf16 with texts grouped by length;
-`trainer-tuned-compiled`, the same with torch.compile. Each training is a process of its own, with the same threads; one
-of each contender makes a round, a round has one seed, each round begins with another.
+random order, the model's dropout); `trainer-tuned`, Trainer with texts grouped by length, in bf16 where the device
+computes in it (emulated, bf16 is slower than fp32); `trainer-tuned-compiled`, the same with torch.compile. Each
+training is a process of its own, with the same threads; one of each contender makes a round, a round has one seed,
+each round begins with another.
 
 texts/s        texts of the epochs asked for, by the seconds of `fit`; where it compiles, at the pace of its second half
 tokens/s       tokens that went through the model, padding left out, by the same seconds (with a frozen body the job
                sends each text through it once, then trains the head alone until it no longer improves)
 of bf16 rate   the share of the measured rate of bf16 products (of square matrices, 2,048 on a CPU, 8,192 on a GPU) that
-               these tokens need: 6 operations a token for every weight outside embeddings, pooler and classifier, 2
-               where the body is frozen; the products inside attention, which have no weights, are left out
+               these tokens need; on a device without bf16 the title says fp32, and the rate is that of fp32 products.
+               6 operations a token for every weight outside embeddings, pooler and classifier, 2 where the body is
+               frozen; the products inside attention, which have no weights, are left out
 padding        padding among the positions that the model was fed
 fit            seconds of Trainer.train(), its texts tokenized before, without validation and saving; of the job its
                `fit_s`, which is the same
@@ -74,14 +76,15 @@ def main(arguments: list[str]) -> None:
         for name in options.base_model:
             base = bench.survey(name)
             print(f"# {name}{'' if base['pretrained'] else ', its weights drawn by chance'}\n", flush=True)
-            print(f"{base['body'] / 1e6:.1f}M weights in the body; bf16 products: {base['flops'] / 1e12:.2f} TFLOP/s")
+            print(f"{describe_machine(base)}\n", flush=True)
             for task in options.tasks:
                 result = bench.compete(task, base)
                 record["results"].append({"base_model": name, "task": task, "base": base, **result})
                 if options.output:
                     options.output.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
                 print(f"\n## {task}\n\n{describe(result, options)}\n")
-                print(f"{tabulate(result['runs'], CONTENDERS)}\n\n{compare(result['runs'], CONTENDERS)}\n", flush=True)
+                print(f"{tabulate(result['runs'], CONTENDERS, base['precision'])}\n")
+                print(f"{compare(result['runs'], CONTENDERS)}\n", flush=True)
     if not options.compile:
         print(f"{COMPILED} was left out, since compiling takes minutes on a CPU: --compile takes it in.")
 
@@ -154,6 +157,12 @@ class Bench:
             raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
+
+
+def describe_machine(base: dict[str, Any]) -> str:
+    """The base model's size, and what was measured of the machine."""
+    rates = ", ".join(f"{flops / 1e12:.2f} TFLOP/s in {kind}" for kind, flops in base["rates"].items())
+    return f"{base['body'] / 1e6:.1f}M weights in the body; products: {rates}; it computes in {base['precision']}."
 
 
 def describe(result: dict[str, Any], options: argparse.Namespace) -> str:

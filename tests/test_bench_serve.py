@@ -123,7 +123,7 @@ def test_a_server_that_failed_keeps_its_row() -> None:
     good = {"server": "a", "failure": None, "ready_s": 1.0, "memory_bytes": 2**30, "short": examined, "long": examined}
     record = {
         "checkpoint": "v1",
-        "machine": {"body": 1_000_000, "flops": 1e12, "threads": 2},
+        "machine": {"body": 1_000_000, "flops": 1e12, "precision": "bf16", "threads": 2},
         "options": {"seconds": 1, "rounds": 2},
         "texts": {kind: {"count": 5, "words": 3.0, "accuracy": 0.8} for kind in ("short", "long")},
         "engine": [],

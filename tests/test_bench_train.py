@@ -7,13 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import conditions
+import contenders
 import pytest
+import torch
 from tables import compare, tabulate
 from tiny import make_base_model, sentences, write_csv
 
+from tuneserve.hardware import choose_precision
 from tuneserve.settings import PROJECT
 
 JOB, TRAINERS = "tuneserve", ["trainer", "trainer-tuned"]
+NATIVE = choose_precision("auto", torch.device("cpu"))
+"""What this machine computes in."""
 Rows = dict[str, dict[str, str]]
 
 
@@ -60,11 +66,11 @@ def test_every_task_has_a_row_a_contender_and_one_a_ratio(
     tables, _ = outcome
     assert len(tables) == 4
     for figures, ratios in (tables[:2], tables[2:]):
-        assert [name.split(",")[0] for name in figures] == [JOB, *TRAINERS]
+        assert list(figures) == [f"{JOB}, {NATIVE}", "trainer, fp32", f"trainer-tuned, {NATIVE}"]
         for row in figures.values():
             assert float(row["texts/s"]) > 0
             assert float(row["tokens/s"]) > 0
-            assert 0 <= float(row["of bf16 rate %"]) < 100
+            assert 0 <= float(row[f"of {NATIVE} rate %"]) < 100
             assert 0 <= float(row["padding %"]) < 100
             assert 0 < float(row["fit s"]) < float(row["process s"])
             assert float(row["peak memory MiB"]) > 100
@@ -91,6 +97,27 @@ def test_trainer_pads_and_less_so_when_it_groups_by_length(
     assert 0 < padding["trainer-tuned"] < padding["trainer"]
 
 
+@pytest.mark.parametrize(("native", "told"), [("bf16", {"bf16": True}), ("fp32", {})])
+def test_a_tuned_trainer_computes_in_bf16_only_where_the_device_does(
+    monkeypatch: pytest.MonkeyPatch, native: str, told: dict[str, bool]
+) -> None:
+    monkeypatch.setattr(contenders, "choose_precision", lambda setting, device: native)
+    assert contenders.trainer_settings("trainer", "cpu") == {}
+    assert contenders.trainer_settings("trainer-tuned", "cpu") == contenders.GROUPED | told
+
+
+def test_shares_are_of_the_rate_of_the_precision_that_the_device_computes_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base_model = make_base_model(tmp_path / "tiny")
+    rates = {torch.float32: 1.0, torch.bfloat16: 2.0}
+    monkeypatch.setattr(conditions, "measure_products", lambda device, dtype: rates[dtype])
+    for native, rate in (("fp32", 1.0), ("bf16", 2.0)):
+        monkeypatch.setattr(conditions, "choose_precision", lambda setting, device, native=native: native)
+        found = conditions.survey(name=str(base_model), folder="", device="cpu")
+        assert (found["precision"], found["flops"], found["rates"]) == (native, rate, {"fp32": 1.0, "bf16": 2.0})
+
+
 def test_cells_are_means_with_deviations_and_ratios_are_taken_within_a_seed() -> None:
     figures = {"tokens_per_s": 1, "rate_share": 0.5, "padding_share": None, "fit_s": 1, "precision": "fp32"}
     runs = [
@@ -107,9 +134,10 @@ def test_cells_are_means_with_deviations_and_ratios_are_taken_within_a_seed() ->
             ("blind", 0, 20, None),
         ]
     ]
-    [table] = read_tables(tabulate(runs, ["job", "other", "absent", "blind"]))
+    [table] = read_tables(tabulate(runs, ["job", "other", "absent", "blind"], "fp32"))
     assert list(table) == ["job, fp32", "other, fp32", "blind, fp32"]
     assert table["other, fp32"]["texts/s"] == "20.0 ± 10.0"
+    assert table["other, fp32"]["of fp32 rate %"] == "50.0 ± 0.0"
     assert table["other, fp32"]["padding %"] == "-"
     assert table["blind, fp32"]["texts/s"] == "20.0"
     assert table["blind, fp32"]["test accuracy %"] == "-"

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from tuneserve.errors import StoreError
+from tuneserve.lifecycle.status import Status
 from tuneserve.training import checkpoint
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.optimizer import Optimizer
@@ -123,6 +124,16 @@ def test_a_full_disk_is_said_and_the_last_one_stays(optimizer: Optimizer, disk: 
     with pytest.raises(StoreError, match="The checkpoint cannot be written to"):
         save(checkpoints, optimizer, step=1)
     assert files(checkpoints) == []
+
+
+def test_a_disk_that_has_become_read_only_is_said(optimizer: Optimizer, disk: Any) -> None:
+    checkpoints = Checkpoints(disk.path / "run", every_minutes=10)
+    checkpoints.folder.mkdir()
+    with Status(disk.path / "training.json") as status:
+        disk.make_read_only()
+        status.phase("training")  # what waits for a training can be told nothing more; that is no reason to end it
+        with pytest.raises(StoreError, match="The checkpoint cannot be written to"):
+            save(checkpoints, optimizer, step=1)
 
 
 def test_one_is_due_when_its_time_has_passed(tmp_path: Path, optimizer: Optimizer) -> None:

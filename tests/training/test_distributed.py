@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tuneserve.lifecycle.lock import hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.training import launch
@@ -212,8 +213,44 @@ def test_who_starts_workers(variables: dict[str, str], environ: dict[str, str], 
     assert launch.is_asked_for(settings, environ) is asked
 
 
-def test_workers_that_fail_are_an_error_with_the_reason(environment: dict[str, str]) -> None:
-    process = start(environment, PROCESSES="2", NUM_MAX_POSITIONS="256", PET_MAX_RESTARTS="0")
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        ({"DATASET": "./nowhere.csv"}, 3, "DATASET=./nowhere.csv: there is no such file or folder."),
+        ({"BASE_MODEL": "./nowhere"}, 4, "there is no such folder"),
+        ({"NUM_MAX_POSITIONS": "256"}, 4, "this base model reads 64 tokens at most"),
+        ({"LR": "1", "N_EPOCHS": "30", "MAX_NORM": "1e9"}, 7, "is probably too high; try a third of it"),
+        ({"MIN_ACCURACY": "1", "LR": "1e-6", "N_EPOCHS": "1"}, 10, "MIN_ACCURACY"),
+    ],
+)
+def test_an_error_that_would_repeat_itself_ends_the_run_at_once(
+    environment: dict[str, str], changed: dict[str, str], code: int, words: str
+) -> None:
+    process = start(environment, PROCESSES="2", **changed)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert words in errors[0]
+    assert "Traceback" not in output
+    assert output.count("device: cpu") == 1, output  # the leading process was started once
+
+
+def test_an_error_of_one_process_alone_ends_the_others(environment: dict[str, str]) -> None:
+    """Only the leading process takes the store's lock; the other waits for it meanwhile."""
+    store = Store(Path(environment["MODEL_PATH"]))
+    store.prepare()
+    with hold(store.lock):
+        process = start(environment, PROCESSES="2")
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 9, output
+    assert output.count("error: ") == 1, output
+    assert "Traceback" not in output
+
+
+def test_workers_that_keep_dying_are_an_error(environment: dict[str, str]) -> None:
+    """A user's own mistake in the launcher's variables: no worker can be started at all."""
+    process = start(environment, PROCESSES="2", PET_NNODES="many")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 7, output
-    assert "this base model reads 64 tokens at most" in output
+    assert "The workers ended with exit code 1; the lines above say why." in output

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,13 @@ def plain(model: PreTrainedModel, recipe: Recipe) -> tuple[float, torch.Tensor]:
     )
     loss.backward()
     return loss.item(), torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None]).norm()
+
+
+@pytest.mark.parametrize(("weights", "tokens"), [(1, 4096), (10_800_000, 4096), (86_000_000, 930), (1 << 30, 256)])
+def test_a_large_model_gets_smaller_parts_for_signals_are_looked_at_between_them(weights: int, tokens: int) -> None:
+    optimizer = SimpleNamespace(gradient=torch.zeros(1).expand(weights))
+    gradient = Gradient(Padded, optimizer, SPLIT, RECIPE, stopping=lambda: False, world=ALONE)  # type: ignore[arg-type]
+    assert gradient.part_tokens == tokens
 
 
 @pytest.mark.parametrize("part_tokens", [1, 70, 10_000])

@@ -47,6 +47,14 @@ class TrainingError(TuneserveError):
     exit_code = 7
 
 
+class WorkerError(TuneserveError):
+    """What another process of the same training ended with: its words, and its exit code."""
+
+    def __init__(self, words: str, exit_code: int) -> None:
+        super().__init__(words)
+        self.exit_code = exit_code
+
+
 class NoModelError(TuneserveError):
     """There is no model to answer with, or not yet."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,8 @@ class Status:
             temporary.write_text(json.dumps(self._content), encoding="utf-8")
             temporary.replace(self._path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that has become read-only refuses that too
+                temporary.unlink(missing_ok=True)
 
 
 def read_status(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -164,7 +165,8 @@ class Checkpoints:
             temporary.replace(self.folder / name)
             sync(self.folder)
         except Exception as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that has become read-only refuses that too
+                temporary.unlink(missing_ok=True)
             if is_disk_error(error):
                 raise StoreError(f"The checkpoint cannot be written to {self.folder}: {error}") from error
             raise

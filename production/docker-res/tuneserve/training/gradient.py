@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 PART_TOKENS = {"cpu": 4096, "cuda": 1 << 20}
 """Most tokens that go through the model at once; a step of more is made in parts, its gradients added up. On a CPU
 larger parts are no faster, and a signal is looked at between them."""
+PART_WORK = 8e10
+"""Most tokens times weights of a part on a CPU: at 0.2 TFLOP/s it takes 2.4 s, whatever the size of the model."""
+LEAST_TOKENS = 256
+"""Tokens of a part that no model is too large for."""
 SMALLEST_PART = 64
 """Tokens below which memory is not short but missing."""
 
@@ -67,6 +71,9 @@ class Gradient:
         self.stopping, self.world, self.lengths = stopping, world, train.lengths
         self.device = optimizer.gradient.device
         self.part_tokens = PART_TOKENS[self.device.type]
+        if self.device.type == "cpu":
+            bearable = int(PART_WORK / max(1, optimizer.gradient.numel()))
+            self.part_tokens = min(self.part_tokens, max(LEAST_TOKENS, bearable))
         weights = recipe.class_weights
         self.class_weights = None if weights is None else torch.tensor(weights, device=self.device)
 

@@ -5,16 +5,22 @@ and adds up gradients with the others before it updates. Gradients are summed, n
 by what the whole batch weighs: shares of unequal size, or none, give the step that one process would have made.
 """
 
+import json
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
 
+from tuneserve.errors import TuneserveError, WorkerError
+
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another, which may be reading a large data set; one that died is noticed at once."""
+FAREWELL_S = 5.0
+"""How long the leading process, which keeps the meeting place, waits for the others after an error."""
 
 
 class World:
@@ -26,24 +32,43 @@ class World:
     @classmethod
     @contextmanager
     def joined(cls, environ: Mapping[str, str], device: torch.device) -> Iterator["World"]:
-        """The world that torchrun's variables describe, for as long as the block runs."""
+        """The world that torchrun's variables describe, for as long as the block runs.
+
+        A TuneserveError of one process is raised in all that wait for it, on whatever machine they are.
+        """
         if "TORCHELASTIC_RUN_ID" not in environ:
             yield cls()
             return
         world = cls(*(int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         if device.type == "cuda":
             torch.cuda.set_device(world.local_rank)
+        place = _meeting_place(environ)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_meeting_place(environ),
+            store=place,
             rank=world.rank,
             world_size=world.size,
             timeout=PATIENCE,
         )
+        failed = False
         try:
             yield world
+        except TuneserveError as error:
+            failed = True
+            with suppress(RuntimeError):  # the leading process is gone, and the place with it
+                place.set("word", json.dumps([str(error), error.exit_code]))
+            raise
+        except RuntimeError as error:  # so gloo and NCCL say that another process has left
+            if word := _last_word(place):
+                raise word from error
+            raise
         finally:
             distributed.destroy_process_group()
+            with suppress(RuntimeError):
+                place.add("left", 1)
+                deadline = time.monotonic() + FAREWELL_S
+                while failed and world.leads and place.add("left", 0) < world.size and time.monotonic() < deadline:
+                    time.sleep(0.05)
 
     @property
     def leads(self) -> bool:
@@ -85,6 +110,14 @@ class World:
     def _wait(self) -> None:
         if self.size > 1:
             distributed.barrier()
+
+
+def _last_word(place: Any) -> WorkerError | None:
+    """What another process told the others before it left."""
+    with suppress(RuntimeError):
+        if place.check(["word"]):
+            return WorkerError(*json.loads(place.get("word")))
+    return None
 
 
 def _meeting_place(environ: Mapping[str, str]) -> Any:
