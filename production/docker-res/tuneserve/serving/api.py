@@ -20,10 +20,11 @@ import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
+from tuneserve.serving.admission import Admission, AdmissionMiddleware
 from tuneserve.serving.classifier import Prediction
 from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
-from tuneserve.serving.middleware import NO_KEY, Admission, BodyLimit, Lock, Stopwatch, has_key
+from tuneserve.serving.middleware import NO_KEY, BodyLimit, Journal, Lock, Stopwatch, has_key
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -44,9 +45,6 @@ SHOWN_PROBLEMS = 20
 
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
-
-ENGINE_PATHS = frozenset({"/inference", "/inference/", "/inference/batch", "/inference/batch/"})
-"""Routes that are refused while too much waits for the engine."""
 
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
@@ -108,15 +106,11 @@ def create_app(
         telemetry=telemetry,
     )
 
-    def require_room() -> None:
-        if slot.phase == "ready":
-            slot.model().batcher.require_room()
-
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
-    app.add_middleware(Admission, paths=ENGINE_PATHS, key=key, require_room=require_room)
+    app.add_middleware(AdmissionMiddleware, admission=Admission(slot, key=key))
     if key and settings.api_key_guards == "everything":
         app.add_middleware(Lock, key=key)
-    app.add_middleware(Stopwatch, metrics=metrics, logs=settings.access_log)
+    app.add_middleware(Stopwatch, journal=Journal(metrics, logs=settings.access_log))
     _translate_errors(app)
     guarded = [Depends(authorize), *KEYS]
 

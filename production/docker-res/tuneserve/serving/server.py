@@ -20,9 +20,12 @@ from tuneserve.lifecycle.retraining import Retraining
 from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
+from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
+from tuneserve.serving.door import open_door
 from tuneserve.serving.follower import Follower
+from tuneserve.serving.middleware import Journal
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.serving.traces import Traces
@@ -109,11 +112,13 @@ def serve(
     if training:
         trainer = Trainer(training, store, serves=lambda: not slot.empty, environ=environ)
     feedback = open_feedback(settings)
+    admission = Admission(slot, key=settings.api_key.get_secret_value().encode())
     server = Server(
         uvicorn.Config(
             create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
             host=settings.host,
             port=settings.port,
+            http=open_door(admission, Journal(slot.metrics, logs=settings.access_log)),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=DRAIN_S,
