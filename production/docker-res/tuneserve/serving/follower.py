@@ -54,13 +54,16 @@ class Follower:
         """Load what is there, and follow from then on."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop following; a model that is just being loaded is waited for."""
+    def close(self, *, wait_s: float | None = None) -> bool:
+        """Stop following; whether that has ended, for a model that is just being loaded is waited for so long only."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(wait_s)
+        if self._thread.is_alive():
+            return False
         if self._shadowing is not None:
             self._shadowing.close()
+        return True
 
     def _follow(self) -> None:
         self._fill()
