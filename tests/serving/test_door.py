@@ -206,7 +206,8 @@ def test_a_body_that_comes_late_is_forgotten_and_the_connection_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("headers", "http"), [(["Connection: close"], "1.1"), ([], "1.0"), (["Expect: 100-continue"], "1.1")]
+    ("headers", "http"),
+    [(["Connection: close"], "1.1"), (["Connection: keep-alive"], "1.0"), (["Expect: 100-continue"], "1.1")],
 )
 def test_who_wants_no_more_or_may_send_no_body_finds_the_connection_closed(
     fill: Callable[..., Full], headers: list[str], http: str
