@@ -1,7 +1,7 @@
 """One thread that feeds the engine: what waits goes together, up to a number of tokens, without a timer.
 
 A text that waits alone leaves at once. While a batch runs the next is laid out. Of a window of the longest waiting
-texts those of like length are taken, always with the oldest among them, so that none is passed over for ever.
+texts those that go well together are taken, always with the oldest among them, so that none is passed over for ever.
 """
 
 import asyncio
@@ -99,6 +99,7 @@ class Batcher:
         self._metrics = metrics
         self._max_queue_tokens = max_queue_tokens
         self._max_batch_tokens = engine.max_batch_tokens
+        # What texts have in common that go well together: for an engine that does not say, their length.
         self._alike: Callable[[int], int] = getattr(engine, "alike", int)
         self._on_death = on_death
         self._queue: deque[Item] = deque()
