@@ -40,3 +40,13 @@ def test_the_shapes_of_a_server_are_few() -> None:
         if lengths:
             shapes.add(graph.plan(lengths, widths)[0])
     assert len(shapes) < 40
+
+
+def test_rows_of_texts_of_all_lengths_that_fit_are_filled_better_than_rows_of_equal_ones() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 160).tolist()
+
+    def places(order: list[int]) -> int:
+        shapes = [graph.plan(order[begin : begin + 40], graph.row_widths(256))[0] for begin in range(0, 160, 40)]
+        return sum(rows * width for rows, width in shapes)
+
+    assert places(lengths) < 0.95 * places(sorted(lengths))

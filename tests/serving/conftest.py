@@ -1,5 +1,6 @@
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tiny
 from tuneserve.artifact import Version, read_version, write_json
 from tuneserve.graph import Prepared
 from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
 
@@ -70,6 +72,20 @@ def make_engine() -> Callable[..., EchoEngine]:
         return Changed()
 
     return make
+
+
+@pytest.fixture
+def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Slot, threading.Event]]:
+    """A slot whose engine answers nothing before it is told to, and room for six waiting tokens."""
+    go = threading.Event()
+
+    def wait_for_it(engine: Any) -> None:
+        assert go.wait(10)
+
+    slot = Slot(max_queue_tokens=6)
+    slot.take(Classifier(version, make_engine(wait_for_it)))
+    yield slot, go
+    go.set()
 
 
 @pytest.fixture

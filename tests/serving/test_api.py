@@ -142,19 +142,6 @@ def test_a_slot_that_failed_is_neither_ready_nor_alive(settings: Settings) -> No
         assert isinstance(slot.failure, StoreError)
 
 
-@pytest.fixture
-def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Slot, threading.Event]]:
-    """A slot whose engine answers nothing before it is told to, and room for six waiting tokens."""
-    go = threading.Event()
-
-    def wait_for_it(engine: Any) -> None:
-        assert go.wait(10)
-
-    slot = filled(Classifier(version, make_engine(wait_for_it)), max_queue_tokens=6)
-    yield slot, go
-    go.set()
-
-
 def test_overload_is_429_at_once(settings: Settings, held: tuple[Slot, threading.Event]) -> None:
     slot, go = held
     with TestClient(create_app(settings, slot)) as client, ThreadPoolExecutor(9) as pool:

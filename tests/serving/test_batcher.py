@@ -86,6 +86,21 @@ def test_a_batch_has_no_more_tokens_than_it_may_and_texts_of_like_length(make: C
     assert engine.batches[1] == [5, 5, 5, 5, 30]  # the oldest, those like it, and what else there is room for
 
 
+def test_texts_that_need_the_same_row_go_together_in_the_order_they_came(make: Callable[..., Any], held: Held) -> None:
+    batcher, engine = make(held)
+    batcher._alike = lambda length: 16 if length <= 16 else 64
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        mixed = batcher.submit([text(tokens) for tokens in (4, 40, 16, 9, 5, 16, 4, 9)], deadline=FAR)
+        held.free()
+        await asyncio.gather(first, mixed)
+
+    asyncio.run(ask())
+    assert engine.batches[1:] == [[4, 16, 9, 5, 16, 4, 9], [40]]
+
+
 def test_the_oldest_text_is_never_passed_over(make: Callable[..., Any], held: Held) -> None:
     batcher, engine = make(held)
 

@@ -1,6 +1,7 @@
 """The slot follows the pointer: versions come proved, go when nobody waits, and broken ones never answer."""
 
 import asyncio
+import gc
 import shutil
 import threading
 import time
@@ -222,3 +223,14 @@ def test_a_held_engine_that_dies_takes_nobody_with_it(
     asyncio.run(ask())
     assert slot.phase == "ready"
     assert not slot.bring_back(version.id)
+
+
+def test_the_garbage_collector_need_not_look_at_a_model_that_answers(
+    add: Callable[[str], Version], store: Store, slot: Slot, start: Start
+) -> None:
+    gc.unfreeze()
+    store.set_champion(add("one"))
+    start()
+    wait_for(slot, "one")
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()

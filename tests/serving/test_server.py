@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -130,6 +131,57 @@ def test_a_stop_while_the_model_loads_is_quick_too(start: Start, environment: di
     code, output = server.end()
     assert code in (0, 143), output
     assert time.monotonic() - began < 10
+
+
+HANGING = """
+import sys, time
+import run
+from tuneserve.serving import batcher, follower, server
+
+def hang(*about, **options):
+    print("it hangs", flush=True)
+    time.sleep(600)
+
+server.LEAVE_S, server.DRAIN_S = 4, 1
+{where} = hang
+sys.exit(run.main(["serve"]))
+"""
+"""A server in which something never ends; its 25 seconds are 4, which is all that is changed of its leaving."""
+
+
+def test_an_engine_that_hangs_does_not_keep_a_server_that_was_told_to_leave(
+    start: Start, environment: dict[str, str]
+) -> None:
+    server = start(environment, "-c", HANGING.format(where="batcher.Batcher._finish"))
+    server.wait_until_ready()
+    with socket.create_connection(("127.0.0.1", int(environment["PORT"]))) as client:
+        client.sendall(b'POST /inference HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n{"text": "film"}')
+        assert server.process.stdout is not None
+        assert any("it hangs" in line for line in server.process.stdout)
+        began = time.monotonic()
+        code, output = server.end()
+    assert 3 < time.monotonic() - began < 8
+    assert code == 128 + signal.SIGTERM
+    assert "not all that was accepted could be finished" in output
+
+
+def test_a_model_that_takes_long_to_load_does_not_keep_a_server_that_was_told_to_leave(
+    start: Start, environment: dict[str, str]
+) -> None:
+    server = start(environment, "-c", HANGING.format(where="follower.Follower._take"))
+    assert server.process.stdout is not None
+    assert any("it hangs" in line for line in server.process.stdout)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{server.url}/readyz").status_code == 503:
+                break
+        time.sleep(0.02)
+    began = time.monotonic()
+    code, output = server.end()
+    assert time.monotonic() - began < 3
+    assert code == 0, output
+    assert "while a model was being loaded" in output
 
 
 def test_requests_under_way_are_answered_before_the_server_leaves(start: Start, environment: dict[str, str]) -> None:

@@ -99,6 +99,15 @@ class Graph:
             raise StoreError(f"The engine in {folder / FOLDER} cannot be loaded: {error}") from error
         self._request = compiled.create_infer_request()
         self._widths = row_widths(max_tokens)
+        wide = [width for width in self._widths if _is_batch_width(width, max_tokens)]
+        self._rows = [next(width for width in wide if width >= length) for length in range(max_tokens + 1)]
+
+    def alike(self, length: int) -> int:
+        """What texts have in common that should go together: the row they need, or if padded, their length.
+
+        Packed rows are filled best by texts of all lengths that fit into them.
+        """
+        return self._rows[length] if self._packed else length
 
     def prepare(self, texts: Sequence[Sequence[int]]) -> Prepared:
         """Lay texts out, each of them token ids, special tokens included."""

@@ -5,12 +5,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel, ValidationError
@@ -20,10 +21,11 @@ import tuneserve
 from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
+from tuneserve.serving.admission import Admission, AdmissionMiddleware
 from tuneserve.serving.classifier import Prediction
 from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
-from tuneserve.serving.middleware import NO_KEY, Admission, BodyLimit, Lock, Stopwatch, has_key
+from tuneserve.serving.middleware import NO_KEY, BodyLimit, Journal, Lock, Stopwatch, has_key
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -45,14 +47,20 @@ SHOWN_PROBLEMS = 20
 RETRY_AFTER_S = "5"
 """Seconds after which a server without a model may be asked again."""
 
-ENGINE_PATHS = frozenset({"/inference", "/inference/", "/inference/batch", "/inference/batch/"})
-"""Routes that are refused while too much waits for the engine."""
-
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Answers = TypeVar("Answers")
+
+
+class Direct(APIRoute):
+    """A route whose function reads the request itself: FastAPI only describes it, for the rest costs time."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function as it is; its dependencies only stand in the description."""
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
 
 
 def create_app(
@@ -77,9 +85,12 @@ def create_app(
     metrics = slot.metrics
     key = settings.api_key.get_secret_value().encode()
 
-    async def authorize(request: Request) -> None:
+    def require_key(request: Request) -> None:
         if key and not has_key(request.scope["headers"], key):
             raise UnauthorizedError(NO_KEY)
+
+    async def authorize(request: Request) -> None:
+        require_key(request)
 
     async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
         began = time.perf_counter()
@@ -108,28 +119,25 @@ def create_app(
         telemetry=telemetry,
     )
 
-    def require_room() -> None:
-        if slot.phase == "ready":
-            slot.model().batcher.require_room()
-
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
-    app.add_middleware(Admission, paths=ENGINE_PATHS, key=key, require_room=require_room)
+    app.add_middleware(AdmissionMiddleware, admission=Admission(slot, key=key))
     if key and settings.api_key_guards == "everything":
         app.add_middleware(Lock, key=key)
-    app.add_middleware(Stopwatch, metrics=metrics, logs=settings.access_log)
+    app.add_middleware(Stopwatch, journal=Journal(metrics, logs=settings.access_log))
     _translate_errors(app)
     guarded = [Depends(authorize), *KEYS]
 
-    @app.post("/inference/", include_in_schema=False, dependencies=guarded)
-    @app.post(
+    direct = APIRouter(route_class=Direct, tags=["inference"], dependencies=KEYS)
+
+    @direct.post("/inference/", include_in_schema=False)
+    @direct.post(
         "/inference",
-        tags=["inference"],
-        dependencies=guarded,
         responses={200: {"model": PredictionResponse}, **problems},
         openapi_extra=_body(InferenceRequest),
     )
     async def inference(request: Request) -> Response:
         """Classify one text."""
+        require_key(request)
         wanted = await _parse(InferenceRequest, request)
         [prediction] = await predict([wanted.text], request)
         if isinstance(prediction, TextError):
@@ -138,18 +146,19 @@ def create_app(
             raise prediction
         return _json(_shown(prediction))
 
-    @app.post("/inference/batch/", include_in_schema=False, dependencies=guarded)
-    @app.post(
+    @direct.post("/inference/batch/", include_in_schema=False)
+    @direct.post(
         "/inference/batch",
-        tags=["inference"],
-        dependencies=guarded,
         responses={200: {"model": BatchResponse}, **problems},
         openapi_extra=_body(BatchRequest),
     )
     async def inference_batch(request: Request) -> Response:
         """Classify several texts; the predictions come in their order, a bad text's being its error."""
+        require_key(request)
         wanted = await _parse(BatchRequest, request)
         return _json({"predictions": [_shown(one) for one in await predict(wanted.texts, request)]})
+
+    app.include_router(direct)
 
     @app.get("/model", tags=["model"], dependencies=guarded, responses={503: problems[503]})
     async def model() -> dict[str, Any]:

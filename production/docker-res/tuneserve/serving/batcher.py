@@ -1,7 +1,7 @@
 """One thread that feeds the engine: what waits goes together, up to a number of tokens, without a timer.
 
 A text that waits alone leaves at once. While a batch runs the next is laid out. Of a window of the longest waiting
-texts those of like length are taken, always with the oldest among them, so that none is passed over for ever.
+texts those that go well together are taken, always with the oldest among them, so that none is passed over for ever.
 """
 
 import asyncio
@@ -99,6 +99,8 @@ class Batcher:
         self._metrics = metrics
         self._max_queue_tokens = max_queue_tokens
         self._max_batch_tokens = engine.max_batch_tokens
+        # What texts have in common that go well together: for an engine that does not say, their length.
+        self._alike: Callable[[int], int] = getattr(engine, "alike", int)
         self._on_death = on_death
         self._queue: deque[Item] = deque()
         self._arrived = threading.Condition()
@@ -274,13 +276,13 @@ class Batcher:
             if tokens >= WINDOW_BATCHES * self._max_batch_tokens:
                 break
         oldest = window[0]
-        window.sort(key=lambda item: len(item.ids))
+        window.sort(key=lambda item: self._alike(len(item.ids)))
         low = high = window.index(oldest)
         tokens = len(oldest.ids)
         while True:  # grow around the oldest towards the nearer length
             shorter = window[low - 1] if low else None
             longer = window[high + 1] if high + 1 < len(window) else None
-            if shorter and (not longer or len(oldest.ids) - len(shorter.ids) <= len(longer.ids) - len(oldest.ids)):
+            if shorter and (not longer or self._distance(oldest, shorter) < self._distance(oldest, longer)):
                 chosen = shorter
             elif longer:
                 chosen = longer
@@ -296,6 +298,9 @@ class Batcher:
         head = [self._queue.popleft() for _ in range(len(self._queue) - reach)]
         self._queue.extendleft(item for item in reversed(head) if id(item) not in taken)
         return batch
+
+    def _distance(self, one: Item, other: Item) -> int:
+        return abs(self._alike(len(one.ids)) - self._alike(len(other.ids)))
 
     def _deliver(self, batch: list[Item], outcomes: Sequence[Outcome]) -> None:
         done: dict[asyncio.AbstractEventLoop, list[Job]] = {}

@@ -1,22 +1,22 @@
-"""What every request passes before the API sees it: a stopwatch, perhaps a lock, the queue, a limit to size."""
+"""What every request passes before the API sees it: a stopwatch, perhaps a lock, a limit to size."""
 
 import hmac
 import logging
+import os
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from uuid import uuid4
+from collections.abc import Iterable, Iterator
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tuneserve.errors import ClientGoneError, OverloadedError
+from tuneserve.errors import ClientGoneError
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = b"x-request-id"
 LONGEST_ID = 128
+ID_BYTES = 16
 
 
 NO_KEY = "This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`."
@@ -46,40 +46,6 @@ class Lock:
             return
         headers = {"WWW-Authenticate": "Bearer"}
         await JSONResponse({"detail": NO_KEY}, status_code=401, headers=headers)(scope, receive, send)
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The route of a request that never came to the router, for the figures."""
-
-    path: str
-
-
-class Admission:
-    """Answers 429 before anything of a request is read, as long as too much waits: a refusal must cost next to nothing.
-
-    Args:
-        app: that gets what is admitted.
-        paths: of the routes that the engine answers.
-        key: the API key; whoever does not show it is the API's to refuse.
-        require_room: raises while too much waits.
-    """
-
-    def __init__(self, app: ASGIApp, *, paths: Collection[str], key: bytes, require_room: Callable[[], None]) -> None:
-        self.app, self.paths, self.key, self.require_room = app, paths, key, require_room
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request pass if it can be answered soon."""
-        if scope["type"] == "http" and scope["path"] in self.paths and scope["method"] == "POST":
-            try:
-                self.require_room()
-            except OverloadedError as error:
-                if not self.key or has_key(scope["headers"], self.key):
-                    scope["route"] = Refused(scope["path"])
-                    headers = {"Retry-After": str(error.retry_after_s)}
-                    await JSONResponse({"detail": str(error)}, error.status, headers)(scope, receive, send)
-                    return
-        await self.app(scope, receive, send)
 
 
 class BodyLimit:
@@ -116,11 +82,43 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
 
-class Stopwatch:
-    """Counts and times requests by route and status, and gives each an id: the client's, or a new one."""
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The id that the client gave its request, or a new one."""
+    sent = next((value for name, value in headers if name == REQUEST_ID), b"")
+    return sent if 0 < len(sent) <= LONGEST_ID and sent.isascii() else next(_new_ids)
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, logs: bool = False) -> None:
-        self.app, self.metrics, self.logs = app, metrics, logs
+
+def _make_ids() -> Iterator[bytes]:
+    """Ids that nobody can guess. Each call of the system gives up the interpreter, and so serves for many."""
+    while True:
+        block = os.urandom(256 * ID_BYTES)
+        for begin in range(0, len(block), ID_BYTES):
+            yield block[begin : begin + ID_BYTES].hex().encode()
+
+
+_new_ids = _make_ids()
+
+
+class Journal:
+    """Where every request that was answered is counted and timed by its route and status, and perhaps logged."""
+
+    def __init__(self, metrics: Metrics, *, logs: bool = False) -> None:
+        self.metrics, self.logs = metrics, logs
+
+    def note(self, route: str, status: int, seconds: float, request_id: str) -> None:
+        """Note an answer."""
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        if self.logs:
+            shown = {"route": route, "status": status, "ms": round(seconds * 1000, 1), "id": request_id}
+            logger.info("%(route)s %(status)d %(ms).1f ms %(id)s", shown, extra={"request": shown})
+
+
+class Stopwatch:
+    """Lets every request be noted with how it was answered and after how long, and gives each an id."""
+
+    def __init__(self, app: ASGIApp, *, journal: Journal) -> None:
+        self.app, self.journal = app, journal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on and note how it was answered."""
@@ -129,9 +127,7 @@ class Stopwatch:
             return
         began = time.perf_counter()
         status = 0
-        sent = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
-        request_id = sent if 0 < len(sent) <= LONGEST_ID and sent.isascii() else uuid4().hex.encode()
-
+        request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def note(message: Message) -> None:
@@ -148,9 +144,4 @@ class Stopwatch:
                 status = ClientGoneError.status
             # Only routes that exist become labels: paths are the client's to invent.
             route = getattr(scope.get("route"), "path", "(none)").rstrip("/") or "/"
-            self.metrics.requests.labels(route, str(status)).inc()
-            seconds = time.perf_counter() - began
-            self.metrics.seconds.labels(route).observe(seconds)
-            if self.logs:
-                shown = {"route": route, "status": status, "ms": round(seconds * 1000, 1), "id": request_id.decode()}
-                logger.info("%(route)s %(status)d %(ms).1f ms %(id)s", shown, extra={"request": shown})
+            self.journal.note(route, status, time.perf_counter() - began, request_id.decode())

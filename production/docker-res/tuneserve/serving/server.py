@@ -1,14 +1,17 @@
 """The server process: opens the port at once, follows the champion behind it, and may train beside it."""
 
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
@@ -20,9 +23,12 @@ from tuneserve.lifecycle.retraining import Retraining
 from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
+from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
+from tuneserve.serving.door import open_door
 from tuneserve.serving.follower import Follower
+from tuneserve.serving.middleware import Journal
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.serving.traces import Traces
@@ -30,8 +36,14 @@ from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 25
-"""Seconds that accepted requests get to finish after SIGTERM; Kubernetes kills after 30, `docker stop` after 10."""
+LEAVE_S = 25
+"""Seconds after SIGTERM until the process has ended, whatever hangs; Kubernetes kills after 30."""
+
+DRAIN_S = 22
+"""Seconds of these that accepted requests get to finish; the rest is for the ends of the training and the log."""
+
+LOAD_S = 0.5
+"""Seconds that a model which is just being loaded is waited for."""
 
 SWITCH_S = 0.0005
 """Seconds that the event loop may keep the interpreter while the engine's thread, which has work to give, wants it."""
@@ -43,13 +55,32 @@ BUSY_S = 15.0
 class Server(uvicorn.Server):
     """uvicorn's, which tells a training of the signal at once: its checkpoint is written while requests finish."""
 
-    trainer: Trainer | None = None
+    def __init__(self, config: uvicorn.Config, trainer: Trainer | None) -> None:
+        super().__init__(config)
+        self.trainer = trainer
+        self._told = threading.Event()
+        # Started before there is a signal: in its handler no thread can be started safely.
+        threading.Thread(target=self._end_in_time, name="leave", daemon=True).start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn."""
+        self._told.set()
         if self.trainer is not None:
             self.trainer.interrupt()
         super().handle_exit(sig, frame)
+
+    def _end_in_time(self) -> None:
+        """End a process that hangs in an engine, a training or a file system when it was told to leave."""
+        self._told.wait()
+        time.sleep(LEAVE_S)
+        logger.error("not all that was accepted could be finished within %g s", LEAVE_S)
+        end_at_once(128 + signal.SIGTERM)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process under threads that cannot be waited for; the log is written first."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def open_slot(settings: Settings) -> Slot:
@@ -109,17 +140,19 @@ def serve(
     if training:
         trainer = Trainer(training, store, serves=lambda: not slot.empty, environ=environ)
     feedback = open_feedback(settings)
+    admission = Admission(slot, key=settings.api_key.get_secret_value().encode())
     server = Server(
         uvicorn.Config(
             create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
             host=settings.host,
             port=settings.port,
+            http=open_door(admission, Journal(slot.metrics, logs=settings.access_log)),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=DRAIN_S,
-        )
+        ),
+        trainer,
     )
-    server.trainer = trainer
 
     def leave() -> None:
         server.should_exit = True
@@ -147,7 +180,7 @@ def serve(
             if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (trainer is not None and slot.empty):
                 raise
         finally:
-            follower.close()
+            loading = not follower.close(wait_s=LOAD_S)
             if retraining is not None:
                 retraining.close()
             if trainer is not None:
@@ -155,6 +188,9 @@ def serve(
             slot.close()
             feedback.close()
             traces.close()
+        if loading and slot.failure is None:
+            logger.info("left while a model was being loaded")
+            end_at_once(0)
     if slot.failure is not None:
         raise slot.failure
 

@@ -1,0 +1,254 @@
+"""The door before the application, on real sockets: what a client sees of a refusal, and of what comes after it."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from pydantic import SecretStr
+
+from tuneserve.serving.admission import Admission
+from tuneserve.serving.api import create_app
+from tuneserve.serving.door import open_door
+from tuneserve.serving.middleware import Journal
+from tuneserve.serving.server import listen
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+BODY = b'{"text": "film"}'
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+def write(body: bytes = BODY, *headers: str, path: str = "/inference", http: str = "1.1") -> bytes:
+    lines = [f"POST {path} HTTP/{http}", "Host: a", *headers, f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+class Client:
+    """A connection whose answers are read one after another."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self._file = self.socket.makefile("rb")
+
+    def send(self, request: bytes) -> None:
+        self.socket.sendall(request)
+
+    def read(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the next answer; the status is 0 if the connection has ended."""
+        first = self._file.readline()
+        if not first:
+            return 0, {}, b""
+        headers = {}
+        while line := self._file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            headers[name] = value
+        return int(first.split()[1]), headers, self._file.read(int(headers.get("content-length", 0)))
+
+    def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        self.send(request)
+        return self.read()
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+
+@contextmanager
+def served(settings: Settings, slot: Slot, **options: Any) -> Iterator[int]:
+    """The port of a server over the slot."""
+    key = settings.api_key.get_secret_value().encode()
+    door = open_door(Admission(slot, key=key), Journal(slot.metrics, logs=settings.access_log))
+    options |= {"http": door, "log_config": None, "timeout_graceful_shutdown": 5}
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
+    with listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Full:
+    """A server whose queue is full until `go` is set."""
+
+    def __init__(self, slot: Slot, go: threading.Event, port: int, *headers: str) -> None:
+        self.slot, self.go = slot, go
+        self._port = port
+        self._clients: list[Client] = []
+        self._waiting: list[Client] = []
+        for _ in range(4):  # one or two are taken at once, as many fill the queue
+            self._waiting.append(self.connect())
+            self._waiting[-1].send(write(BODY, *headers))
+            time.sleep(0.05)
+        assert slot.model().batcher.tokens_waiting >= 6
+
+    def connect(self) -> Client:
+        self._clients.append(Client(self._port))
+        return self._clients[-1]
+
+    def make_room(self) -> None:
+        """Let what waits be answered."""
+        self.go.set()
+        deadline = time.monotonic() + 10
+        while self.slot.model().batcher.tokens_waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.go.set()
+        for client in self._clients:
+            client.close()
+
+
+@pytest.fixture
+def fill(settings: Settings, held: tuple[Slot, threading.Event]) -> Iterator[Callable[..., Full]]:
+    ends: list[Any] = []
+
+    def start(*headers: str, key: str = "", access_log: bool = False, **options: Any) -> Full:
+        slot, go = held
+        changed = settings.model_copy(update={"api_key": SecretStr(key), "access_log": access_log})
+        context = served(changed, slot, **options)
+        port = context.__enter__()
+        ends.append(context)
+        full = Full(slot, go, port, *headers)
+        ends.append(full)
+        return full
+
+    yield start
+    for one in reversed(ends):
+        one.close() if isinstance(one, Full) else one.__exit__(None, None, None)
+
+
+def test_a_refusal_says_why_and_when_to_come_back_in_the_shape_of_every_error(fill: Callable[..., Full]) -> None:
+    client = fill().connect()
+    for path in ("/inference", "/inference/", "/inference/batch", "/inference/batch/"):
+        status, headers, body = client.ask(write(BODY, "X-Request-Id: mine", path=path))
+        assert status == 429
+        assert int(headers["retry-after"]) > 0
+        assert headers["x-request-id"] == "mine"
+        assert headers["content-type"] == "application/json"
+        assert {"date", "server"} <= set(headers)
+        assert "tokens are waiting" in json.loads(body)["detail"]
+
+
+def test_a_refusal_never_reaches_the_application(fill: Callable[..., Full], monkeypatch: pytest.MonkeyPatch) -> None:
+    full = fill()
+    monkeypatch.setattr(uvicorn.protocols.http.httptools_impl, "RequestResponseCycle", None)
+    assert full.connect().ask(write())[0] == 429
+
+
+def test_a_refused_client_may_ask_again_at_once_on_the_same_connection_and_is_answered_when_there_is_room(
+    fill: Callable[..., Full],
+) -> None:
+    full = fill()
+    client = full.connect()
+    for _ in range(20):
+        assert client.ask(write())[0] == 429
+    assert client.ask(LIVEZ)[0] == 200
+    full.make_room()
+    status, _, body = client.ask(write())
+    assert status == 200, body
+    assert client.ask(LIVEZ)[0] == 200
+
+
+def test_pipelined_requests_are_answered_in_their_order(fill: Callable[..., Full]) -> None:
+    client = fill().connect()
+    wrong = b"GET /inference HTTP/1.1\r\nHost: a\r\n\r\n"
+    client.send(write() + LIVEZ + write(b"x" * 500) + wrong + write() + write())
+    assert [client.read()[0] for _ in range(6)] == [429, 200, 429, 405, 429, 429]
+
+
+def test_a_pipelined_request_waits_for_the_answer_of_the_one_before(fill: Callable[..., Full]) -> None:
+    full = fill()
+    client = full.connect()
+    model = full.slot.model()
+    room, model.batcher._max_queue_tokens = model.batcher._max_queue_tokens, 1000
+    client.send(write())
+    time.sleep(0.1)
+    model.batcher._max_queue_tokens = room
+    client.send(write() + LIVEZ)
+    client.socket.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.socket.recv(1, socket.MSG_PEEK)
+    client.socket.settimeout(10)
+    full.go.set()
+    assert client.read()[0] == 200
+    assert client.read()[0] in (200, 429)
+    assert client.read()[0] == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_comes_late_is_forgotten_and_the_connection_goes_on(
+    fill: Callable[..., Full], chunked: bool
+) -> None:
+    client = fill().connect()
+    size = "Transfer-Encoding: chunked" if chunked else "Content-Length: 30"
+    client.send(f"POST /inference HTTP/1.1\r\nHost: a\r\n{size}\r\n\r\n".encode())
+    assert client.read()[0] == 429
+    body = [b"5\r\n", b"abc", b"de\r\n", b"0\r\n\r\n"] if chunked else [b"GET / HTTP", b"x" * 15, b"y" * 5]
+    for part in body:
+        client.send(part)
+        time.sleep(0.02)
+    assert client.ask(LIVEZ)[0] == 200
+    assert client.ask(write())[0] == 429
+
+
+@pytest.mark.parametrize(
+    ("headers", "http"),
+    [(["Connection: close"], "1.1"), (["Connection: keep-alive"], "1.0"), (["Expect: 100-continue"], "1.1")],
+)
+def test_who_wants_no_more_or_may_send_no_body_finds_the_connection_closed(
+    fill: Callable[..., Full], headers: list[str], http: str
+) -> None:
+    client = fill().connect()
+    request = write(BODY, *headers, http=http)
+    status, found, body = client.ask(request.removesuffix(BODY) if "Expect: 100-continue" in headers else request)
+    assert status == 429
+    assert found["connection"] == "close"
+    assert json.loads(body)
+    assert client.read()[0] == 0
+
+
+def test_a_connection_that_was_refused_and_then_says_nothing_is_closed(fill: Callable[..., Full]) -> None:
+    client = fill(timeout_keep_alive=1).connect()
+    assert client.ask(write())[0] == 429
+    began = time.monotonic()
+    assert client.read()[0] == 0
+    assert 0.5 < time.monotonic() - began < 5
+
+
+def test_whoever_does_not_show_the_key_is_not_told_how_much_waits(fill: Callable[..., Full]) -> None:
+    client = fill("X-API-Key: open sesame", key="open sesame").connect()
+    assert client.ask(write())[0] == 401
+    assert client.ask(write(BODY, "X-API-Key: wrong"))[0] == 401
+    assert client.ask(write(BODY, "X-API-Key: open sesame"))[0] == 429
+    assert client.ask(write(BODY, "Authorization: Bearer open sesame"))[0] == 429
+
+
+def test_refusals_are_counted_and_logged_like_all_answers(
+    fill: Callable[..., Full], caplog: pytest.LogCaptureFixture
+) -> None:
+    client = fill(access_log=True).connect()
+    with caplog.at_level(logging.INFO, "tuneserve"):
+        client.ask(write(BODY, "X-Request-Id: one", path="/inference/batch/"))
+        client.ask(write(BODY, "X-Request-Id: two", path="/inference/batch?why=not"))  # which the middleware refuses
+        metrics = client.ask(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")[2].decode()
+    assert 'tuneserve_requests_total{route="/inference/batch",status="429"} 2.0' in metrics
+    assert 'tuneserve_request_seconds_count{route="/inference/batch"} 2.0' in metrics
+    requests = [record.request for record in caplog.records if hasattr(record, "request")]
+    assert [(one["route"], one["status"], one["id"]) for one in requests if one["status"] == 429] == [
+        ("/inference/batch", 429, "one"),
+        ("/inference/batch", 429, "two"),
+    ]
