@@ -58,8 +58,8 @@ def free_port() -> int:
 class Service:
     """`run.py` as a process, and what its log says."""
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
-        self.environment, self.log = environment, log
+    def __init__(self, environment: dict[str, str], log: Path, *, verb: str = "train-serve") -> None:
+        self.environment, self.log, self.verb = environment, log, verb
         self.url = f"http://127.0.0.1:{environment['PORT']}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +68,7 @@ class Service:
         began = time.monotonic()
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(RUN)], env=os.environ | self.environment, stdout=file, stderr=file
+                [sys.executable, str(RUN), self.verb], env=os.environ | self.environment, stdout=file, stderr=file
             )
         self.wait("/livez", lambda body: True)
         return time.monotonic() - began
@@ -125,8 +125,8 @@ class Service:
 class Load:
     """Clients that ask without pause over connections that stay open, and count."""
 
-    def __init__(self, port: int, texts: list[str], *, clients: int) -> None:
-        self.texts, self.port = texts, port
+    def __init__(self, port: int, texts: list[str], *, clients: int, pause_s: float = 0.01) -> None:
+        self.texts, self.port, self.pause_s = texts, port, pause_s
         self.statuses: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self.milliseconds: list[float] = []
@@ -172,7 +172,7 @@ class Load:
             if answer.status == 200:
                 self.versions[body["model_version"]] += 1
                 self.ids.append((answer.headers["X-Request-Id"], text))
-            time.sleep(0.01)
+            time.sleep(self.pause_s)
         connection.close()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,10 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
     assert service.end() == 0
     again = start()
     assert ready(again) == first
+    began = time.monotonic()
+    again.command("promote", second)  # which is not loaded any more
+    again.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
+    assert time.monotonic() - began < 5
 
 
 def refused(table: str) -> str:
@@ -172,7 +177,9 @@ def test_a_first_candidate_that_is_refused_ends_it_too(start: Start) -> None:
 
 def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(start: Start) -> None:
     service = start(N_EPOCHS="400")
-    service.wait("/readyz", lambda body: body.get("progress"), timeout_s=60)
+    seen, _ = service.wait("/readyz", lambda body: body.get("progress"), timeout_s=60)
+    assert seen["phase"] == "training"
+    assert {"epoch", "progress", "loss", "eta_s"} <= set(seen)
     child = training_process(service)
     assert service.end() == 128 + signal.SIGTERM
     assert not Path(f"/proc/{child}").exists()
@@ -232,29 +239,127 @@ def test_torn_files_change_nothing_for_a_running_server_and_little_for_a_new_one
     assert ready(again) == (first if damage == "weights" else second)
 
 
-def test_a_full_disk_is_a_failed_job_and_the_model_goes_on(
-    start: Start, environment: dict[str, str], tmp_path: Path
-) -> None:
-    store = tmp_path / "small"
-    store.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", store], capture_output=True)
-    if mounted.returncode:
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own; only root may mount one."""
+    path = tmp_path / "volume"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True).returncode:
         pytest.skip("a disk cannot be mounted here")
-    try:
-        service = start(MODEL_PATH=str(store))
-        first = ready(service)
-        with pytest.raises(OSError, match="No space"):
-            (store / "ballast").write_bytes(bytes(4 << 20))
-        loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
-        job = retrain(service)
-        assert job["state"] == "failed"
-        assert job["exit_code"] == 6
-        assert ask(service)["model_version"] == first
-        (store / "ballast").unlink()
-        assert retrain(service)["state"] == "finished"
+    yield path
+    subprocess.run(["umount", "--lazy", path], capture_output=True)
+
+
+def give(service: loop.Service, text: str) -> int:
+    """Bring a labelled text; the status."""
+    return httpx.post(f"{service.url}/feedback", json={"text": text, "label": "good"}, headers=loop.KEY).status_code
+
+
+def test_a_full_disk_is_a_failed_job_and_the_model_goes_on(
+    start: Start, environment: dict[str, str], volume: Path
+) -> None:
+    service = start(MODEL_PATH=str(volume))
+    first = ready(service)
+    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=60)
+    with pytest.raises(OSError, match="No space"):
+        (volume / "ballast").write_bytes(bytes(4 << 20))
+    loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
+    job = retrain(service)
+    assert (job["state"], job["exit_code"]) == ("failed", 6)
+    assert give(service, "a great film") == 503
+    assert ask(service)["model_version"] == first
+    (volume / "ballast").unlink()
+    assert retrain(service)["state"] == "finished"
+    assert give(service, "a great film") == 200
+
+
+def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, volume: Path) -> None:
+    first_service = start(MODEL_PATH=str(volume))
+    first = ready(first_service)
+    first_service.end()
+    service = start(MODEL_PATH=str(volume), SEED="2", N_EPOCHS="60", CHECKPOINT_MINUTES="0.001")
+    service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=60)
+    with pytest.raises(OSError, match="No space"):
+        (volume / "ballast").write_bytes(bytes(4 << 20))
+    jobs, _ = service.wait("/jobs", lambda jobs: jobs[0]["state"] != "running", timeout_s=60)
+    assert (jobs[0]["state"], jobs[0]["exit_code"]) == ("failed", 6)
+    assert ask(service)["model_version"] == first
+
+
+def test_a_read_only_store_is_served_and_a_vanished_one_is_not_mistaken_for_a_new_one(
+    start: Start, volume: Path
+) -> None:
+    service = start(MODEL_PATH=str(volume))
+    first = ready(service)
+    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=60)
+    subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+    assert retrain(service)["state"] == "failed"
+    assert give(service, "a great film") == 503
+    assert ask(service)["model_version"] == first
+    service.end()
+    service = start(MODEL_PATH=str(volume))
+    assert ready(service) == first
+    assert "Read-only file system; nothing can be trained" in service.log.read_text()
+    subprocess.run(["umount", "--lazy", volume], check=True)
+    assert "no longer holds the versions" in retrain(service)["said"]
+    assert ask(service)["model_version"] == first
+    assert not (volume / "versions").exists()
+
+
+def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
+    start: Start, environment: dict[str, str]
+) -> None:
+    service = start()
+    first = ready(service)
+    store = Path(environment["MODEL_PATH"])
+    loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
+    second = retrain(service)["version"]
+    service.end()
+    service = start()
+    assert ready(service) == second
+    for number, name in enumerate(["model.bin", "model.xml"], 1):
+        file = store / "versions" / first / "engine" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+        (store / "champion").write_text(f"{first}\n")
+        refused = f'tuneserve_swaps_total{{outcome="refused"}} {number}.0'
+        deadline = time.monotonic() + 10
+        while refused not in httpx.get(f"{service.url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert ask(service)["model_version"] == second
+        (store / "champion").write_text(f"{second}\n")
+        file.write_bytes(whole)
+        time.sleep(0.5)
+    for pointer in (b"", b"\xff\xfe\0", b"../../etc", b"nothing\n"):
+        (store / "champion").write_bytes(pointer)
+        time.sleep(0.5)
+        assert ask(service)["model_version"] == second
+    service.end()
+    assert ready(start()) == second
+
+
+@pytest.mark.parametrize(("hours", "jobs"), [(-9000, 1), (9000, 0)])
+def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_nothing(
+    start: Start, environment: dict[str, str], hours: int, jobs: int
+) -> None:
+    service = start()
+    ready(service)
+    service.end()
+    schedule = {"RETRAIN_SCHEDULE": "0 0 1 1 *", "RETRAIN_TIME_ZONE": "Europe/Berlin"}
+    handled = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
+    memory = Path(environment["MODEL_PATH"]) / "schedule.json"
+    memory.write_text(json.dumps({"handled": handled, "expression": schedule["RETRAIN_SCHEDULE"]}))
+    for _ in range(2):  # once, also if the container starts again
+        service = start(**schedule)
+        service.wait(
+            "/jobs", lambda found: sum(job["why"] == "RETRAIN_SCHEDULE" for job in found) == jobs, timeout_s=60
+        )
+        time.sleep(2.5)
+        service.wait("/jobs", lambda found: all(job["state"] == "finished" for job in found), timeout_s=60)
+        time.sleep(2.5)
+        assert [job["why"] for job in service.get("/jobs")].count("RETRAIN_SCHEDULE") == jobs
         service.end()
-    finally:
-        subprocess.run(["umount", "--lazy", store], check=True)
 
 
 def test_two_trainers_on_one_store_do_not_meet(start: Start, environment: dict[str, str]) -> None:
@@ -293,6 +398,9 @@ def test_many_ask_while_a_version_is_swapped_in_and_back_again(start: Start, env
         assert ended.wait(60)
     assert set(load.statuses) == {"200"}
     assert set(load.versions) == {first, second}
+    service.command("promote", first)
+    assert retrain(service)["state"] == "finished"
+    assert ask(service)["model_version"] == first  # what people chose stays until the data change
     assert (
         json.loads((Path(environment["MODEL_PATH"]) / "versions" / first / "decision.json").read_text())["by"]
         == "person"

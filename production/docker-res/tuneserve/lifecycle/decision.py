@@ -57,6 +57,10 @@ class Decision:
         """Whether the version may serve."""
         return self.verdict == "accepted" and self.withdrawn_at is None
 
+    def overrides(self, other: "Decision") -> bool:
+        """Whether people chose this version after the gate had decided on the other one."""
+        return self.by == "person" and other.by == "gate" and self.at >= other.at
+
     def withdrawn(self) -> "Decision":
         """The same, rolled back now."""
         return replace(self, withdrawn_at=datetime.now(UTC).isoformat(timespec="seconds"))

@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from tuneserve.artifact import Version
-from tuneserve.errors import BusyError, SettingsError
+from tuneserve.errors import BusyError, SettingsError, StoreError
 from tuneserve.lifecycle.drift import Window
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.lifecycle.retraining import Retraining
@@ -130,7 +130,7 @@ def serve(
         follower = follow(settings, slot, threads=threads, trainer=trainer)
         retraining = None
         if trainer is not None:
-            store.prepare()
+            _prepare(store)
             _train_first(trainer, slot)
             retraining = Retraining(
                 trainer,
@@ -157,6 +157,16 @@ def serve(
             traces.close()
     if slot.failure is not None:
         raise slot.failure
+
+
+def _prepare(store: Store) -> None:
+    """Make the store's folders. One that cannot be written to is no reason not to serve what is in it."""
+    try:
+        store.prepare()
+    except StoreError as error:
+        if store.champion_id() is None:
+            raise
+        logger.error("%s; nothing can be trained, and the champion answers", error)
 
 
 def _schedule(settings: Settings, store: Store) -> Schedule | None:
