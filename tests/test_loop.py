@@ -38,6 +38,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PORT": str(loop.free_port()),
         "API_KEY": loop.KEY["X-API-Key"],
         "DRIFT_WINDOW": "50",
+        "RETRAIN_NICE": "0",  # other tests may run on the same cores
         **{f"{name}_PATH": str(tmp_path / name) for name in ("MODEL", "DATA", "LOG")},
     }
 
