@@ -81,7 +81,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         "HOST": "127.0.0.1",
         **{f"{name}_PATH": str(folder / name.lower()) for name in ("MODEL", "DATA", "LOG")},
     }
-    subprocess.run([sys.executable, str(RUN), "train"], env=os.environ | environment | {"N_EPOCHS": "1"}, check=True)
+    first = {"N_EPOCHS": "1", "NUM_TRAIN": "200", "NUM_TEST": "200"}  # how fast it answers does not depend on them
+    subprocess.run([sys.executable, str(RUN), "train"], env=os.environ | environment | first, check=True)
     service = Service(environment, folder / "out.log", verb="serve")
     trainings: dict[str, Training] = {}
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
