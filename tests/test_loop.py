@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -300,11 +301,19 @@ def test_a_read_only_store_is_served_and_a_vanished_one_is_not_mistaken_for_a_ne
     service.end()
     service = start(MODEL_PATH=str(volume))
     assert ready(service) == first
-    assert "Read-only file system; nothing can be trained" in service.log.read_text()
+    assert "nothing can be trained, and what is in the store answers" in service.log.read_text()
     subprocess.run(["umount", "--lazy", volume], check=True)
     assert "no longer holds the versions" in retrain(service)["said"]
     assert ask(service)["model_version"] == first
     assert not (volume / "versions").exists()
+
+
+def refusals(service: loop.Service) -> float:
+    """Versions that the server has refused so far."""
+    found = re.search(
+        r'^tuneserve_swaps_total\{outcome="refused"\} (\S+)', httpx.get(f"{service.url}/metrics").text, re.M
+    )
+    return float(found[1]) if found else 0.0
 
 
 def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
@@ -318,14 +327,14 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
     service.end()
     service = start()
     assert ready(service) == second
-    for number, name in enumerate(["model.bin", "model.xml"], 1):
+    for name in ("model.bin", "model.xml"):
         file = store / "versions" / first / "engine" / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+        before = refusals(service)
         (store / "champion").write_text(f"{first}\n")
-        refused = f'tuneserve_swaps_total{{outcome="refused"}} {number}.0'
-        deadline = time.monotonic() + 10
-        while refused not in httpx.get(f"{service.url}/metrics").text:
+        deadline = time.monotonic() + 30
+        while refusals(service) == before:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert ask(service)["model_version"] == second
@@ -357,7 +366,7 @@ def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_not
             "/jobs", lambda found: sum(job["why"] == "RETRAIN_SCHEDULE" for job in found) == jobs, timeout_s=60
         )
         time.sleep(2.5)
-        service.wait("/jobs", lambda found: all(job["state"] == "finished" for job in found), timeout_s=60)
+        service.wait("/jobs", lambda found: all(job["state"] != "running" for job in found), timeout_s=60)
         time.sleep(2.5)
         assert [job["why"] for job in service.get("/jobs")].count("RETRAIN_SCHEDULE") == jobs
         service.end()

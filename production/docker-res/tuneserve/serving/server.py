@@ -131,7 +131,7 @@ def serve(
         retraining = None
         if trainer is not None:
             _prepare(store)
-            _train_first(trainer, slot)
+            _train_first(trainer, slot, follower)
             retraining = Retraining(
                 trainer,
                 schedule=_schedule(settings, store),
@@ -164,9 +164,9 @@ def _prepare(store: Store) -> None:
     try:
         store.prepare()
     except StoreError as error:
-        if store.champion_id() is None:
+        if not store.versions():
             raise
-        logger.error("%s; nothing can be trained, and the champion answers", error)
+        logger.error("%s; nothing can be trained, and what is in the store answers", error)
 
 
 def _schedule(settings: Settings, store: Store) -> Schedule | None:
@@ -189,7 +189,7 @@ def _drifted(slot: Slot) -> str | None:
     return report.sentence if report.drifted else None
 
 
-def _train_first(trainer: Trainer, slot: Slot) -> None:
+def _train_first(trainer: Trainer, slot: Slot, follower: Follower) -> None:
     """Train at the start, which finds out by itself if there is nothing to do; without a model a failure is the end."""
 
     def look(job: Job) -> None:
@@ -197,8 +197,10 @@ def _train_first(trainer: Trainer, slot: Slot) -> None:
             again = threading.Timer(BUSY_S, start)
             again.daemon = True
             again.start()
-        elif slot.empty and job.state != "finished":
-            slot.fail(FailedTrainingError(job))
+        elif job.state != "finished":
+            follower.filled.wait()  # it may fail before what is in the store has been loaded
+            if slot.empty:
+                slot.fail(FailedTrainingError(job))
 
     def start() -> None:
         with suppress(BusyError):
