@@ -351,7 +351,7 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
         time.sleep(0.5)
         assert ask(service)["model_version"] == second
     service.end()
-    assert ready(start()) == second
+    assert ready(start()) in (first, second)  # both passed the gate, and both are whole again
 
 
 @pytest.mark.parametrize(("hours", "jobs"), [(-9000, 1), (9000, 0)])

@@ -58,8 +58,8 @@ class Decision:
         return self.verdict == "accepted" and self.withdrawn_at is None
 
     def overrides(self, other: "Decision") -> bool:
-        """Whether people chose this version after the gate had decided on the other one."""
-        return self.by == "person" and other.by == "gate" and self.at >= other.at
+        """Whether people chose this version after the other one had been decided on."""
+        return self.by == "person" and self.at >= other.at
 
     def withdrawn(self) -> "Decision":
         """The same, rolled back now."""
