@@ -58,8 +58,8 @@ def free_port() -> int:
 class Service:
     """`run.py` as a process, and what its log says."""
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
-        self.environment, self.log = environment, log
+    def __init__(self, environment: dict[str, str], log: Path, *, verb: str = "train-serve") -> None:
+        self.environment, self.log, self.verb = environment, log, verb
         self.url = f"http://127.0.0.1:{environment['PORT']}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +68,7 @@ class Service:
         began = time.monotonic()
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(RUN)], env=os.environ | self.environment, stdout=file, stderr=file
+                [sys.executable, str(RUN), self.verb], env=os.environ | self.environment, stdout=file, stderr=file
             )
         self.wait("/livez", lambda body: True)
         return time.monotonic() - began
@@ -125,8 +125,8 @@ class Service:
 class Load:
     """Clients that ask without pause over connections that stay open, and count."""
 
-    def __init__(self, port: int, texts: list[str], *, clients: int) -> None:
-        self.texts, self.port = texts, port
+    def __init__(self, port: int, texts: list[str], *, clients: int, pause_s: float = 0.01) -> None:
+        self.texts, self.port, self.pause_s = texts, port, pause_s
         self.statuses: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self.milliseconds: list[float] = []
@@ -172,7 +172,7 @@ class Load:
             if answer.status == 200:
                 self.versions[body["model_version"]] += 1
                 self.ids.append((answer.headers["X-Request-Id"], text))
-            time.sleep(0.01)
+            time.sleep(self.pause_s)
         connection.close()
 
 
@@ -242,6 +242,25 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
         **{f"{name}_PATH": str(folder / name.lower()) for name in ("MODEL", "DATA", "LOG")},
     }
     service = Service(environment, folder / "out.log")
+    try:
+        return go_round(service, report, data, rows=(pool, test, other), options=options)
+    finally:
+        if service.process is not None and service.process.poll() is None:
+            service.process.kill()
+            service.process.wait()
+
+
+def go_round(
+    service: Service,
+    report: Report,
+    data: Path,
+    *,
+    rows: tuple[list[Row], list[Row], list[Row]],
+    options: argparse.Namespace,
+) -> Report:
+    """From the first training to the restarted container."""
+    pool, test, other = rows
+    environment = service.environment
     report.add("start", "the port is open, /livez is green", service.start())
     phase, _ = service.wait("/readyz", lambda body: body.get("progress") is not None)
     report.add("first training", f"/readyz says {json.dumps(phase)}")
@@ -261,10 +280,12 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
 
         opposite = dict(zip(labels(pool), reversed(labels(pool)), strict=True))
         wrong = [(text, opposite[label]) for text, label in pool]
-        write_rows(data / "train.csv", wrong[: options.first * 2])
+        write_rows(data / "train.csv", wrong[: options.first])
+        began = time.monotonic()
+        service.wait("/jobs", lambda jobs: any(one.get("progress", {}).get("epoch") for one in jobs))
         mark = load.mark()
-        job, seconds = wait_for_state(service, known, "refused")
-        during = load.p99(mark)
+        job, _ = wait_for_state(service, known, "refused")
+        during, seconds = load.p99(mark), time.monotonic() - began
         report.add("mislabelled texts arrive", f"{job['state']}: {job['said']}", seconds)
         report.add("p99 beside a training", f"{during:.1f} ms, {during / idle:.1f} times the idle one")
         assert service.version() == first["model_version"]
@@ -274,8 +295,7 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
         drift, seconds = service.wait("/drift", lambda body: body.get("drifted"))
         report.add("another domain is asked", f"drift: {drift['sentence']}", seconds)
 
-        job, _ = service.new_job(known)  # a minute until the next, which is to see all of the feedback
-        known.add(job["id"])
+        wait_for_quiet(service)  # the next training is to see all of the feedback
         answered = dict(other)
         labelled = [(request, answered[text]) for request, text in load.ids if text in answered][:400]
         began = time.monotonic()
@@ -301,10 +321,8 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
         job = next(job for job in jobs if job["version"] == new)
         report.add("why", str(job["said"]))
 
-        said, seconds = service.command("rollback")
-        began = time.monotonic()
-        service.wait("/readyz", lambda body: body["model_version"] == first["model_version"], timeout_s=10)
-        report.add("roll back", f"{said}; the old one answers {time.monotonic() - began:.2f} s after it", seconds)
+        said, seconds = back(service, first["model_version"])
+        report.add("roll back", f"{said}; the old one, still held, answers {seconds:.2f} s after the command began")
         said, seconds = service.command("promote", second["model_version"])
         service.wait("/readyz", lambda body: body["model_version"] == second["model_version"], timeout_s=10)
         report.add("promote", said, seconds)
@@ -320,6 +338,8 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
     report.add("restart", f"{again['model_version']} answers", seconds)
     assert again["model_version"] == second["model_version"]
     assert service.get("/feedback")["labels"] >= len(labelled)
+    said, seconds = back(service, first["model_version"])
+    report.add("roll back", f"{said}; the old one, not held, answers {seconds:.2f} s after the command began")
     service.end()
     table, _ = service.command("versions")
     print(table)
@@ -331,6 +351,25 @@ def run(options: argparse.Namespace, folder: Path) -> Report:
 def labels(rows: list[Row]) -> list[str]:
     """The labels, sorted."""
     return sorted({label for _, label in rows})
+
+
+def back(service: Service, version: str) -> tuple[str, float]:
+    """Roll back to this version; what the command said, and the seconds from its start to the first answer."""
+    began = time.monotonic()
+    said, _ = service.command("rollback")
+    with httpx.Client(base_url=service.url, headers=KEY, timeout=10) as client:
+        while client.post("/inference", json={"text": "x"}).raise_for_status().json()["model_version"] != version:
+            if time.monotonic() - began > 10:
+                raise RuntimeError(f"{version} does not answer: {said}")
+            time.sleep(0.01)
+    return said, time.monotonic() - began
+
+
+def wait_for_quiet(service: Service) -> None:
+    """Wait until nothing trains and the next minute is not near."""
+    while time.time() % 60 > 40:
+        time.sleep(0.1)
+    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs) and time.time() % 60 < 45)
 
 
 def wait_for_state(service: Service, known: set[str], state: str) -> tuple[dict[str, Any], float]:

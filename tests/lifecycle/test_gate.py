@@ -132,6 +132,14 @@ def test_the_bootstrap_covers_the_true_difference_as_often_as_it_says() -> None:
     assert 0.02 < below / 400 < 0.08
 
 
+def test_what_people_chose_later_overrides_and_what_the_gate_found_does_not() -> None:
+    known = Decision("new", "accepted", "gate", "passed", "old", at="2026-03-02T12:00:00+00:00")
+    cases: list[tuple[Any, int, bool]] = [("person", 13, True), ("person", 11, False), ("gate", 13, False)]
+    for by, at, overrides in cases:
+        chosen = Decision("old", "accepted", by, "so it is", "new", at=f"2026-03-02T{at}:00:00+00:00")
+        assert chosen.overrides(known) == overrides
+
+
 def test_a_decision_is_read_as_it_was_written(tmp_path: Path) -> None:
     one = Version(tmp_path, {"labels": []})
     assert read_decision(one) is None

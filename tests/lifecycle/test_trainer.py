@@ -15,11 +15,13 @@ import pytest
 from tuneserve.errors import BusyError
 from tuneserve.lifecycle.retraining import DRIFT_PAUSE, Retraining
 from tuneserve.lifecycle.schedule import Schedule
+from tuneserve.lifecycle.status import Status, read_status
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.settings import PROJECT
 
 Make = Callable[..., Trainer]
+PROGRAM = PROJECT / "production" / "docker-res"
 SLEEP = "import time; time.sleep(60)"
 
 
@@ -111,11 +113,58 @@ def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store
     assert trainer.progress() == {"phase": "preparing"}
 
 
+def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("tuneserve.lifecycle.status.time.monotonic", lambda: now)
+    with Status(store.status_file) as status:
+        status.training(steps=100, epochs=4)
+        now += 2
+        status.step(51, {"loss": 0.5})  # the first, from a checkpoint at step 50
+        assert read_status(store.status_file)["eta_s"] == 98
+        now += 8
+        status.step(60, {"loss": 0.5})
+    seen = read_status(store.status_file)
+    assert {name: seen[name] for name in ("epoch", "progress", "eta_s")} == {"epoch": 3, "progress": 0.6, "eta_s": 40}
+
+
 @pytest.mark.parametrize("serves", [True, False])
 def test_a_training_yields_only_where_a_model_answers(make: Make, serves: bool) -> None:
     assert run(make("import sys; raise SystemExit(3 if '--beside' in sys.argv else 0)", serves=serves)).exit_code == (
         3 if serves else 0
     )
+
+
+@pytest.mark.parametrize(("wanted", "policy", "nice"), [("", os.SCHED_IDLE, 0), ("7", os.SCHED_OTHER, 7)])
+def test_a_training_that_yields_is_idle_work_or_as_nice_as_it_is_told(wanted: str, policy: int, nice: int) -> None:
+    ask = (
+        "import os; from tuneserve.settings import Settings; from tuneserve.yielding import yield_to_server; "
+        "settings = yield_to_server(Settings.from_environ(os.environ)); "
+        "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", ask],
+        env=os.environ | {"PYTHONPATH": str(PROGRAM), "RETRAIN_NICE": wanted, "OMP_NUM_THREADS": "6"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert [int(word) for word in said.split()] == [policy, nice + os.nice(0), 3]
+
+
+def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, store: Store) -> None:
+    store.versions_folder.rmdir()
+    store.checkpoints_folder.rmdir()
+    store.root.rmdir()
+    trainer = make("", serves=True)
+    ended = threading.Event()
+    trainer.on_end = lambda job: ended.set()
+    job = trainer.start("a test")
+    assert ended.wait(10)
+    found = trainer.job(job.id)
+    assert found is not None
+    assert found.state == "failed"
+    assert "no longer holds the versions" in str(found.said)
+    assert not store.root.exists()
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
@@ -124,7 +173,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", parent],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")},
+        env=os.environ | {"PYTHONPATH": str(PROGRAM)},
     )
     assert process.stdout is not None
     process.stdout.readline()

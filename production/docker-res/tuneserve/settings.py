@@ -208,8 +208,9 @@ class Settings(BaseModel):
     retrain_jitter_s: float = Field(default=0, ge=0)
     """Seconds by which a scheduled training is put off, at most, so that many containers do not start at once."""
 
-    retrain_nice: int = Field(default=19, ge=0, le=19)
-    """Niceness of a training beside a model that answers: 19 leaves it only what serving does not use."""
+    retrain_nice: Annotated[int, Field(ge=0, le=19)] | Literal["idle"] = "idle"
+    """Niceness of a training beside a model that answers. `idle`: it computes only while a core has nothing else to do,
+    and gives way at once; with a number it may hold up an answer, but gets on a little faster on busy cores."""
 
     retrain_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """CPU threads of a training beside a model that answers. `auto`: half of them."""

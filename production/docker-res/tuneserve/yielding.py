@@ -25,7 +25,10 @@ def _is_adopted() -> bool:
 
 def yield_to_server(settings: Settings) -> Settings:
     """Lower this process's priority, and return the settings of a training that leaves room."""
-    os.nice(settings.retrain_nice)
+    if settings.retrain_nice == "idle":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # anyone may, and threads and children inherit it
+    else:
+        os.nice(settings.retrain_nice)
     threads = settings.retrain_threads
     if threads == "auto":
         threads = max(1, int(cpu_quota() if settings.omp_num_threads == "auto" else settings.omp_num_threads) // 2)

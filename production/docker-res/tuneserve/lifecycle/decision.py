@@ -57,6 +57,10 @@ class Decision:
         """Whether the version may serve."""
         return self.verdict == "accepted" and self.withdrawn_at is None
 
+    def overrides(self, other: "Decision") -> bool:
+        """Whether people chose this version after the other one had been decided on."""
+        return self.by == "person" and self.at >= other.at
+
     def withdrawn(self) -> "Decision":
         """The same, rolled back now."""
         return replace(self, withdrawn_at=datetime.now(UTC).isoformat(timespec="seconds"))

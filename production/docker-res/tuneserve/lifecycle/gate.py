@@ -61,7 +61,8 @@ class Bounds:
 def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
     """Judge a candidate, write the decision down, and make it the champion if it passed.
 
-    A version that was decided on before keeps its decision, unless another champion has come since.
+    A version that was decided on before keeps its decision, unless another champion has come since. Where people have
+    chosen another one since, that choice stands until settings or data change.
 
     Raises:
         RefusedError: it did not pass, now or before.
@@ -78,6 +79,10 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
             f"Change either, or run.py promote {candidate.id}."
         )
     if known is not None and candidate.id == store.challenger_id():
+        return known
+    chosen = read_decision(champion) if champion is not None else None
+    if known is not None and chosen is not None and chosen.overrides(known):
+        logger.info("version %s has these settings and data; people chose %s after it", candidate.id, chosen.version)
         return known
     evidence = read_evidence(store.evidence_folder / candidate.id)
     found = run_trial(candidate, champion, evidence, settings)

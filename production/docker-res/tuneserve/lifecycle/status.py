@@ -28,7 +28,8 @@ class Status:
         self._path = path
         self._content: dict[str, Any] = {"phase": "preparing", "pid": os.getpid()}
         self._steps, self._epochs = 1, 1
-        self._first: tuple[int, float] | None = None
+        self._first: int | None = None
+        self._began = 0.0
         self._written = 0.0
 
     def phase(self, name: Phase) -> None:
@@ -38,18 +39,17 @@ class Status:
 
     def training(self, *, steps: int, epochs: int) -> None:
         """The optimizer's steps begin; `steps` of all epochs."""
-        self._steps, self._epochs = steps, epochs
+        self._steps, self._epochs, self._began = steps, epochs, time.monotonic()
         self.phase("training")
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """So many steps are done."""
         now = time.monotonic()
         if self._first is None:
-            self._first = step, now
+            self._first = step - 1  # not 0 if it goes on from a checkpoint
         if now - self._written < EVERY_S or "loss" not in figures:
             return
-        first, began = self._first
-        pace_s = (now - began) / max(1, step - first)
+        pace_s = (now - self._began) / (step - self._first)
         self._content |= {
             "epoch": min(self._epochs, 1 + (step - 1) * self._epochs // self._steps),
             "epochs": self._epochs,

@@ -143,6 +143,9 @@ class Trainer:
         # The child ends when the thread that started it does: this one waits for it.
         beside = ["--beside"] if self._serves() else []
         try:
+            if beside and not self._store.versions_folder.is_dir():
+                # A training would find nothing to be compared with, and make a champion in the empty place.
+                raise FileNotFoundError(f"MODEL_PATH={self._store.root} no longer holds the versions that it held")
             with self._lock:
                 self._child = None
                 if not self._closed:
@@ -189,7 +192,7 @@ class Trainer:
 
     def _keep(self, job: Job) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             replace_file(self._folder / f"{job.id}.json", json.dumps(asdict(job), indent=2).encode())
             for old in sorted(self._folder.glob("*.json"))[:-KEEP_JOBS]:
                 old.unlink(missing_ok=True)

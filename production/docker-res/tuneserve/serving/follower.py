@@ -48,6 +48,8 @@ class Follower:
         self._store, self._slot, self._load, self._required = store, slot, load, required
         self._refused, self._again_at, self._pause_s = "", 0.0, RETRY_S
         self._complaint = ""
+        self.filled = threading.Event()
+        """Set when it is known whether the store held anything at the start that can answer."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow-champion", daemon=True)
 
@@ -60,6 +62,7 @@ class Follower:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(wait_s)
+        self.filled.set()
         if self._thread.is_alive():
             return False
         if self._shadowing is not None:
@@ -67,7 +70,10 @@ class Follower:
         return True
 
     def _follow(self) -> None:
-        self._fill()
+        try:
+            self._fill()
+        finally:
+            self.filled.set()
         while not self._ended.wait(EVERY_S) and self._slot.phase != "failed":
             try:
                 self.look()

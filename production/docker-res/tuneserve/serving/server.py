@@ -16,7 +16,7 @@ from typing import NoReturn
 import uvicorn
 
 from tuneserve.artifact import Version
-from tuneserve.errors import BusyError, SettingsError
+from tuneserve.errors import BusyError, SettingsError, StoreError
 from tuneserve.lifecycle.drift import Window
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.lifecycle.retraining import Retraining
@@ -163,8 +163,8 @@ def serve(
         follower = follow(settings, slot, threads=threads, trainer=trainer)
         retraining = None
         if trainer is not None:
-            store.prepare()
-            _train_first(trainer, slot)
+            _prepare(store)
+            _train_first(trainer, slot, follower)
             retraining = Retraining(
                 trainer,
                 schedule=_schedule(settings, store),
@@ -195,6 +195,16 @@ def serve(
         raise slot.failure
 
 
+def _prepare(store: Store) -> None:
+    """Make the store's folders. One that cannot be written to is no reason not to serve what is in it."""
+    try:
+        store.prepare()
+    except StoreError as error:
+        if not store.versions():
+            raise
+        logger.error("%s; nothing can be trained, and what is in the store answers", error)
+
+
 def _schedule(settings: Settings, store: Store) -> Schedule | None:
     if not settings.retrain_schedule:
         return None
@@ -215,7 +225,7 @@ def _drifted(slot: Slot) -> str | None:
     return report.sentence if report.drifted else None
 
 
-def _train_first(trainer: Trainer, slot: Slot) -> None:
+def _train_first(trainer: Trainer, slot: Slot, follower: Follower) -> None:
     """Train at the start, which finds out by itself if there is nothing to do; without a model a failure is the end."""
 
     def look(job: Job) -> None:
@@ -223,8 +233,10 @@ def _train_first(trainer: Trainer, slot: Slot) -> None:
             again = threading.Timer(BUSY_S, start)
             again.daemon = True
             again.start()
-        elif slot.empty and job.state != "finished":
-            slot.fail(FailedTrainingError(job))
+        elif job.state != "finished":
+            follower.filled.wait()  # it may fail before what is in the store has been loaded
+            if slot.empty:
+                slot.fail(FailedTrainingError(job))
 
     def start() -> None:
         with suppress(BusyError):
