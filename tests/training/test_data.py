@@ -309,6 +309,17 @@ def test_two_files_for_one_split_are_refused(pair: tuple[str, str], tmp_path: Pa
     assert all(name in message for name in pair)
 
 
+def test_parts_of_a_split_are_read_together_and_each_row_keeps_its_place(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "reviews"
+    write(folder / "train.csv", "text,label\na,x\nb,y\n")
+    write(folder / "train-2026-11.jsonl", json.dumps({"text": "c", "label": "x"}))
+    source = read(str(folder), Columns(), cache=cache)["train"]
+    assert sorted(source.rows["text"][:]) == ["a", "b", "c"]
+    places = {source.rows[index]["text"]: source.place(index) for index in range(3)}
+    assert places["b"] == f"{folder / 'train.csv'}, row 3"
+    assert places["c"] == f"{folder / 'train-2026-11.jsonl'}, row 1"
+
+
 def test_a_folder_without_a_training_file_is_refused(tmp_path: Path, cache: Path) -> None:
     write(tmp_path / "reviews" / "test.csv", "text,label\na,x\n")
     assert "without a train file" in refusal(tmp_path / "reviews", cache)

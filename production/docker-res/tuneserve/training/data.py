@@ -6,12 +6,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from uuid import uuid4
 
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, disable_progress_bars, load_dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.columns import find_columns
@@ -33,10 +33,18 @@ class Source:
 
     rows: Dataset
     where: str
+    more: tuple[tuple[int, str], ...] = ()
+    """Where the rows from this index on are found, if that is another place."""
 
     def place(self, index: int) -> str:
         """Where the author of the data finds a row; `index` counts from 0."""
-        return f"{self.where}, row {self.rows[index]['row']}"
+        where = next((where for first, where in reversed(self.more) if first <= index), self.where)
+        return f"{where}, row {self.rows[index]['row']}"
+
+    def followed_by(self, other: "Source") -> "Source":
+        """The rows of both."""
+        more = (*self.more, (len(self.rows), other.where))
+        return Source(concatenate_datasets([self.rows, other.rows]), self.where, more)
 
 
 def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
@@ -58,7 +66,7 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
             raise DataError(f"DATASET={dataset}: there is no such file or folder.")
         else:
             return _read_hub(dataset, columns, cache)
-        return {split: _read_file(file, columns, shown or str(file), cache) for split, file in files.items()}
+        return {split: _read_files(parts, columns, shown, cache) for split, parts in files.items()}
     except OSError as error:
         raise StoreError(f"DATA_PATH={cache} cannot be written to: {error}") from error
 
@@ -93,26 +101,36 @@ def _fetch(url: str, shown: str, folder: Path) -> Path:
     return local if is_folder else next(local.iterdir())
 
 
-def _find_files(path: Path, shown: str) -> dict[str, Path]:
+def _find_files(path: Path, shown: str) -> dict[str, list[Path]]:
+    """The files of each split: one, `train.csv` say, or parts, `train-1.csv` and whatever comes later."""
     if path.is_file():
-        return {"train": path}
+        return {"train": [path]}
     try:
         listed = sorted(path.iterdir())
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}") from error
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for file in listed:
-        split = STEMS.get(file.name.split(".")[0])
+        stem = file.name.split(".")[0]
+        split = STEMS.get(stem.split("-")[0])
         if split is None or not file.is_file():
             continue
         if file.suffix.lower() not in ENDINGS:
             raise DataError(f"{shown}: {file.name} looks like the {split} split; use one of {', '.join(ENDINGS)}.")
-        if split in found:
-            raise DataError(f"{shown}: {found[split].name} and {file.name} are both the {split} split; keep one.")
-        found[split] = file
+        for other in found.setdefault(split, []):
+            name = other.name.split(".")[0]
+            if name == stem or name.split("-")[0] != stem.split("-")[0]:
+                raise DataError(f"{shown}: {other.name} and {file.name} are both the {split} split; keep one.")
+        found[split].append(file)
     if "train" not in found:
         raise DataError(f"DATASET={shown} is a folder without a train file (train with one of {', '.join(ENDINGS)}).")
     return found
+
+
+def _read_files(files: list[Path], columns: Columns, shown: str, cache: Path) -> Source:
+    names = [str(file) if not shown else shown if len(files) == 1 else f"{shown}/{file.name}" for file in files]
+    sources = (_read_file(file, columns, name, cache) for file, name in zip(files, names, strict=True))
+    return reduce(Source.followed_by, sources)
 
 
 def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:

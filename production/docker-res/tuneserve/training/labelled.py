@@ -2,10 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
 from pathlib import Path
-
-from datasets import concatenate_datasets
 
 from tuneserve.lifecycle.evidence import key_of
 from tuneserve.training.data import Source, memory_map
@@ -43,7 +40,7 @@ def join(
     for split, rows in parts.items():
         if rows:
             more = memory_map(((row, text, label) for row, (text, label) in enumerate(rows, 1)), "feedback", cache)
-            joined[split] = replace(sources[split], rows=concatenate_datasets([sources[split].rows, more]))
+            joined[split] = sources[split].followed_by(Source(more, "feedback"))
     found = {
         **{split: len(rows) for split, rows in parts.items()},
         "unknown_label": len(newest) - len(usable),
