@@ -113,9 +113,8 @@ def promote(settings: "Settings", version: str | None) -> None:
     """Move the champion's pointer to a version."""
     from tuneserve.lifecycle.store import Store
 
-    print(
-        f"{Store(settings.model_path).promote(version or '').id} is the champion; servers change over within a second"
-    )
+    chosen = Store(settings.model_path).promote(version or "")
+    print(f"{chosen.id} is the champion; servers change over when they have loaded it")
 
 
 def rollback(settings: "Settings", version: str | None) -> None:
@@ -123,7 +122,7 @@ def rollback(settings: "Settings", version: str | None) -> None:
     from tuneserve.lifecycle.store import Store
 
     now, withdrawn = Store(settings.model_path).rollback()
-    print(f"{now.id} is the champion again, {withdrawn} is withdrawn; servers change over within a second")
+    print(f"{now.id} is the champion again, {withdrawn} is withdrawn; servers that still hold it change over at once")
 
 
 VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}

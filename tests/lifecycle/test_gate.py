@@ -103,9 +103,14 @@ def test_texts_that_the_champion_has_learned_from_do_not_count() -> None:
     assert decision.stands
     assert decision.figures["champion"]["difference"] == 0.2
     assert "200 texts that the champion has learned from are left out" in decision.sentence
-    few = decide(trial(range(80)), trial([]), clean=np.arange(TEXTS) < 49)
-    assert few.stands
-    assert "only 49 of the 400" in next(check.sentence for check in few.checks if check.name == "comparison")
+    none = decide(trial(range(80)), trial([]), clean=np.zeros(TEXTS, dtype=bool))
+    assert none.stands
+    assert "learned from all 400" in next(check.sentence for check in none.checks if check.name == "comparison")
+
+
+def test_a_worse_version_is_refused_on_few_texts_too() -> None:
+    assert not decide(trial(range(20)), trial([]), clean=np.arange(TEXTS) < 20).stands
+    assert decide(trial([]), trial(range(5)), clean=np.arange(TEXTS) < 20).stands
 
 
 @pytest.mark.parametrize(("what", "value"), [("latency_ms", 3.1), ("bytes", 151_000_000)])

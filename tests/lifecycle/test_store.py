@@ -378,7 +378,7 @@ def test_a_rollback_goes_back_and_withdraws(store: Store) -> None:
 
 def test_there_is_nothing_to_roll_back_to_after_the_first_version(store: Store) -> None:
     accept(store, "one")
-    with pytest.raises(StoreError, match="remembers no version before one"):
+    with pytest.raises(StoreError, match="remembers no version to go back to"):
         store.rollback()
 
 
@@ -401,6 +401,17 @@ def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.L
     for name in ("none", "../one", "", ".hidden"):
         with pytest.raises(StoreError):
             store.promote(name)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"no such version\n"])
+def test_promote_and_rollback_mend_a_pointer_that_cannot_be_read(store: Store, garbage: bytes) -> None:
+    accept(store, "one", "two")
+    store.pointer.write_bytes(garbage)
+    assert "one" in table(store.root)
+    assert store.rollback()[0].id == store.champion_id() == "one"
+    store.pointer.write_bytes(garbage)
+    store.promote("two")
+    assert store.champion_id() == "two"
 
 
 def test_a_damaged_version_cannot_be_promoted(store: Store) -> None:

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
 from tuneserve.artifact import Version
-from tuneserve.errors import StoreError
+from tuneserve.errors import SettingsError, StoreError
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
@@ -116,6 +116,14 @@ def test_in_a_batch_one_bad_text_fails_alone(client: TestClient) -> None:
     first, bad, last = body["predictions"]
     assert bad == {"error": "the text is empty"}
     assert (first["tokens"], last["tokens"]) == (3, 5)
+
+
+def test_half_a_surrogate_pair_is_its_own_texts_fault(client: TestClient) -> None:
+    batch = client.post("/inference/batch", content=b'{"texts": ["film", "\\ud800", "film"]}')
+    assert ["error" in one for one in batch.json()["predictions"]] == [False, True, False]
+    single = client.post("/inference", content=b'{"text": "\\ud800"}')
+    assert (single.status_code, single.json()["detail"][0]["loc"]) == (422, ["body", "text"])
+    assert client.post("/inference", content=b'{"text": "film"').status_code == 422
 
 
 def test_a_batch_of_any_size_is_answered_in_order(client: TestClient) -> None:
@@ -250,9 +258,8 @@ def test_the_api_key_guards_everything_if_it_is_told_to(slot: Slot) -> None:
             for headers in ({"X-API-Key": "open sesame"}, {"Authorization": "bearer open sesame"}):
                 assert client.get(path, headers=headers).status_code == (404 if path == "/nothing" else 200), path
         assert client.post("/inference", content=b"{").status_code == 401
-    without = Settings.from_environ({"API_KEY_GUARDS": "everything"})
-    with TestClient(create_app(without, slot)) as client:
-        assert client.get("/livez").status_code == 200
+    with pytest.raises(SettingsError, match="set API_KEY"):
+        Settings.from_environ({"API_KEY_GUARDS": "everything"})
 
 
 def test_the_documentation_says_how_the_key_is_shown(client: TestClient) -> None:

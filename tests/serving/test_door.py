@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
+from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.door import open_door
 from tuneserve.serving.middleware import Journal
 from tuneserve.serving.server import listen
@@ -252,3 +253,23 @@ def test_refusals_are_counted_and_logged_like_all_answers(
         ("/inference/batch", 429, "one"),
         ("/inference/batch", 429, "two"),
     ]
+
+
+def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, classifier: Classifier) -> None:
+    slot = Slot()
+    slot.take(classifier)
+    with served(settings.model_copy(update={"request_timeout_s": 0.3}), slot) as port:
+        client = Client(port)
+        began = time.monotonic()
+        status, headers, body = client.ask(write(BODY)[:-3])
+        assert (status, headers["connection"]) == (408, "close")
+        assert "0.3 s" in json.loads(body)["detail"]
+        assert 0.2 < time.monotonic() - began < 5
+        client.close()
+        large = Client(port)
+        assert large.ask(write(b" " * 5000))[0] == 413
+        large.close()
+    samples = [sample for family in slot.metrics._registry.collect() for sample in family.samples]
+    seen = {sample.labels["status"]: sample.labels["route"] for sample in samples if "status" in sample.labels}
+    assert seen == {"408": "/inference", "413": "/inference"}
+    slot.close()

@@ -39,7 +39,7 @@ def place(tmp_path: Path, version: Version, settings: Settings, make_engine: Cal
         def load(version: Version) -> Classifier:
             return Classifier(version, make_engine(instead))
 
-        return Shadowing(store, slot, load, wanted=5, max_latency_increase=100)
+        return Shadowing(store, slot, load, wanted=5)
 
     with TestClient(create_app(settings, slot)) as client:
         yield store, slot, client, shadowing
@@ -103,7 +103,7 @@ def test_a_challenger_that_cannot_be_loaded_is_let_go(place: Place, caplog: pyte
     def load(version: Version) -> Classifier:
         raise StoreError("torn")
 
-    Shadowing(store, slot, load, wanted=5, max_latency_increase=1).look()
+    Shadowing(store, slot, load, wanted=5).look()
     assert "torn" in caplog.text
     assert store.challenger_id() is None
     assert slot.version_id == "one"
@@ -120,5 +120,5 @@ def test_people_may_end_it(place: Place) -> None:
 
 def test_a_server_that_shadows_none_leaves_the_challenger_to_others(place: Place) -> None:
     store, slot, _, _ = place
-    Shadowing(store, slot, lambda version: pytest.fail("loaded"), wanted=0, max_latency_increase=1).look()
+    Shadowing(store, slot, lambda version: pytest.fail("loaded"), wanted=0).look()
     assert store.challenger_id() == "two"

@@ -297,6 +297,9 @@ class Settings(BaseModel):
         except ValidationError as error:
             bad = dict.fromkeys(str(item["loc"][0]) for item in error.errors())
             problems = [_describe(field, values[field]) for field in bad] + problems
+        else:
+            if settings.api_key_guards == "everything" and not settings.api_key.get_secret_value():
+                problems.append("  API_KEY_GUARDS='everything' needs a key to guard with; set API_KEY.")
         if problems:
             raise SettingsError("\n".join(["These environment variables cannot be used:", *problems]))
         return settings

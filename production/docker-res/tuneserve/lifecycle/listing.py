@@ -14,9 +14,9 @@ def table(root: Path) -> str:
     """The versions of a store, oldest first: id, when, accuracy, which one serves, what was decided and why."""
     store = Store(root)
     try:
-        champion = store.champion_id()
+        champion, problem = store.champion_id(), ""
     except StoreError as error:
-        return str(error)
+        champion, problem = None, f"\n{error}"
     previous = store.previous()
     rows = [COLUMNS]
     for version in store.versions():
@@ -27,9 +27,12 @@ def table(root: Path) -> str:
     if len(rows) == 1:
         return f"There is no version in MODEL_PATH={root} yet."
     widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
+    return (
+        "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+            for row in rows
+        )
+        + problem
     )
 
 

@@ -23,6 +23,7 @@ from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 
 logger = logging.getLogger(__name__)
 
+MEND = "Choose one with run.py promote <version>; run.py versions lists them."
 ABANDONED_S = 3600
 """Age at which a half-written version is taken for a killed run's and not for one that is being written."""
 
@@ -112,7 +113,8 @@ class Store:
         """The version that answered before the champion, if it is still there."""
         try:
             name = _read_pointer(self.previous_pointer)
-            return read_version(self.versions_folder / name) if name and name != self.champion_id() else None
+            other = name and name != self._readable_champion_id()
+            return read_version(self.versions_folder / name) if name and other else None
         except StoreError as error:
             logger.warning("%s", error)
             return None
@@ -132,16 +134,20 @@ class Store:
         Raises:
             StoreError: a pointer cannot be written.
         """
-        try:
-            before = self.champion_id()
-        except StoreError:
-            before = None  # what cannot be read cannot be gone back to
+        before = self._readable_champion_id()  # what cannot be read cannot be gone back to
         try:
             if before not in (None, version.id):
                 replace_file(self.previous_pointer, f"{before}\n".encode())
             replace_file(self.pointer, f"{version.id}\n".encode())
         except OSError as error:
             raise StoreError(f"{self.pointer} cannot be written: {error}") from error
+
+    def _readable_champion_id(self) -> str | None:
+        try:
+            return self.champion_id()
+        except StoreError as error:
+            logger.warning("%s", error)
+            return None
 
     def challenger_id(self) -> str | None:
         """The id of the version that is to shadow the champion.
@@ -177,7 +183,8 @@ class Store:
         decision = read_decision(version)
         if decision is not None and not decision.stands:
             logger.warning("version %s is promoted though: %s", version.id, decision.sentence)
-        write_decision(version, Decision.by_a_person(version.id, champion=self.champion_id(), before=decision))
+        champion = self._readable_champion_id()
+        write_decision(version, Decision.by_a_person(version.id, champion=champion, before=decision))
         self.set_champion(version)
         return version
 
@@ -190,10 +197,10 @@ class Store:
         Raises:
             StoreError: there is nothing to go back to.
         """
-        withdrawn = self.champion_id()
+        withdrawn = self._readable_champion_id()
         version = self.previous()
         if version is None or not is_whole(version):
-            raise StoreError(f"MODEL_PATH={self.root} remembers no version before {withdrawn}; see run.py versions.")
+            raise StoreError(f"MODEL_PATH={self.root} remembers no version to go back to; see run.py versions.")
         decision = read_decision(version)
         if decision is not None and decision.withdrawn_at is not None:
             raise StoreError(
@@ -218,7 +225,11 @@ class Store:
         return read_version(self.versions_folder / name)
 
     def forget_old(self, keep: int) -> list[str]:
-        """Remove the oldest versions until `keep` are left, champion and previous never; returns what went."""
+        """Remove the oldest versions until `keep` are left, champion and previous never; returns what went.
+
+        Raises:
+            StoreError: the pointer cannot be read, and nothing was removed.
+        """
         kept = {self.champion_id(), self.challenger_id()} | ({before.id} if (before := self.previous()) else set())
         versions = self.versions()
         others = [version for version in versions if version.id not in kept]
@@ -237,7 +248,7 @@ def _read_pointer(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
+        raise StoreError(f"{path} cannot be read: {error}. {MEND}") from error
     if not name or Path(name).name != name or name.startswith("."):
-        raise StoreError(f"{path} should hold a version's id, but holds {name!r}.")
+        raise StoreError(f"{path} should hold a version's id, but holds {name!r}. {MEND}")
     return name

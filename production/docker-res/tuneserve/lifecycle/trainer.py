@@ -177,7 +177,7 @@ class Trainer:
             state = "refused"
         elif code == BusyError.exit_code:
             said = "another process is training for this store"
-        elif code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        elif code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
             state, said = "interrupted", "a signal came; the same training goes on from its checkpoint"
         elif code < 0:
             said = f"killed by signal {-code}"

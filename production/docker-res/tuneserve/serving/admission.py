@@ -6,16 +6,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tuneserve.errors import NoModelError, OverloadedError
-from tuneserve.serving.middleware import has_key
+from tuneserve.serving.middleware import ENGINE_PATHS, has_key
 from tuneserve.serving.slot import Slot
-
-ENGINE_PATHS = {
-    "/inference": "/inference",
-    "/inference/": "/inference",
-    "/inference/batch": "/inference/batch",
-    "/inference/batch/": "/inference/batch",
-}
-"""Paths that the engine answers, and the route of each."""
 
 
 class Admission:

@@ -106,6 +106,7 @@ def create_app(
         return answers
 
     problems: dict[int | str, dict[str, Any]] = {
+        408: {"model": Problem, "description": "The body did not come in time."},
         413: {"model": Problem, "description": "The request is larger than this server takes."},
         429: {"model": Problem, "description": "Too much waits; Retry-After says for how long."},
         503: {"model": Problem, "description": "No model can answer yet; see Retry-After."},
@@ -119,7 +120,7 @@ def create_app(
         telemetry=telemetry,
     )
 
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024, timeout_s=settings.request_timeout_s)
     app.add_middleware(AdmissionMiddleware, admission=Admission(slot, key=key))
     if key and settings.api_key_guards == "everything":
         app.add_middleware(Lock, key=key)
@@ -221,11 +222,25 @@ def _body(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 async def _parse(schema: type[Schema], request: Request) -> Schema:
+    body = await request.body()
     try:
-        return schema.model_validate_json(await request.body())
+        try:
+            return schema.model_validate_json(body)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                raise
+            return schema.model_validate(_lenient(body, error))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
+
+
+def _lenient(body: bytes, error: ValidationError) -> Any:
+    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise error from None
 
 
 def _timeout_s(request: Request, settings: Settings) -> float:

@@ -13,8 +13,8 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from tuneserve.errors import OverloadedError
-from tuneserve.serving.admission import ENGINE_PATHS, Admission
-from tuneserve.serving.middleware import Journal, request_id_of
+from tuneserve.serving.admission import Admission
+from tuneserve.serving.middleware import ENGINE_PATHS, Journal, request_id_of
 
 ENGINE_URLS = {path.encode(): path for path in ENGINE_PATHS}
 """As they stand in a request; one that is written otherwise is the middleware's to refuse."""

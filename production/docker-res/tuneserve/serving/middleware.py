@@ -1,5 +1,6 @@
 """What every request passes before the API sees it: a stopwatch, perhaps a lock, a limit to size."""
 
+import asyncio
 import hmac
 import logging
 import os
@@ -13,6 +14,14 @@ from tuneserve.errors import ClientGoneError
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+ENGINE_PATHS = {
+    "/inference": "/inference",
+    "/inference/": "/inference",
+    "/inference/batch": "/inference/batch",
+    "/inference/batch/": "/inference/batch",
+}
+"""Paths that the engine answers, and the route of each."""
 
 REQUEST_ID = b"x-request-id"
 LONGEST_ID = 128
@@ -49,10 +58,10 @@ class Lock:
 
 
 class BodyLimit:
-    """Answers 413 as soon as a request's body is known to be too large, declared or counted."""
+    """Answers 413 as soon as a body is known to be too large, declared or counted, 408 if it does not come."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
+        self.app, self.max_bytes, self.timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the body back until it is whole and small enough."""
@@ -63,13 +72,19 @@ class BodyLimit:
         body = b""
         more = True
         too_large = int(declared) > self.max_bytes
-        while more and not too_large:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            too_large = len(body) > self.max_bytes
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                while more and not too_large:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    too_large = len(body) > self.max_bytes
+        except TimeoutError:
+            limit = f"The body did not come within {self.timeout_s:g} s."
+            await JSONResponse({"detail": limit}, 408, {"Connection": "close"})(scope, receive, send)
+            return
         if too_large:
             limit = f"The body is larger than {self.max_bytes // 1024} KiB, the most this server takes."
             await JSONResponse({"detail": limit}, status_code=413)(scope, receive, send)
@@ -143,5 +158,6 @@ class Stopwatch:
             if not status:  # the client hung up before there was an answer
                 status = ClientGoneError.status
             # Only routes that exist become labels: paths are the client's to invent.
-            route = getattr(scope.get("route"), "path", "(none)").rstrip("/") or "/"
+            found = getattr(scope.get("route"), "path", None) or ENGINE_PATHS.get(scope["path"], "(none)")
+            route = found.rstrip("/") or "/"
             self.journal.note(route, status, time.perf_counter() - began, request_id.decode())

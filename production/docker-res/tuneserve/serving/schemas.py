@@ -1,8 +1,19 @@
 """Requests and responses of the API, with the examples its documentation shows."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _string(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return value
+
+
+Text = Annotated[str, PlainValidator(_string), WithJsonSchema({"type": "string"})]
+"""Any string, half a surrogate pair included: that is one text's fault and not its request's."""
 
 
 class InferenceRequest(BaseModel):
@@ -10,7 +21,7 @@ class InferenceRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "A warm film, and never a dull one."}]})
 
-    text: str
+    text: Text
 
 
 class BatchRequest(BaseModel):
@@ -20,7 +31,7 @@ class BatchRequest(BaseModel):
         json_schema_extra={"examples": [{"texts": ["Worth every minute.", "We left at the interval."]}]}
     )
 
-    texts: Annotated[list[str], Field(min_length=1)]
+    texts: Annotated[list[Text], Field(min_length=1)]
 
 
 class PredictionResponse(BaseModel):
@@ -98,6 +109,8 @@ class FeedbackRequest(BaseModel):
             raise ValueError("should have either request_id or text")
         if self.text is not None and not self.text.strip():
             raise ValueError("the text is empty")
+        if self.text is not None and any("\ud800" <= letter <= "\udfff" for letter in self.text):
+            raise ValueError("the text holds half a surrogate pair, which is not Unicode text")
         return self
 
 

@@ -106,9 +106,7 @@ def follow(settings: Settings, slot: Slot, *, threads: int, trainer: Trainer | N
         return trainer is None or trainer.running is None
 
     store = Store(settings.model_path)
-    shadowing = Shadowing(
-        store, slot, load, wanted=settings.shadow_requests, max_latency_increase=settings.max_latency_increase
-    )
+    shadowing = Shadowing(store, slot, load, wanted=settings.shadow_requests)
     return Follower(store, slot, load, required=required, shadowing=shadowing)
 
 
@@ -138,7 +136,7 @@ def serve(
     slot = open_slot(settings)
     trainer = None
     if training:
-        trainer = Trainer(training, store, serves=lambda: not slot.empty, environ=environ)
+        trainer = Trainer(training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ)
     feedback = open_feedback(settings)
     admission = Admission(slot, key=settings.api_key.get_secret_value().encode())
     server = Server(

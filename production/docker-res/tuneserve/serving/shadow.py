@@ -29,16 +29,15 @@ class Shadow:
     Args:
         classifier: the challenger, warm.
         wanted: texts that it is to answer.
-        max_latency_increase: how much slower than the champion it may be.
     """
 
-    def __init__(self, classifier: Classifier, *, wanted: int, max_latency_increase: float) -> None:
+    def __init__(self, classifier: Classifier, *, wanted: int) -> None:
         self.classifier = classifier
         self._dead: BaseException | None = None
         self._model = ServedModel(  # what it answers is nobody's answer: it has figures of its own
             classifier, Metrics(), Window(), max_queue_tokens=MAX_QUEUE_TOKENS, on_death=self._die
         )
-        self._wanted, self._max_increase = wanted, max_latency_increase
+        self._wanted = wanted
         self._agreed: list[bool] = []
         self._ms: list[tuple[float, float]] = []
         self._failures = 0
@@ -82,10 +81,13 @@ class Shadow:
         self._dead = error
 
     def judged(self, decision: Decision) -> Decision:
-        """The gate's decision with what the shadow showed: no failure, and not much slower. Agreement is recorded."""
+        """The gate's decision with what the shadow showed. A failure refuses; agreement and latency are recorded.
+
+        The gate has judged the latency, each model by itself. Here they take each other's time: a client that asks
+        again at once makes the champion run beside every answer of the challenger, and not the other way round.
+        """
         agreement = sum(self._agreed) / max(1, len(self._agreed))
         before, now = (statistics.median(column) for column in zip(*self._ms, strict=True)) if self._ms else (0.0, 0.0)
-        slower = bool(self._ms) and now > before * (1 + self._max_increase)
         figures = {
             "texts": len(self._agreed),
             "failures": self._failures,
@@ -97,7 +99,7 @@ class Shadow:
             f"in the champion's shadow it answered {len(self._agreed)} texts, {agreement:.1%} of them alike, in "
             f"{now:.1f} ms where the champion took {before:.1f}; {self._failures} failed"
         )
-        passed = not self._failures and not slower and self._dead is None
+        passed = not self._failures and self._dead is None
         return replace(
             decision,
             verdict="accepted" if passed else "refused",
@@ -115,7 +117,6 @@ class Shadowing:
         slot: whose traffic is copied.
         load: makes a classifier of a version, which has proved itself.
         wanted: texts that a challenger is to answer; 0 if this server shadows none.
-        max_latency_increase: how much slower than the champion it may be.
     """
 
     def __init__(
@@ -125,10 +126,9 @@ class Shadowing:
         load: Callable[[Version], Classifier],
         *,
         wanted: int,
-        max_latency_increase: float,
     ) -> None:
         self._store, self._slot, self._load = store, slot, load
-        self._wanted, self._max_increase = wanted, max_latency_increase
+        self._wanted = wanted
         self._shadow: Shadow | None = None
 
     def look(self) -> None:
@@ -156,7 +156,7 @@ class Shadowing:
             classifier.engine.warm_up()
         except Exception as error:
             raise StoreError(f"version {version.id} cannot be loaded: {error}") from error
-        self._shadow = Shadow(classifier, wanted=self._wanted, max_latency_increase=self._max_increase)
+        self._shadow = Shadow(classifier, wanted=self._wanted)
         self._slot.shadow = self._shadow.copy
         logger.info("version %s answers %d texts in the champion's shadow", version.id, self._wanted)
 
