@@ -120,9 +120,20 @@ class Store:
             return None
 
     def last_good(self) -> list[Version]:
-        """What may answer while the champion cannot: the previous one, then whatever passed the gate, newest first."""
+        """What may answer while the champion cannot: the previous one, then whatever passed the gate, newest first.
+
+        If nothing says which one the champion is, it was probably the one that was decided on last.
+        """
         previous = self.previous()
-        passed = [one for one in reversed(self.versions()) if (found := read_decision(one)) and found.stands]
+        decided = [(found.at, one) for one in self.versions() if (found := read_decision(one)) and found.stands]
+        passed = [one for _, one in reversed(decided)]
+        try:
+            self.champion()
+        except NoModelError:
+            pass
+        except StoreError:
+            passed = [one for _, one in sorted(decided, key=lambda pair: (pair[0], pair[1].id), reverse=True)]
+            return [*passed, *([previous] if previous and all(one.id != previous.id for one in passed) else [])]
         return [
             *([previous] if previous else []),
             *(one for one in passed if previous is None or one.id != previous.id),
