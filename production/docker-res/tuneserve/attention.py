@@ -3,6 +3,8 @@
 On a GPU it is torch's own kernel for rows of different lengths (`torch.nn.attention.varlen`, flash attention 2);
 elsewhere, and for number formats which that kernel lacks, the texts are taken in blocks whose scores stay in the cache.
 transformers' encoders call `attend` through their `AttentionInterface` under the name `IMPLEMENTATION`.
+
+Longer than most modules: layout, forward and backward pass of one kernel are read together.
 """
 
 from collections.abc import Iterator
