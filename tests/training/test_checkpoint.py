@@ -51,6 +51,17 @@ def test_the_newest_is_restored_and_the_two_newest_are_kept(checkpoints: Checkpo
     assert (optimizer.weights == 10).all()  # what the model computes with, too
 
 
+def test_nothing_is_written_where_nothing_was_learned(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    position = checkpoints.restore(optimizer, ALONE)
+    checkpoints.save(position, optimizer, ALONE)
+    assert not checkpoints.folder.exists()
+    save(checkpoints, optimizer, step=1)
+    written = files(checkpoints)[0].stat().st_mtime_ns
+    again = Checkpoints(checkpoints.folder, every_minutes=10)
+    again.save(again.restore(optimizer, ALONE), optimizer, ALONE)
+    assert files(checkpoints)[0].stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
 def test_a_torn_one_is_left_out_and_the_one_before_is_taken(
     checkpoints: Checkpoints, optimizer: Optimizer, content: bytes | None, caplog: pytest.LogCaptureFixture

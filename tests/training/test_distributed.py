@@ -114,7 +114,7 @@ def test_a_worker_that_is_killed_does_not_end_the_run(gentle: dict[str, str], tm
     wait_for(lambda: any(checkpoints.glob("*/0000[3-9]*.safetensors")))
     os.kill(workers_of(process)[1], signal.SIGKILL)
     output = finish(process)
-    assert re.search(r"resuming in epoch \d+ at batch", output), output
+    assert re.search(r"resuming in epoch \d+ after batch", output), output
     version = champion(shared)
     assert len(version.metadata["history"]) == 30
     whole = shared | {"MODEL_PATH": str(tmp_path / "whole")}

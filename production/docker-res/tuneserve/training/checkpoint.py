@@ -88,6 +88,7 @@ class Checkpoints:
         self.folder = folder
         self._every_s = every_minutes * 60
         self._saved = time.monotonic()
+        self._on_disk = ""
 
     def due(self) -> bool:
         """Whether the interval has passed since the last one."""
@@ -96,13 +97,17 @@ class Checkpoints:
     def save(self, position: Position, optimizer: Optimizer, world: World) -> None:
         """Write a checkpoint and remove all but the newest two; only the leading process writes.
 
+        Nothing is written where nothing was learned since the last one, or since the start.
+
         Raises:
             StoreError: the disk refuses.
         """
         self._saved = time.monotonic()
-        if world.leads:
+        content = json.dumps(asdict(position))
+        if world.leads and content != self._on_disk:
             name = f"{position.epoch:05d}-{position.step:08d}.safetensors"
-            self._write(name, optimizer.tensors(), {"position": json.dumps(asdict(position))})
+            self._write(name, optimizer.tensors(), {"position": content})
+            self._on_disk = content
             for old in self._newest_first()[KEPT:]:
                 old.unlink(missing_ok=True)
 
@@ -128,11 +133,12 @@ class Checkpoints:
                 continue
             position = header["position"]
             break
-        position = world.tell(position)
+        found = Position(**json.loads(world.tell(position)))
         for tensor in optimizer.tensors().values():
             world.broadcast(tensor)
         optimizer.refresh()
-        return Position(**json.loads(position))
+        self._on_disk = json.dumps(asdict(found))
+        return found
 
     def save_best(self, optimizer: Optimizer, world: World) -> None:
         """Keep the weights as the best so far.

@@ -27,6 +27,8 @@ EXPLODED = 4.0
 """Times the loss of plain guessing, or of the untrained model if that is worse; a smoothed loss beyond it does not come
 back."""
 
+INTERRUPTED = "interrupted in epoch %d after batch %d of %d; the same command goes on from there"
+
 
 def fit(
     model: nn.Module,
@@ -70,7 +72,7 @@ def fit(
     ) as optimizer:
         position = checkpoints.restore(optimizer, world)
         if position.texts:
-            logger.info("resuming in epoch %d at batch %d of %d", position.epoch + 1, position.step + 1, steps)
+            logger.info("resuming in epoch %d after batch %d of %d", position.epoch + 1, position.step, steps)
         gradient = Gradient(forward, optimizer, train, recipe, stopping=stopping, world=world)
         gradient.part_tokens = position.part_tokens or gradient.part_tokens
 
@@ -96,12 +98,14 @@ def fit(
                     if step.stop or checkpoints.due():
                         checkpoints.save(position, optimizer, world)
                     if step.stop:
+                        logger.info(INTERRUPTED, position.epoch + 1, position.step, steps)
                         return position
             optimizer.settle()
             model.eval()
             figures = {"train_loss": position.loss_sum / len(train), **validate()}
             if world.any(stopping()):
                 checkpoints.save(position, optimizer, world)
+                logger.info(INTERRUPTED, position.epoch + 1, position.step, steps)
                 return position
             logger.info("epoch=%d; %s", position.epoch + 1, " ".join(f"{k}={v:.4f};" for k, v in figures.items()))
             record(position.epoch * steps + steps, figures)
