@@ -107,7 +107,9 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
     data = Path(environment["DATASET"])
     good = tiny.sentences(160)
     with loop.Load(int(environment["PORT"]), [text for text, _ in good], clients=2) as load:
-        assert retrain(service)["state"] == "finished"  # nothing is new
+        job = retrain(service)
+        assert (job["state"], job["version"]) == ("finished", first)
+        assert job["said"] == "nothing to train: it has these settings and data"
         assert service.version() == first
 
         opposite = {"good": "bad", "bad": "good"}
@@ -193,6 +195,20 @@ def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(sta
     assert "checkpoint" in service.log.read_text() or list(
         Path(service.environment["MODEL_PATH"]).glob("checkpoints/*")
     )
+
+
+def test_a_training_yields_if_there_is_something_to_answer_with(start: Start) -> None:
+    def policy_of_training(service: loop.Service) -> int:
+        service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
+        return os.sched_getscheduler(training_process(service))
+
+    service = start(RETRAIN_NICE="idle", N_EPOCHS="40")
+    assert policy_of_training(service) == os.SCHED_OTHER  # nobody waits for answers yet
+    ready(service)
+    assert service.end() == 0
+    service = start(RETRAIN_NICE="idle", N_EPOCHS="400")
+    assert policy_of_training(service) == os.SCHED_IDLE
+    assert ask(service)["label"] in ("good", "bad")
 
 
 @pytest.mark.parametrize("victim", ["child", "server", "both"])

@@ -452,3 +452,24 @@ def test_a_listing_shows_each_version_with_its_decision(store: Store) -> None:
     assert "withdrawn" in lines[2]
     assert "87.50%" in lines[3]
     assert "not judged" in lines[3]
+
+
+def test_of_a_challenger_the_table_says_that_it_is_one_and_what_became_of_it(store: Store) -> None:
+    versions = [add(store, name) for name in ("a", "b", "c")]
+    for version in versions:
+        write_decision(version, Decision(version.id, "accepted", "gate", "is good", None))
+    store.set_champion(versions[0])
+    store.set_challenger(versions[1])
+    assert [line.split()[:2] for line in table(store.root).splitlines()[1:]] == [
+        ["a", "champion"],
+        ["b", "challenger"],
+        ["c", "accepted:"],
+    ]
+    store.set_challenger(versions[1])  # the same again is no news
+    assert "took its place" not in table(store.root)
+    store.set_challenger(versions[2])
+    assert "is good; c took its place in the champion's shadow" in table(store.root)
+    store.challenger_pointer.write_bytes(b"\xff")
+    assert f"{store.challenger_pointer} cannot be read" in table(store.root)
+    store.set_challenger(versions[2])
+    assert store.challenger_id() == "c"

@@ -263,8 +263,9 @@ class Settings(BaseModel):
 
             try:
                 CronSim(value if len(value.split()) == 5 else "", datetime(2026, 1, 1, tzinfo=UTC))
-            except CronSimError:
-                raise ValueError("should be cron's five fields") from None
+            except CronSimError as error:
+                why = str(error).lower()
+                raise ValueError(f"should be cron's five fields, of times that come ({why})") from None
         return value
 
     @field_validator("retrain_time_zone")

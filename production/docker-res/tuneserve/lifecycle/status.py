@@ -59,9 +59,10 @@ class Status:
         }
         self._write()
 
-    def decided(self, decision: Decision) -> None:
-        """The gate has spoken for the version."""
-        self._content = {"phase": "finished", "version": decision.version, "decision": decision.sentence}
+    def decided(self, decision: Decision, *, before: Decision | None) -> None:
+        """The gate has spoken for the version, or had done so `before`."""
+        said = decision.sentence if decision != before else "nothing to train: it has these settings and data"
+        self._content = {"phase": "finished", "version": decision.version, "decision": said}
         self._write()
 
     def __enter__(self) -> "Status":

@@ -15,6 +15,8 @@ A pointer file and not a symbolic link: links do not survive object-store mounts
 import logging
 import shutil
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version, replace_file
@@ -169,11 +171,13 @@ class Store:
         return _read_pointer(self.challenger_pointer)
 
     def set_challenger(self, version: Version | None) -> None:
-        """Let this version shadow the champion; None ends it.
+        """Let this version shadow the champion; None ends it. Of one that is pushed out it is written down.
 
         Raises:
             StoreError: the pointer cannot be written.
         """
+        if version is not None:
+            self._push_out(version)
         try:
             if version is None:
                 self.challenger_pointer.unlink(missing_ok=True)
@@ -181,6 +185,14 @@ class Store:
                 replace_file(self.challenger_pointer, f"{version.id}\n".encode())
         except OSError as error:
             raise StoreError(f"{self.challenger_pointer} cannot be written: {error}") from error
+
+    def _push_out(self, newer: Version) -> None:
+        with suppress(StoreError):  # an unreadable pointer, or a version that is gone
+            name = self.challenger_id()
+            if name is not None and name != newer.id:
+                decision = read_decision(older := self.version(name)) or Decision.unknown(name)
+                said = f"{decision.sentence}; {newer.id} took its place in the champion's shadow"
+                write_decision(older, replace(decision, sentence=said))
 
     def promote(self, name: str) -> Version:
         """Let a version answer because a person wants it, whatever the gate said.

@@ -19,6 +19,7 @@ import tuneserve
 from tuneserve.artifact import Version
 from tuneserve.hardware import Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
+from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
 from tuneserve.lifecycle.feedback import FILE, labelled_texts
 from tuneserve.lifecycle.lock import hold
@@ -91,7 +92,8 @@ def _train(settings: Settings, stop: Stop, device: torch.device, precision: Prec
             status.phase("judging")
             keep_evidence(store, version, splits, seed=settings.seed)
             lock.require()
-            status.decided(gate.admit(store, version, settings))
+            before = read_decision(version)
+            status.decided(gate.admit(store, version, settings), before=before)
     return version
 
 
