@@ -184,6 +184,7 @@ class Report:
 
     def add(self, step: str, seen: str, seconds: float | None = None) -> None:
         """Say a step, now and in the table."""
+        seen = "; ".join(seen.splitlines())
         self.rows.append((step, seen, "" if seconds is None else f"{seconds:.1f}"))
         print(f"{step}: {seen}{'' if seconds is None else f' ({seconds:.1f} s)'}", flush=True)
 

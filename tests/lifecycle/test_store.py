@@ -398,6 +398,9 @@ def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.L
     assert decision is not None
     assert (decision.by, decision.stands, store.champion_id()) == ("person", True, "two")
     assert "too slow" in decision.sentence
+    store.rollback()
+    store.promote("two")
+    assert "two is promoted though: it was withdrawn 20" in caplog.text
     for name in ("none", "../one", "", ".hidden"):
         with pytest.raises(StoreError):
             store.promote(name)

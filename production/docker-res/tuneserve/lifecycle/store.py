@@ -205,7 +205,8 @@ class Store:
             raise StoreError(f"version {version.id} is damaged and cannot be promoted.")
         decision = read_decision(version)
         if decision is not None and not decision.stands:
-            logger.warning("version %s is promoted though: %s", version.id, decision.sentence)
+            why = f"it was withdrawn {decision.withdrawn_at}" if decision.withdrawn_at else decision.sentence
+            logger.warning("version %s is promoted though: %s", version.id, why)
         champion = self._readable_champion_id()
         write_decision(version, Decision.by_a_person(version.id, champion=champion, before=decision))
         self.set_champion(version)
