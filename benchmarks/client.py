@@ -39,8 +39,12 @@ class Connection(asyncio.Protocol):
 
     def ask(self, request: bytes, done: Callable[[Answer], None]) -> None:
         """Send a request; its answer goes to `done`."""
-        self._done = done
+        self.expect(done)
         self.transport.write(request)
+
+    def expect(self, done: Callable[[Answer], None]) -> None:
+        """Let the next answer go to `done`; it may come before the whole request is sent."""
+        self._done = done
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self._received += data

@@ -188,12 +188,14 @@ async def _ask(client: Client, request: bytes, manner: str, draw: random.Random)
         client.ended = True
         return Answer(LOST)
     if manner == "slowly":
+        client.expect(done)
         pieces = [request[place : place + 40] for place in range(0, len(request), 40)]
         for piece in pieces[:-1]:
             client.transport.write(piece)
             await asyncio.sleep(0.2)
-        request = pieces[-1]
-    client.ask(request, done)
+        client.transport.write(pieces[-1])
+    else:
+        client.ask(request, done)
     if manner == "hang up":
         await asyncio.sleep(draw.random() / 200)
         client.transport.abort()

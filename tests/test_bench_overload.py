@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import soak
 from client import LOST, Answer, Pool, write_request
 from overload import WARM_UP_S, Tally, offer, press, tabulate
 from soak import KINDS, Soak
@@ -148,14 +150,34 @@ GOOD = {"label": "a", "scores": {"a": 0.75, "b": 0.25}}
     ],
 )
 def test_an_answer_is_held_against_what_was_deserved(name: str, answer: Answer, deserved: bool) -> None:
-    soak = Soak(["a film"], 1)
-    soak._judge(name, KINDS[name], answer)
-    assert bool(soak.undeserved) != deserved
-    assert sum(soak.statuses[name].values()) == 1
+    found = Soak(["a film"], 1)
+    found._judge(name, KINDS[name], answer)
+    assert bool(found.undeserved) != deserved
+    assert sum(found.statuses[name].values()) == 1
 
 
 def test_memory_that_grows_has_a_slope() -> None:
-    soak = Soak(["a film"], 300)
-    soak.memory = [(0, 50 << 20), *((60.0 * minute, (100 + 3 * minute) << 20) for minute in range(1, 6))]
-    assert soak.growth() == pytest.approx(3 << 20)
-    assert "| 50.0 | 103.0 | 115.0 | 115.0 | 3.0 |" in tabulate_soak(soak)
+    found = Soak(["a film"], 300)
+    found.memory = [(0, 50 << 20), *((60.0 * minute, (100 + 3 * minute) << 20) for minute in range(1, 6))]
+    assert found.growth() == pytest.approx(3 << 20)
+    assert "| 50.0 | 103.0 | 115.0 | 115.0 | 3.0 |" in tabulate_soak(found)
+
+
+def test_an_answer_that_comes_before_a_slow_request_is_sent_is_not_lost() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 2\r\n\r\n{}")
+        await reader.read()
+        writer.close()
+
+    async def ask() -> int:
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        async with server:
+            client = await soak._connect(server.sockets[0].getsockname()[1])
+            request = write_request("/inference", b"x" * 50)
+            answer = await asyncio.wait_for(soak._ask(client, request, "slowly", random.Random(0)), 10)
+            client.transport.close()
+            await asyncio.sleep(0.05)  # both ends of the connection go
+            return answer.status
+
+    assert asyncio.run(ask()) == 429
