@@ -12,6 +12,7 @@ rollback      go back to the version before
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,11 @@ def main(arguments: list[str]) -> int:
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         VERBS[wanted.verb](settings, stop, threads)
+    except SystemExit as end:
+        if stop.signal is not None:
+            name = signal.Signals(stop.signal).name
+            logging.getLogger(__name__).info("%s: ended with exit code %s; what is saved stays", name, end.code)
+        raise
     except TuneserveError as error:
         from tuneserve.training import launch
 

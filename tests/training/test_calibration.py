@@ -36,8 +36,24 @@ def test_a_model_that_is_too_sure_by_a_factor_gets_that_temperature(factor: floa
 
 
 def test_texts_that_are_all_right_do_not_make_the_model_certain() -> None:
-    logits = np.array([[1.0, -1.0]] * 5)
-    assert fit_temperature(logits, np.zeros(5, dtype=np.int64)) == pytest.approx(BOUNDS[0], rel=1e-3)
+    def temperature(texts: int) -> float:
+        return fit_temperature(np.array([[1.0, -1.0]] * texts), np.zeros(texts, dtype=np.int64))
+
+    assert 0.7 < temperature(5) < 0.95
+    assert temperature(1000) == pytest.approx(BOUNDS[0], rel=1e-3)
+
+
+def test_a_model_that_hardly_learned_is_not_made_surer() -> None:
+    rng = np.random.default_rng(0)
+    label_ids = rng.integers(0, 2, 800)
+    hint = rng.normal(0, 0.12, 800) + 0.06 * (2 * label_ids - 1)
+    logits = np.stack([np.zeros(800), 0.25 + hint], axis=1)  # nearly always the second class
+    assert 0.5 < (logits.argmax(axis=1) == label_ids).mean() < 0.6
+    sharper = logits / BOUNDS[0]
+    assert expected_calibration_error(softmax(sharper, axis=1), label_ids) > expected_calibration_error(
+        softmax(logits, axis=1), label_ids
+    )
+    assert fit_temperature(logits, label_ids) == 1
 
 
 @pytest.mark.parametrize("kind", sorted(tiny.KINDS))

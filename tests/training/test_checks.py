@@ -128,6 +128,8 @@ def test_the_findings_are_told_in_sentences() -> None:
         "1 training texts left out because they are also in the test texts",
         "1 empty texts left out of train",
     ]
+    broken = checked({"train": numbered({"a\nb": 40, "c": 40})})
+    assert "'a\\nb' " in describe(broken.findings)[0]  # one line all the same
     many = checked({"train": numbered({f"class {number}": 10 + number for number in range(9)})})
     assert describe(many.findings)[0].endswith("(9 classes of 8 to 14)")
 

@@ -130,6 +130,7 @@ def test_an_encoding_that_was_interrupted_goes_on(
     caplog.clear()
     again = features.encode(encoder, split, tmp_path / "parts", stopping=lambda: False)
     assert np.array_equal(again, whole)
+    assert f"{done} of 35 texts are encoded already" in caplog.text
     assert f"encoded {done} of 35 texts" not in caplog.text  # that part was not made again
     assert "encoded 35 of 35 texts" in caplog.text
 

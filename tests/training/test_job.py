@@ -208,6 +208,17 @@ def test_balanced_class_weights_find_the_rare_class_more_often(environment: dict
     assert recall["balanced"] > recall["none"]
 
 
+def test_a_base_model_that_memory_does_not_hold_is_a_clear_error(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*about: object, **options: object) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", refuse)
+    with pytest.raises(BaseModelError, match="cannot be loaded as a classifier: Cannot allocate memory"):
+        train(environment)
+
+
 def test_cuda_without_a_gpu_fails_and_says_why(environment: dict[str, str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
@@ -295,6 +306,8 @@ def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
     process.send_signal(number)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == code, output
+    assert "the same command goes on from there" in output
+    assert f"{number.name}: ended with exit code {code}" in output
     assert time.monotonic() - began < 10
     process = start_process(environment)
     lines = iter(process.stdout or [])

@@ -298,5 +298,5 @@ def describe(findings: Mapping[str, Any]) -> list[str]:
 
 def _balance(sizes: Mapping[str, int]) -> str:
     if len(sizes) <= 6:
-        return ", ".join(f"{name} {size}" for name, size in sizes.items())
+        return ", ".join(f"{name if name.isprintable() else repr(name)} {size}" for name, size in sizes.items())
     return f"{len(sizes)} classes of {min(sizes.values())} to {max(sizes.values())}"

@@ -104,6 +104,8 @@ def encode(encoder: Encoder, split: TokenizedSplit, folder: Path, *, stopping: C
         said = note.read_text() if note.exists() and table.exists() else ""
         done = int(said) if said.isdecimal() else 0  # a note is empty if the process was killed while it wrote
         if done < len(split):
+            if done:
+                logger.info("%d of %d texts are encoded already", done, len(split))
             _encode(encoder, split, table, note, done, stopping)
         else:
             logger.info("%d texts are encoded already", len(split))

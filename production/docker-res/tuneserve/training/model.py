@@ -63,7 +63,7 @@ def load_classifier(
     """The base model with a new classification head, in fp32 on the device; `seed` decides the new weights.
 
     Raises:
-        BaseModelError: transformers cannot classify with this model.
+        BaseModelError: transformers cannot classify with this model, or memory does not hold it.
     """
     torch.manual_seed(seed)
     try:
@@ -81,7 +81,7 @@ def load_classifier(
             ignore_mismatched_sizes=True,
             attn_implementation=ATTENTION.get(device.type),
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, MemoryError) as error:
         raise BaseModelError(f"{folder} cannot be loaded as a classifier: {error}") from error
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
