@@ -49,7 +49,7 @@ def run(trainer: Trainer) -> Job:
     ended = threading.Event()
     trainer.on_end = lambda job: ended.set()
     job = trainer.start("a test")
-    assert ended.wait(10)
+    assert ended.wait(60)
     found = trainer.job(job.id)
     assert found is not None
     return found
@@ -159,7 +159,7 @@ def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, stor
     ended = threading.Event()
     trainer.on_end = lambda job: ended.set()
     job = trainer.start("a test")
-    assert ended.wait(10)
+    assert ended.wait(60)
     found = trainer.job(job.id)
     assert found is not None
     assert found.state == "failed"
