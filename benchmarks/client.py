@@ -1,8 +1,6 @@
 """A client that costs little: HTTP/1.1 on connections that are kept, no library between, answers by callback."""
 
 import asyncio
-import resource
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,47 +68,6 @@ class Connection(asyncio.Protocol):
         done, self._done = self._done, None
         if done is not None:
             done(answer)
-
-
-class Pool:
-    """Open connections, used in turn; one that ends is replaced."""
-
-    def __init__(self, port: int, size: int) -> None:
-        self.free: deque[Connection] = deque()
-        self._port, self._size = port, size
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
-
-    async def __aenter__(self) -> "Pool":
-        allow_files(self._size + 100)
-        for _ in range(self._size):
-            await self._open()
-        return self
-
-    async def __aexit__(self, *about: object) -> None:
-        self._closed = True
-        for connection in list(self.free):
-            connection.transport.close()
-
-    async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(self._replace), "127.0.0.1", self._port)
-        self.free.append(connection)
-
-    def _replace(self, connection: Connection) -> None:
-        if connection in self.free:
-            self.free.remove(connection)
-        if not self._closed:
-            task = asyncio.get_running_loop().create_task(self._open())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-
-def allow_files(count: int) -> None:
-    """Let this process have so many files open, as far as the system allows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
 
 
 def write_request(path: str, body: bytes, *headers: str, method: str = "POST") -> bytes:

@@ -10,7 +10,6 @@ from typing import Any
 
 from servers import BenchError, Contender, last_line
 
-SCRIPT = Path(__file__).with_name("post.lua")
 PATIENCE_S = 60
 """Seconds after which wrk counts an answer as late."""
 GRACE_S = 120
@@ -38,40 +37,46 @@ def press(contender: Contender, port: int, bodies: Path, *, connections: int, se
     Raises:
         BenchError: wrk ended without figures.
     """
-    load = ["--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
-    command = ["wrk", *load, "--timeout", f"{PATIENCE_S}s", "--script", str(SCRIPT)]
     address = f"http://127.0.0.1:{port}{contender.path}"
+    return read_figures(run_wrk("post.lua", address, bodies, connections=connections, seconds=seconds))
+
+
+def run_wrk(script: str, address: str, *arguments: object, connections: int, seconds: int) -> dict[str, Any]:
+    """The JSON that a script of wrk's prints at its end.
+
+    Raises:
+        BenchError: wrk ended without it.
+    """
+    load = ["--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
+    command = ["wrk", *load, "--timeout", f"{PATIENCE_S}s", "--script", str(Path(__file__).with_name(script))]
     try:
         done = subprocess.run(
-            [*command, address, "--", str(bodies)], capture_output=True, text=True, timeout=seconds + GRACE_S
+            [*command, address, "--", *map(str, arguments)], capture_output=True, text=True, timeout=seconds + GRACE_S
         )
     except subprocess.TimeoutExpired as error:
         raise BenchError("wrk hangs") from error
     if done.returncode:
         raise BenchError(f"wrk ended with {done.returncode}: {last_line(done.stderr or done.stdout)}")
-    return read_figures(done.stdout)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        raise BenchError(f"wrk printed no figures: {last_line(done.stdout)}")
+    figures: dict[str, Any] = json.loads(lines[-1])
+    return figures
 
 
-def read_figures(output: str) -> dict[str, Any]:
-    """What `post.lua` printed behind wrk's own words.
+def read_figures(printed: dict[str, Any]) -> dict[str, Any]:
+    """What `post.lua` printed.
 
     Returns:
         `requests_per_s` that were answered and not refused; `p50_ms` and `p99_ms` of all answers, None without any;
         `errors`: answers of 400 and above, connections that failed, and answers that came too late.
-
-    Raises:
-        BenchError: it printed nothing.
     """
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    if not lines:
-        raise BenchError(f"wrk printed no figures: {last_line(output)}")
-    figures = json.loads(lines[-1])
-    answers = figures["answers"]
+    answers = printed["answers"]
     return {
-        "requests_per_s": (answers - figures["refused"]) / (figures["duration_us"] / 1e6),
-        "p50_ms": figures["p50_us"] / 1e3 if answers else None,
-        "p99_ms": figures["p99_us"] / 1e3 if answers else None,
-        "errors": figures["refused"] + figures["unanswered"] + figures["late"],
+        "requests_per_s": (answers - printed["refused"]) / (printed["duration_us"] / 1e6),
+        "p50_ms": printed["p50_us"] / 1e3 if answers else None,
+        "p99_ms": printed["p99_us"] / 1e3 if answers else None,
+        "errors": printed["refused"] + printed["unanswered"] + printed["late"],
     }
 
 

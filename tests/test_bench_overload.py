@@ -1,30 +1,35 @@
-"""The benchmarks of overload and mixed load: what their client reads, what they count, what they call undeserved."""
+"""The benchmarks of overload and mixed load: what their clients read, what they count, what they call undeserved."""
 
 import asyncio
 import json
 import random
+import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import soak
-from client import LOST, Answer, Pool, write_request
-from overload import WARM_UP_S, Tally, offer, press, tabulate
+from client import LOST, Answer, Connection, write_request
+from overload import WARM_UP_S, offer, tabulate
 from soak import KINDS, Soak
 from soak import tabulate as tabulate_soak
 
-Reply = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+Reply = Callable[[bytes, bytes, asyncio.StreamWriter], Awaitable[None]]
+needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 
 
 @asynccontextmanager
 async def serving(reply: Reply):
-    """A server that leaves each request's answer to `reply`; gives its port."""
+    """A server that leaves each request's answer to `reply`, which gets its id and body; gives its port."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                length = int(Answer(0, head.lower()).header("content-length") or 0)
-                await reply(await reader.readexactly(length), writer)
+                asked = Answer(0, head.lower())
+                body = await reader.readexactly(int(asked.header("content-length") or 0))
+                await reply((asked.header("x-request-id") or "").encode(), body, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -35,98 +40,106 @@ async def serving(reply: Reply):
         yield server.sockets[0].getsockname()[1]
 
 
-async def say_ok(body: bytes, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+async def say_ok(request_id: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nx-request-id: " + request_id + b"\r\nContent-Le")
     await asyncio.sleep(0.001)
     writer.write(b"ngth: 4\r\n\r\nfi")
     await asyncio.sleep(0.001)
     writer.write(b"ne")
 
 
-async def refuse(body: bytes, writer: asyncio.StreamWriter) -> None:
-    retry = b"Retry-After: 3\r\n" if body == b"told" else b""
+async def refuse(request_id: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
+    retry = b"retry-after: 3\r\n" if body == b"told" else b""
     writer.write(b"HTTP/1.1 429 Too Many Requests\r\n" + retry + b"Content-Length: 0\r\n\r\n")
 
 
-async def hang_up(body: bytes, writer: asyncio.StreamWriter) -> None:
+async def hang_up(request_id: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
     writer.close()
 
 
-async def be_slow(body: bytes, writer: asyncio.StreamWriter) -> None:
+async def be_slow(request_id: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(0.3)
-    await say_ok(body, writer)
+    await say_ok(request_id, body, writer)
 
 
-async def ask(port: int, *requests: bytes) -> list[Answer]:
-    answers = []
-    async with Pool(port, 1) as pool:
-        for request in requests:
-            while not pool.free:
-                await asyncio.sleep(0.01)
-            answered = asyncio.get_running_loop().create_future()
-            pool.free[0].ask(request, answered.set_result)
-            answers.append(await asyncio.wait_for(answered, 5))
-    return answers
+async def ask(port: int, request: bytes) -> Answer:
+    loop = asyncio.get_running_loop()
+    answered = loop.create_future()
+    transport, connection = await loop.create_connection(Connection, "127.0.0.1", port)
+    connection.ask(request, answered.set_result)
+    answer = await asyncio.wait_for(answered, 5)
+    transport.close()
+    return answer
+
+
+def load(folder: Path, reply: Reply, bodies: list[str], **how: Any) -> dict[str, Any]:
+    """What wrk finds at such a server."""
+    file = folder / "bodies.jsonl"
+    file.write_text("".join(f"{body}\n" for body in bodies))
+
+    async def run() -> dict[str, Any]:
+        async with serving(reply) as port:
+            return await asyncio.to_thread(offer, f"http://127.0.0.1:{port}/", file, **how)
+
+    return asyncio.run(run())
 
 
 def test_an_answer_is_read_however_it_comes_in_pieces() -> None:
-    async def run() -> list[Answer]:
+    async def run() -> Answer:
         async with serving(say_ok) as port:
-            return await ask(port, write_request("/", b"a"), write_request("/", b"b"))
+            return await ask(port, write_request("/", b"a"))
 
-    assert [(one.status, one.body) for one in asyncio.run(run())] == [(200, b"fine")] * 2
+    answer = asyncio.run(run())
+    assert (answer.status, answer.body) == (200, b"fine")
 
 
-def test_a_connection_that_ends_is_an_answer_too_and_is_replaced() -> None:
-    async def run() -> list[Answer]:
+def test_a_connection_that_ends_is_an_answer_too() -> None:
+    async def run() -> Answer:
         async with serving(hang_up) as port:
-            return await ask(port, write_request("/", b"a"), write_request("/", b"b"))
+            return await ask(port, write_request("/", b"a"))
 
-    assert [one.status for one in asyncio.run(run())] == [LOST, LOST]
+    assert asyncio.run(run()).status == LOST
 
 
-def test_requests_come_at_their_rate_however_slow_the_answers_are() -> None:
-    async def run() -> dict[str, float]:
-        async with serving(be_slow) as port:
-            return await offer(port, [write_request("/", b"a")], per_s=50, seconds=WARM_UP_S + 1, connections=60)
-
-    figures = asyncio.run(run())
+@needs_wrk
+def test_requests_come_at_their_rate_however_slow_the_answers_are(tmp_path: Path) -> None:
+    figures = load(tmp_path, be_slow, ["a"], per_s=50, seconds=WARM_UP_S + 2, connections=60)
     assert figures["sent_per_s"] == pytest.approx(50, rel=0.05)
     assert figures["goodput_per_s"] == pytest.approx(50, rel=0.15)
     assert 300 <= figures["p50_ms"] < 500
     assert figures["others"] == 0
 
 
-def test_what_finds_no_free_connection_is_said_and_not_hidden() -> None:
-    async def run() -> dict[str, float]:
-        async with serving(be_slow) as port:
-            return await offer(port, [write_request("/", b"a")], per_s=50, seconds=1, connections=2)
-
-    assert asyncio.run(run())["others"] > 30
+@needs_wrk
+def test_what_finds_no_free_connection_is_not_sent(tmp_path: Path) -> None:
+    assert load(tmp_path, be_slow, ["a"], per_s=50, seconds=3, connections=2)["sent_per_s"] < 10
 
 
-def test_as_many_are_under_way_as_there_are_connections() -> None:
-    async def run() -> dict[str, float]:
-        async with serving(be_slow) as port:
-            return await press(port, [write_request("/", b"a")], connections=3, seconds=WARM_UP_S + 1)
-
-    assert asyncio.run(run())["goodput_per_s"] == pytest.approx(9, abs=1)
+@needs_wrk
+def test_as_many_are_under_way_as_there_are_connections(tmp_path: Path) -> None:
+    figures = load(tmp_path, be_slow, ["a"], per_s=0, seconds=WARM_UP_S + 1, connections=3)
+    assert figures["goodput_per_s"] == pytest.approx(9, abs=1)
 
 
-def test_refusals_without_retry_after_are_counted() -> None:
-    async def run() -> dict[str, float]:
-        async with serving(refuse) as port:
-            bodies = [write_request("/", b"told"), write_request("/", b"left alone")]
-            return await offer(port, bodies, per_s=50, seconds=1, connections=9)
+@needs_wrk
+def test_refusals_without_retry_after_are_counted(tmp_path: Path) -> None:
+    figures = load(tmp_path, refuse, ["told", "left alone"], per_s=50, seconds=WARM_UP_S + 1, connections=9)
+    assert (figures["refused_share"], figures["retry_s"], figures["goodput_per_s"]) == (1, 3, 0)
+    assert figures["without_retry"] == pytest.approx(75, abs=3)
 
-    figures = asyncio.run(run())
-    assert (figures["refused_share"], figures["without_retry"], figures["retry_s"]) == (1, 25, 3)
-    assert figures["goodput_per_s"] == 0
+
+@needs_wrk
+def test_connections_that_end_are_counted(tmp_path: Path) -> None:
+    figures = load(tmp_path, hang_up, ["a"], per_s=20, seconds=WARM_UP_S + 1, connections=9)
+    assert figures["others"] >= 60  # wrk opens them anew and asks at once
 
 
 def test_the_table_compares_with_the_peak() -> None:
-    one = Tally(seconds=3).figures() | {"goodput_per_s": 200.0, "p50_ms": 1.0, "p99_ms": 2.0}
-    table = tabulate({"peaks": [one], "rates": [{"times": 4, **one, "goodput_per_s": 150.0}]})
+    one = dict.fromkeys(
+        ["sent_per_s", "refused_share", "without_retry", "retry_s", "p50_ms", "p99_ms", "others", "client_share"], 1.0
+    )
+    peak, rate = one | {"goodput_per_s": 200.0}, one | {"goodput_per_s": 150.0, "times": 4}
+    table = tabulate({"peaks": [peak], "rates": [rate]})
     assert [line.split("|")[4].strip() for line in table.splitlines()[2:]] == ["100.0", "75.0"]
 
 

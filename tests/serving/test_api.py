@@ -86,9 +86,12 @@ def test_a_thousand_problems_are_not_all_listed(client: TestClient) -> None:
     assert len(answer.json()["detail"]) == 20
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz"])
-def test_probes_may_ask_with_head(client: TestClient, path: str) -> None:
-    assert client.head(path).status_code == 200
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/livez", 200), ("/readyz", 200), ("/metrics", 200), ("/model", 200), ("/drift", 200), ("/inference", 405)],
+)
+def test_what_can_be_read_can_be_asked_for_with_head(client: TestClient, path: str, status: int) -> None:
+    assert client.head(path).status_code == status
 
 
 def test_what_was_sent_is_not_repeated_in_the_error(client: TestClient) -> None:

@@ -273,3 +273,21 @@ def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, 
     seen = {sample.labels["status"]: sample.labels["route"] for sample in samples if "status" in sample.labels}
     assert seen == {"408": "/inference", "413": "/inference"}
     slot.close()
+
+
+def test_who_asks_for_a_web_socket_or_a_head_is_answered_over_http_and_fills_no_log(
+    settings: Settings, classifier: Classifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    slot = Slot()
+    slot.take(classifier)
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAA\r\nSec-WebSocket-Version: 13\r\n"
+    with served(settings, slot) as port:
+        client = Client(port)
+        assert client.ask(LIVEZ.replace(b"Host", upgrade + b"Host"))[0] == 200
+        client.send(LIVEZ.replace(b"GET", b"HEAD") + LIVEZ)
+        first, *_ = iter(client._file.readline, b"\r\n")
+        assert first == b"HTTP/1.1 200 OK\r\n"
+        assert client.read()[::2] == (200, b'{"status":"alive"}')
+        client.close()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    slot.close()

@@ -167,7 +167,6 @@ def create_app(
         version = slot.model().classifier.version
         return {"version": version.id, **version.metadata}
 
-    @app.head("/livez", include_in_schema=False)
     @app.get("/livez", tags=["operations"])
     async def livez(response: Response) -> dict[str, str]:
         """Whether the process is worth keeping; 503 once the engine has died."""
@@ -176,7 +175,6 @@ def create_app(
             return {"status": "failed"}
         return {"status": "alive"}
 
-    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["operations"], response_model_exclude_none=True, responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
         """Whether a model can answer; 503 until then, with how far the first training is."""

@@ -51,6 +51,9 @@ class Door(HttpToolsProtocol):
         self._refused = False
         self.on_response_complete()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """The request is answered over HTTP; the log is not the client's to fill."""
+
     def _can_answer(self) -> bool:
         """Whether an answer may be written now: those before it have theirs, and the client reads them."""
         answered = self.cycle is None or self.cycle.response_complete

@@ -130,7 +130,10 @@ class Journal:
 
 
 class Stopwatch:
-    """Lets every request be noted with how it was answered and after how long, and gives each an id."""
+    """Lets every request be noted with how it was answered and after how long, and gives each an id.
+
+    HEAD is answered as GET; the server leaves the body out.
+    """
 
     def __init__(self, app: ASGIApp, *, journal: Journal) -> None:
         self.app, self.journal = app, journal
@@ -140,6 +143,8 @@ class Stopwatch:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         began = time.perf_counter()
         status = 0
         request_id = request_id_of(scope["headers"])

@@ -145,6 +145,7 @@ def serve(
             host=settings.host,
             port=settings.port,
             http=open_door(admission, Journal(slot.metrics, logs=settings.access_log)),
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=DRAIN_S,
