@@ -194,7 +194,14 @@ def test_columns_are_found_or_named(
         ("id,note,label", "", "", "which column holds the text; its columns are id, note, label. Set TEXT_COLUMN"),
         ("text,review,label", "", "", "which column holds the text; its columns are text, review, label"),
         ("text,label,sentiment", "", "", "which column holds the label; its columns are text, label, sentiment"),
-        ("a,b", "", "", "which column holds the text; its columns are a, b"),
+        ("a,b", "", "", "holds the text and does not say which column holds the label; its columns are a, b"),
+        (
+            "a,b",
+            "c",
+            "",
+            "has no column 'c' and does not say which column holds the label; its columns are a, b. Set "
+            "TEXT_COLUMN and LABEL_COLUMN",
+        ),
         ("text", "", "", "which column holds the label; its columns are text. Set LABEL_COLUMN"),
         ("text,label", "texts", "", "has no column 'texts'; its columns are text, label. Set TEXT_COLUMN"),
         ("text,label", "", "lable", "has no column 'lable'; its columns are text, label. Set LABEL_COLUMN"),

@@ -211,10 +211,14 @@ def memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
 
 def _find_columns(names: list[str], wanted: Columns, where: str) -> Columns:
     text, label = find_columns(names, text=wanted.text, label=wanted.label)
-    for kind, name in (("text", text), ("label", label)):
-        if name not in names:
-            missing = f"has no column {name!r}" if name else f"does not say which column holds the {kind}"
-            raise DataError(f"{where} {missing}; its columns are {', '.join(names)}. Set {kind.upper()}_COLUMN.")
+    unknown = {kind: name for kind, name in (("text", text), ("label", label)) if name not in names}
+    if unknown:
+        missing = (
+            f"has no column {name!r}" if name else f"does not say which column holds the {kind}"
+            for kind, name in unknown.items()
+        )
+        needed = " and ".join(f"{kind.upper()}_COLUMN" for kind in unknown)
+        raise DataError(f"{where} {' and '.join(missing)}; its columns are {', '.join(names)}. Set {needed}.")
     if text == label:
         raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
     return Columns(text, label)
