@@ -80,7 +80,7 @@ def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Sl
     go = threading.Event()
 
     def wait_for_it(engine: Any) -> None:
-        assert go.wait(10)
+        assert go.wait(60)
 
     slot = Slot(max_queue_tokens=6)
     slot.take(Classifier(version, make_engine(wait_for_it)))

@@ -89,11 +89,12 @@ class Full:
         self._port = port
         self._clients: list[Client] = []
         self._waiting: list[Client] = []
-        for _ in range(4):  # one or two are taken at once, as many fill the queue
+        deadline = time.monotonic() + 30
+        while len(self._waiting) < 4 or slot.model().batcher.tokens_waiting < 6:  # the first are taken at once
+            assert time.monotonic() < deadline
             self._waiting.append(self.connect())
             self._waiting[-1].send(write(BODY, *headers))
             time.sleep(0.05)
-        assert slot.model().batcher.tokens_waiting >= 6
 
     def connect(self) -> Client:
         self._clients.append(Client(self._port))
@@ -176,8 +177,11 @@ def test_a_pipelined_request_waits_for_the_answer_of_the_one_before(fill: Callab
     client = full.connect()
     model = full.slot.model()
     room, model.batcher._max_queue_tokens = model.batcher._max_queue_tokens, 1000
+    waiting, deadline = model.batcher.tokens_waiting, time.monotonic() + 30
     client.send(write())
-    time.sleep(0.1)
+    while model.batcher.tokens_waiting == waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     model.batcher._max_queue_tokens = room
     client.send(write() + LIVEZ)
     client.socket.settimeout(0.3)
