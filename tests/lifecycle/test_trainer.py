@@ -107,6 +107,10 @@ def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store
     assert trainer.progress() == {}
     trainer.start("a test")
     assert trainer.progress() == {"phase": "preparing"}
+    deadline = time.monotonic() + 30
+    while store.status_file.exists():  # the training begins by removing what is of the one before
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     store.status_file.write_text('{"phase": "training", "pid": 7, "epoch": 2}')
     assert trainer.progress() == {"phase": "training", "epoch": 2}
     store.status_file.write_text("{")

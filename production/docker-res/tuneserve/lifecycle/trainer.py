@@ -3,7 +3,6 @@
 MODEL_PATH/jobs/<id>.json   each training that a server started, and how it ended
 """
 
-import contextlib
 import json
 import logging
 import signal
@@ -86,8 +85,6 @@ class Trainer:
                 raise BusyError("A training is running already." if not self._closed else "The server is about to end.")
             now = datetime.now(UTC)
             job = Job(f"{now:%Y%m%dT%H%M%SZ}-{uuid4().hex[:6]}", why, "running", _said(now))
-            with contextlib.suppress(OSError):  # where nothing can be removed, the training says so itself
-                self._store.status_file.unlink()  # what it says is of the training before
             self._job = job
             self._keep(job)
             self._thread = threading.Thread(target=self._run, args=[job], name="training", daemon=True)
@@ -152,6 +149,7 @@ class Trainer:
             with self._lock:
                 self._child = None
                 if not self._closed:
+                    self._store.status_file.unlink(missing_ok=True)  # what it says is of the training before
                     self._child = subprocess.Popen([*self._command, *beside], env=self._environ)
             code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)
