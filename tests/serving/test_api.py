@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError, StoreError
+from tuneserve.serving import api
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
@@ -316,6 +317,40 @@ def test_a_failure_of_the_engine_is_500_without_its_words(
         assert "internal words" not in answer.text
         body = client.post("/inference/batch", json={"texts": ["film", "a great film", "film"]}).json()
         assert ["error" in one for one in body["predictions"]] == [False, True, False]
+
+
+@pytest.mark.parametrize("path", ["/inference", "/inference/batch"])
+def test_json_that_is_too_deep_is_a_fault_of_the_request(
+    client: TestClient, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = '{"text": "private", "texts": [], "x": ' + "[" * 1800 + "]" * 1800 + "}"
+    assert client.post(path, content=body).status_code == 422
+    assert "private" not in caplog.text
+
+
+def test_what_nobody_foresaw_is_a_500_with_its_id_and_the_log_has_where_and_not_what(
+    settings: Settings, slot: Slot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*about: Any) -> None:
+        raise ZeroDivisionError("".join(["priv", "ate"]))  # the trace shows this line
+
+    monkeypatch.setattr(api, "_shown", fail)
+    with TestClient(create_app(settings, slot)) as client:
+        answer = client.post("/inference", json={"text": "film"}, headers={"X-Request-Id": "mine"})
+        metrics = client.get("/metrics").text
+    assert (answer.status_code, answer.headers["X-Request-Id"]) == (500, "mine")
+    assert "the server's log says what" in answer.json()["detail"]
+    assert 'tuneserve_requests_total{route="/inference",status="500"} 1.0' in metrics
+    assert "request mine failed: ZeroDivisionError" in caplog.text
+    assert "test_api.py" in caplog.text
+    assert "private" not in caplog.text
+
+
+def test_the_documentation_has_every_status(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/inference", "/inference/batch"):
+        known = {"200", "401", "408", "413", "422", "429", "500", "503", "504"}
+        assert set(paths[path]["post"]["responses"]) == known
 
 
 def test_the_documentation_has_examples_of_every_request_and_answer(client: TestClient) -> None:

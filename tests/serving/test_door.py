@@ -7,17 +7,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import uvicorn
 from pydantic import SecretStr
 
+from tuneserve.serving import door
 from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.door import open_door
+from tuneserve.serving.door import UNREAD_BYTES, open_door
 from tuneserve.serving.middleware import Journal
 from tuneserve.serving.server import listen
 from tuneserve.serving.slot import Slot
@@ -66,8 +67,10 @@ class Client:
 def served(settings: Settings, slot: Slot, **options: Any) -> Iterator[int]:
     """The port of a server over the slot."""
     key = settings.api_key.get_secret_value().encode()
-    door = open_door(Admission(slot, key=key), Journal(slot.metrics, logs=settings.access_log))
-    options |= {"http": door, "log_config": None, "timeout_graceful_shutdown": 5}
+    protocol = open_door(
+        Admission(slot, key=key), Journal(slot.metrics, logs=settings.access_log), head_s=settings.request_timeout_s
+    )
+    options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
     server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
@@ -279,19 +282,135 @@ def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, 
     slot.close()
 
 
-def test_who_asks_for_a_web_socket_or_a_head_is_answered_over_http_and_fills_no_log(
-    settings: Settings, classifier: Classifier, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def served_port(settings: Settings, classifier: Classifier) -> Iterator[int]:
+    """The port of a server with a model."""
     slot = Slot()
     slot.take(classifier)
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAA\r\nSec-WebSocket-Version: 13\r\n"
     with served(settings, slot) as port:
-        client = Client(port)
-        assert client.ask(LIVEZ.replace(b"Host", upgrade + b"Host"))[0] == 200
-        client.send(LIVEZ.replace(b"GET", b"HEAD") + LIVEZ)
-        first, *_ = iter(client._file.readline, b"\r\n")
-        assert first == b"HTTP/1.1 200 OK\r\n"
-        assert client.read()[::2] == (200, b'{"status":"alive"}')
-        client.close()
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        yield port
     slot.close()
+
+
+@pytest.fixture
+def client(served_port: int) -> Iterator[Client]:
+    client = Client(served_port)
+    yield client
+    client.close()
+
+
+UPGRADES = [
+    ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"],
+    ["Connection: keep-alive", "Upgrade: websocket", "Sec-WebSocket-Key: AAAA", "connection: upgrade"],
+]
+
+
+@pytest.mark.parametrize("headers", UPGRADES)
+def test_who_offers_another_protocol_is_answered_over_this_one_and_fills_no_log(
+    client: Client, headers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = write(BODY, *headers, "X-Request-Id: mine")
+    for _ in range(2):  # also on a connection that has had such a request
+        status, found, body = client.ask(request)
+        assert (status, json.loads(body)["label"], found["x-request-id"]) == (200, "good", "mine")
+    for byte in range(len(request)):  # however it comes in pieces
+        client.send(request[byte : byte + 1])
+    assert client.read()[0] == 200
+    client.send(request * 2 + LIVEZ)
+    assert [client.read()[0] for _ in range(3)] == [200, 200, 200]
+    assert client.ask(write(BODY, "Connection: close, Upgrade", "Upgrade: h2c"))[0] == 200
+    assert client.read()[0] == 0
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_tunnel_is_refused_like_any_other_method(client: Client) -> None:
+    assert client.ask(b"CONNECT /inference HTTP/1.1\r\nHost: a\r\n\r\n")[0] in (400, 404, 405)
+
+
+def test_a_head_is_answered_as_get_is_without_the_body(client: Client) -> None:
+    client.send(LIVEZ.replace(b"GET", b"HEAD") + LIVEZ)
+    first, *_ = iter(client._file.readline, b"\r\n")
+    assert first == b"HTTP/1.1 200 OK\r\n"
+    assert client.read()[::2] == (200, b'{"status":"alive"}')
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /inference HTTP/1.1\r\nX-A", LIVEZ + b"GET /li"])
+def test_headers_that_do_not_come_close_the_connection(settings: Settings, classifier: Classifier, sent: bytes) -> None:
+    slot = Slot()
+    slot.take(classifier)
+    with served(settings.model_copy(update={"request_timeout_s": 0.5}), slot, timeout_keep_alive=60) as port:
+        client = Client(port)
+        client.send(sent)
+        began = time.monotonic()
+        if sent.startswith(LIVEZ):
+            assert client.read()[0] == 200
+        assert client.read()[0] == 0
+        assert 0.3 < time.monotonic() - began < 9
+        kept = Client(port)  # while one whose headers came is kept
+        assert kept.ask(LIVEZ)[0] == 200
+        time.sleep(1)
+        assert kept.ask(LIVEZ)[0] == 200
+        client.close()
+        kept.close()
+    slot.close()
+
+
+def test_a_body_that_nobody_wants_is_read_up_to_a_limit(client: Client) -> None:
+    client.send(b"POST /inference HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000000\r\n\r\n")
+    assert client.read()[0] == 413
+    sent = 0
+    with suppress(ConnectionError):
+        while sent < 40 * UNREAD_BYTES:
+            client.send(bytes(1 << 20))
+            sent += 1 << 20
+    assert UNREAD_BYTES <= sent < 40 * UNREAD_BYTES
+
+
+def wait_until_it_computes(slot: Slot) -> None:
+    deadline = time.monotonic() + 30
+    while not hasattr(slot.model().batcher._engine, "running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_server_that_is_to_leave_waits_for_no_body_but_finishes_what_it_has(
+    settings: Settings, held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "BODY_S", 0.3)
+    slot, go = held
+    context = served(settings, slot, timeout_graceful_shutdown=20)
+    port = context.__enter__()
+    whole, half = Client(port), Client(port)
+    whole.send(write())
+    half.send(write(BODY, "X-Request-Id: half")[:-3])
+    wait_until_it_computes(slot)
+    began = time.monotonic()
+    ending = threading.Thread(target=context.__exit__, args=[None, None, None])
+    ending.start()
+    status, headers, body = half.read()
+    assert (status, headers["connection"], headers["x-request-id"]) == (503, "close", "half")
+    assert int(headers["retry-after"]) > 0
+    assert "about to end" in json.loads(body)["detail"]
+    assert time.monotonic() - began < 9
+    go.set()
+    assert whole.read()[0] == 200
+    ending.join()
+    whole.close()
+    half.close()
+
+
+def test_what_a_leaving_server_cannot_finish_is_told_so(
+    settings: Settings, held: tuple[Slot, threading.Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    slot, _ = held
+    context = served(settings, slot, timeout_graceful_shutdown=1)
+    client = Client(context.__enter__())
+    client.send(write(BODY, "X-Request-Id: mine"))
+    wait_until_it_computes(slot)
+    context.__exit__(None, None, None)
+    status, headers, body = client.read()
+    assert (status, headers["x-request-id"]) == (503, "mine")
+    assert int(headers["retry-after"]) > 0
+    assert "about to end" in json.loads(body)["detail"]
+    assert "Traceback" not in caplog.text
+    client.close()

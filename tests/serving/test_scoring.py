@@ -95,6 +95,7 @@ def run(
     chunk_rows: int = 4,
     text_column: str = "",
     model_version: str = "",
+    how: dict[str, str] | None = None,
 ) -> None:
     rows = Source(str(source), text_column=text_column)
     parts = Parts(str(output), rows, shard=shard, shards=shards)
@@ -102,6 +103,7 @@ def run(
         rows,
         parts,
         classifier.predict,
+        how=how,
         model_version=model_version or classifier.version.id,
         shard=shard,
         shards=shards,
@@ -275,6 +277,8 @@ def test_parts_of_another_job_are_never_mixed_in(classifier: Classifier, tmp_pat
         run(classifier, source, tmp_path / "out", text_column="body")
     with pytest.raises(StoreError, match="shards differ"):
         run(classifier, source, tmp_path / "out", text_column="text", shards=2)
+    with pytest.raises(StoreError, match="long_text differ"):
+        run(classifier, source, tmp_path / "out", text_column="text", how={"long_text": "window"})
     write(source, [{"text": "film", "body": "goods"}])
     with pytest.raises(StoreError, match="input differ"):
         run(classifier, source, tmp_path / "out", text_column="text")
@@ -318,7 +322,7 @@ def test_a_file_from_the_web_is_scored(classifier: Classifier, tmp_path: Path, w
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.csv", b"", "column names"),
+        ("in.csv", b"", "is empty"),
         ("in.csv", b"text,text\n", "each once"),
         ("in.csv", b"a,b,c\n1,2,3\n", "which column holds the text.*TEXT_COLUMN"),
         ("in.csv", b"text,b\n1,2\n3\n", "row 3: 1 fields"),
@@ -365,6 +369,8 @@ def test_an_output_that_does_not_go_with_the_input_is_refused(tmp_path: Path) ->
     source = Source(str(write(tmp_path / "in" / "in.csv", [{"text": "film"}])))
     folder = Source(str(tmp_path / "in"))
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "in" / "in.csv")
     for output, rows, shards, message in [
         (tmp_path / "out.jsonl", source, 1, r"should end with \.csv"),
         (tmp_path / "out.csv", source, 2, "SHARDS=2"),
@@ -372,6 +378,10 @@ def test_an_output_that_does_not_go_with_the_input_is_refused(tmp_path: Path) ->
         (tmp_path / "in" / "in.csv", source, 1, "is in INPUT"),
         (tmp_path / "in", folder, 1, "is in INPUT"),
         (tmp_path / "in" / "out.csv", folder, 1, "is in INPUT"),
+        (tmp_path / "in" / ".." / "in" / "in.csv", source, 1, "is in INPUT"),
+        (tmp_path / "link" / "in.csv", source, 1, "is in INPUT"),
+        (tmp_path / "link", folder, 1, "is in INPUT"),
+        (tmp_path / "in" / "in.csv", Source(str(tmp_path / "link.csv")), 1, "is in INPUT"),
     ]:
         with pytest.raises(SettingsError, match=message):
             Parts(str(output), rows, shard=0, shards=shards)

@@ -78,10 +78,16 @@ def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:
 
 def is_whole(version: Version) -> bool:
     """Whether the files that answer are there and as large as they were when they were written."""
-    sizes = version.metadata.get("files", {})
-    return all(
-        path.is_file() and path.stat().st_size == sizes[name] for name in sizes if (path := version.folder / name)
-    )
+    return torn_file(version) is None
+
+
+def torn_file(version: Version) -> str | None:
+    """The first file that is missing or has another size than when it was written."""
+    for name, size in version.metadata.get("files", {}).items():
+        path = version.folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return str(name)
+    return None
 
 
 def read_version(folder: Path) -> Version:

@@ -55,6 +55,15 @@ class WorkerError(TuneserveError):
         self.exit_code = exit_code
 
 
+class LeavingError(TuneserveError):
+    """The server is about to end and does not finish this request."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("The server is about to end, and did not finish this request.")
+
+
 class NoModelError(TuneserveError):
     """There is no model to answer with, or not yet."""
 

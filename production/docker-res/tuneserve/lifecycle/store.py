@@ -271,7 +271,9 @@ def _read_pointer(path: Path) -> str | None:
         name = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
         raise StoreError(f"{path} cannot be read: {error}. {MEND}") from error
     if not name or Path(name).name != name or name.startswith("."):
         raise StoreError(f"{path} should hold a version's id, but holds {name!r}. {MEND}")

@@ -25,13 +25,14 @@ from tuneserve.serving.admission import Admission, AdmissionMiddleware
 from tuneserve.serving.classifier import Prediction
 from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
-from tuneserve.serving.middleware import NO_KEY, BodyLimit, Journal, Lock, Stopwatch, has_key
+from tuneserve.serving.middleware import NO_KEY, RETRY_AFTER_S, BodyLimit, Journal, Lock, Stopwatch, has_key
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
     InferenceRequest,
     PredictionResponse,
     Problem,
+    Problems,
     Readiness,
 )
 from tuneserve.serving.slot import Slot
@@ -43,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 20
 """Most problems that a 422 lists."""
-
-RETRY_AFTER_S = "5"
-"""Seconds after which a server without a model may be asked again."""
 
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
@@ -106,9 +104,12 @@ def create_app(
         return answers
 
     problems: dict[int | str, dict[str, Any]] = {
+        401: {"model": Problem, "description": "The API key is not there or not right, where one is wanted."},
         408: {"model": Problem, "description": "The body did not come in time."},
         413: {"model": Problem, "description": "The request is larger than this server takes."},
+        422: {"model": Problems, "description": "The request is not as it should be; each fault is named."},
         429: {"model": Problem, "description": "Too much waits; Retry-After says for how long."},
+        500: {"model": Problem, "description": "Something went wrong inside, or the model gave no number."},
         503: {"model": Problem, "description": "No model can answer yet; see Retry-After."},
         504: {"model": Problem, "description": "There was no answer in time."},
     }
@@ -180,7 +181,7 @@ def create_app(
         """Whether a model can answer; 503 until then, with how far the first training is."""
         if slot.phase != "ready":
             response.status_code = 503
-            response.headers["Retry-After"] = RETRY_AFTER_S
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
             training = trainer.progress() if trainer is not None and slot.phase == "empty" else {}
             return Readiness.model_validate({"phase": slot.phase, **training})
         return Readiness(phase=slot.phase, model_version=slot.model().classifier.version.id)
@@ -237,7 +238,7 @@ def _lenient(body: bytes, error: ValidationError) -> Any:
     """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise error from None
 
 
@@ -293,7 +294,7 @@ def _translate_errors(app: FastAPI) -> None:
         if isinstance(error, OverloadedError):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.status == 503:
-            headers["Retry-After"] = RETRY_AFTER_S
+            headers["Retry-After"] = str(RETRY_AFTER_S)
         if isinstance(error, UnauthorizedError):
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
@@ -303,7 +304,3 @@ def _translate_errors(app: FastAPI) -> None:
         # What was sent is left out: it may be private, and large.
         detail = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()[:SHOWN_PROBLEMS]]
         return JSONResponse({"detail": detail}, status_code=422)
-
-    @app.exception_handler(Exception)
-    async def unknown(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": "Something went wrong inside; the server's log says what."}, status_code=500)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tuneserve.artifact import GOLDEN_INT8, Golden, Version, is_whole, read_golden
+from tuneserve.artifact import GOLDEN_INT8, Golden, Version, read_golden, torn_file
 from tuneserve.errors import EngineError, StoreError, TextError
 from tuneserve.serving.engine import Engine, infer, load_engine, load_int8_engine
 from tuneserve.settings import Settings
@@ -144,8 +144,8 @@ def load_classifier(version: Version, settings: Settings, *, threads: int) -> Cl
         StoreError: the version's files are damaged, or it does not answer as it did when it was saved.
         DeviceError: the device asked for cannot be had.
     """
-    if not is_whole(version):
-        raise StoreError(f"version {version.id} is damaged: a file is missing or not as large as when it was saved.")
+    if torn := torn_file(version):
+        raise StoreError(f"version {version.id} is damaged: {torn} is missing or not as large as when it was saved.")
     try:
         if (engine := load_int8_engine(version, settings, threads=threads)) is not None:
             classifier = Classifier(version, engine, long_text=settings.long_text)

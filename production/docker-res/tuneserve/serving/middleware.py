@@ -5,12 +5,13 @@ import hmac
 import logging
 import os
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tuneserve.errors import ClientGoneError
+from tuneserve.errors import ClientGoneError, LeavingError
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ ENGINE_PATHS = {
     "/inference/batch/": "/inference/batch",
 }
 """Paths that the engine answers, and the route of each."""
+
+RETRY_AFTER_S = 5
+"""Seconds after which a server without a model, or another than the one that ends, may be asked."""
 
 REQUEST_ID = b"x-request-id"
 LONGEST_ID = 128
@@ -132,7 +136,8 @@ class Journal:
 class Stopwatch:
     """Lets every request be noted with how it was answered and after how long, and gives each an id.
 
-    HEAD is answered as GET; the server leaves the body out.
+    What nobody foresaw is a 500 here, and what uvicorn cancels because the server must leave is a 503. HEAD is answered
+    as GET; the server leaves the body out.
     """
 
     def __init__(self, app: ASGIApp, *, journal: Journal) -> None:
@@ -159,6 +164,18 @@ class Stopwatch:
 
         try:
             await self.app(scope, receive, note)
+        except asyncio.CancelledError:
+            if status:
+                raise
+            answer = {"detail": str(LeavingError())}
+            await JSONResponse(answer, LeavingError.status, {"Retry-After": str(RETRY_AFTER_S)})(scope, receive, note)
+        except Exception as error:
+            # Neither the error's words nor its source: they may hold what was sent.
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("request %s failed: %s\n%s", request_id.decode(), type(error).__qualname__, trace.rstrip())
+            if not status:
+                answer = {"detail": "Something went wrong inside; the server's log says what."}
+                await JSONResponse(answer, 500)(scope, receive, note)
         finally:
             if not status:  # the client hung up before there was an answer
                 status = ClientGoneError.status

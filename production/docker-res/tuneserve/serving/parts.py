@@ -116,7 +116,8 @@ class Parts:
             raise SettingsError(f"{self.where} is one file, but SHARDS={shards} write at once; name a folder.")
         if self.is_file and place.files.isdir(place.path):
             raise SettingsError(f"{self.where} is a folder; a name that ends with {place.ending} should be a file.")
-        if place == source.place or (source.is_folder and place.parent == source.place):
+        inside = {source.place.real, *(file.real for file in source.files)}
+        if place.real in inside or (source.is_folder and place.real.parent in inside):
             raise SettingsError(f"{self.where} is in INPUT, which would change what is scored; choose another place.")
 
     def _clear_leftovers(self) -> None:

@@ -1,5 +1,6 @@
 """Where files are: a path or an fsspec URL, and what to do when such a place refuses."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,11 @@ class Place:
     def parent(self) -> "Place":
         """The folder it is in."""
         return Place(self.files, str(PurePosixPath(self.path).parent))
+
+    @property
+    def real(self) -> "Place":
+        """The place without `..` and links, to be compared."""
+        return Place(self.files, os.path.realpath(self.path)) if self.is_local else self
 
     @property
     def is_local(self) -> bool:

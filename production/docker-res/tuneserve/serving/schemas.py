@@ -118,3 +118,17 @@ class Problem(BaseModel):
     """What every error says."""
 
     detail: str
+
+
+class Fault(BaseModel):
+    """One fault of a request: where it is, in words, and its kind."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Problems(BaseModel):
+    """What a request that is not as it should be is answered."""
+
+    detail: list[Fault]

@@ -58,7 +58,8 @@ def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> No
             loaded.append(load_classifier(version, settings, threads=threads))
         return loaded[0].predict(texts)
 
-    score_rows(source, parts, predict, model_version=version.id, shard=shard, shards=settings.shards)
+    how = {"long_text": settings.long_text, "precision": settings.precision}
+    score_rows(source, parts, predict, model_version=version.id, how=how, shard=shard, shards=settings.shards)
 
 
 def choose_shard(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -71,7 +72,8 @@ def choose_shard(settings: Settings, environ: Mapping[str, str]) -> int:
     if settings.shard == "auto":
         name, value = "JOB_COMPLETION_INDEX", environ.get("JOB_COMPLETION_INDEX", "").strip() or "0"
     if not re.fullmatch("[0-9]+", value) or int(value) >= settings.shards:
-        raise SettingsError(f"{name}={value} is no shard of SHARDS={settings.shards}: they are counted from 0.")
+        last = settings.shards - 1
+        raise SettingsError(f"{name}={value} is no shard of SHARDS={settings.shards}: a number from 0 to {last}.")
     return int(value)
 
 
@@ -81,11 +83,22 @@ def score_rows(
     predict: Predict,
     *,
     model_version: str,
+    how: Mapping[str, str] | None = None,
     shard: int = 0,
     shards: int = 1,
     chunk_rows: int = CHUNK_ROWS,
 ) -> None:
     """Write the part of every chunk of this shard that is not there yet; then join them, if one file is wanted.
+
+    Args:
+        source: the rows.
+        parts: where the answers go.
+        predict: the model.
+        model_version: its version.
+        how: settings that its answers depend on; parts of others are not mixed with these.
+        shard: this process's.
+        shards: of the job.
+        chunk_rows: rows of a part.
 
     Raises:
         DataError: a row cannot be read.
@@ -94,6 +107,7 @@ def score_rows(
     parts.claim(
         {
             "model_version": model_version,
+            **(how or {}),
             "input": source.identity,
             "text_column": source.text_column,
             "shards": shards,

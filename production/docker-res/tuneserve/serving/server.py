@@ -42,6 +42,9 @@ LEAVE_S = 25
 DRAIN_S = 22
 """Seconds of these that accepted requests get to finish; the rest is for the ends of the training and the log."""
 
+IDLE_S = 75
+"""Seconds that a connection without a request stays open: longer than proxies and load balancers keep theirs."""
+
 LOAD_S = 0.5
 """Seconds that a model which is just being loaded is waited for."""
 
@@ -144,10 +147,13 @@ def serve(
             create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
             host=settings.host,
             port=settings.port,
-            http=open_door(admission, Journal(slot.metrics, logs=settings.access_log)),
+            http=open_door(
+                admission, Journal(slot.metrics, logs=settings.access_log), head_s=settings.request_timeout_s
+            ),
             ws="none",
             log_config=None,
             access_log=False,
+            timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=DRAIN_S,
         ),
         trainer,

@@ -31,7 +31,9 @@ class Csv:
     def read_columns(self, file: BinaryIO, where: str) -> dict[str, str]:
         """See `Format`."""
         header = next(self._records(file, where), None)
-        names = [name.strip() for name in header or []]
+        if header is None:
+            raise DataError(f"{where} is empty.")
+        names = [name.strip() for name in header]
         if not any(names) or len(set(names)) < len(names):
             raise DataError(f"{where}, row 1: the column names {names} should be there, each once.")
         return dict.fromkeys(names, "text")
@@ -182,7 +184,8 @@ def _decoded(file: BinaryIO, *, newline: str) -> Iterator[TextIO]:
 
 def _not_utf8(error: UnicodeDecodeError, where: str, line: int) -> DataError:
     byte = error.object[error.start]
-    return DataError(f"{where}, after line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.")
+    near = f"after line {line}" if line else "near its beginning"
+    return DataError(f"{where}, {near}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.")
 
 
 def _parse(numbered: tuple[int, str], where: str) -> dict[str, Any]:
