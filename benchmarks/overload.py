@@ -143,7 +143,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--times", type=_numbers, default=[0.5, 1, 2, 4], help="rates, by the peak (default: 0.5,1,2,4)"
     )
     parser.add_argument("--connections", type=int, default=128, help="of the peak (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=1200, help="connections beyond it (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=1000, help="connections beyond it (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=12, help="of each measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
