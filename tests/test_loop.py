@@ -126,7 +126,7 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
         service.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
         said, _ = service.command("rollback")
         assert f"{first} is the champion again" in said
-        service.wait("/readyz", lambda body: body["model_version"] == first, timeout_s=5)
+        service.wait("/readyz", lambda body: body["model_version"] == first, timeout_s=2)
         assert retrain(service)["state"] == "refused"  # what people withdrew stays so
         assert ask(service)["model_version"] == first
     assert set(load.statuses) == {"200"}

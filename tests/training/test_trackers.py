@@ -395,7 +395,7 @@ def test_a_server_that_is_killed_and_comes_back_misses_nothing(
         slowest_s(trackers, range(1, 201))
         wait_for(lambda: [run for run in runs() if run.data.metrics])
         server.kill()
-        assert slowest_s(trackers, range(201, 701)) < 2
+        assert slowest_s(trackers, range(201, 701)) < 0.5
         assert len(warnings(caplog)) == 1
         server.start()
         trackers.finish(version)
@@ -414,11 +414,11 @@ def test_a_server_that_hangs_is_not_waited_for(
     wait_for(runs)
     server.send(signal.SIGSTOP)
     try:
-        assert slowest_s(trackers, range(1, 701)) < 2
+        assert slowest_s(trackers, range(1, 701)) < 0.5
         began = time.monotonic()
         with pytest.raises(SystemExit):
             run_until(SystemExit(143), trackers, PARAMETERS)
-        assert time.monotonic() - began < mlflow_run.KILLED_S + 3
+        assert time.monotonic() - began < mlflow_run.KILLED_S + 1
     finally:
         server.send(signal.SIGCONT)
     (said,) = warnings(caplog)
@@ -439,7 +439,7 @@ def test_a_server_that_is_not_there_costs_a_warning_and_no_time(
         trackers.start(PARAMETERS)
         assert slowest_s(trackers, range(1, 11)) < 5  # torch's part of TensorBoard is imported at the first
         wait_for(lambda: warnings(caplog))
-        assert slowest_s(trackers, range(11, 200)) < 0.9
+        assert slowest_s(trackers, range(11, 200)) < 0.5
         assert len(warnings(caplog)) == 1
         trackers.finish(version)
     assert time.monotonic() - began < 10
