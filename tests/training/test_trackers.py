@@ -182,15 +182,21 @@ def run_until(end: BaseException, trackers: Trackers, parameters: Mapping[str, A
         raise end
 
 
-def slowest_s(trackers: Trackers, steps: range) -> float:
-    """Record these steps, 2 ms apart; answer how long the slowest call took."""
-    slowest = 0.0
+def longest_wait_s(trackers: Trackers, steps: range) -> float:
+    """Record these steps, 2 ms apart; answer how long a call waited at most, be it for a server, a lock or a disk."""
+    longest = 0.0
     for step in steps:
-        began = time.perf_counter()
+        began = clock_of_waits()
         trackers.record(step, figures(step))
-        slowest = max(slowest, time.perf_counter() - began)
+        longest = max(longest, clock_of_waits() - began)
         time.sleep(0.002)
-    return slowest
+    return longest
+
+
+def clock_of_waits() -> float:
+    """Seconds but those in which this thread computed, or stood in line for a core of a busy machine."""
+    computed_ns, in_line_ns, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    return time.perf_counter() - (int(computed_ns) + int(in_line_ns)) / 1e9
 
 
 def test_tensorboard_shows_each_figure_at_its_step(
@@ -392,10 +398,10 @@ def test_a_server_that_is_killed_and_comes_back_misses_nothing(
 ) -> None:
     with opened(server.uri) as trackers:
         trackers.start(PARAMETERS)
-        slowest_s(trackers, range(1, 201))
+        longest_wait_s(trackers, range(1, 201))
         wait_for(lambda: [run for run in runs() if run.data.metrics])
         server.kill()
-        assert slowest_s(trackers, range(201, 701)) < 0.5
+        assert longest_wait_s(trackers, range(201, 701)) < 0.5
         assert len(warnings(caplog)) == 1
         server.start()
         trackers.finish(version)
@@ -414,7 +420,7 @@ def test_a_server_that_hangs_is_not_waited_for(
     wait_for(runs)
     server.send(signal.SIGSTOP)
     try:
-        assert slowest_s(trackers, range(1, 701)) < 0.5
+        assert longest_wait_s(trackers, range(1, 701)) < 0.5
         began = time.monotonic()
         with pytest.raises(SystemExit):
             run_until(SystemExit(143), trackers, PARAMETERS)
@@ -437,9 +443,9 @@ def test_a_server_that_is_not_there_costs_a_warning_and_no_time(
     began = time.monotonic()
     with opened(unreachable.replace("://", "://me:hunter2@")) as trackers:
         trackers.start(PARAMETERS)
-        assert slowest_s(trackers, range(1, 11)) < 5  # torch's part of TensorBoard is imported at the first
+        assert longest_wait_s(trackers, range(1, 11)) < 5  # torch's part of TensorBoard is imported at the first
         wait_for(lambda: warnings(caplog))
-        assert slowest_s(trackers, range(11, 200)) < 0.5
+        assert longest_wait_s(trackers, range(11, 200)) < 0.5
         assert len(warnings(caplog)) == 1
         trackers.finish(version)
     assert time.monotonic() - began < 10
