@@ -10,6 +10,7 @@ shapes, so that a server can warm them all up and nothing is compiled under load
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ SLACK = 1.25
 
 NARROW = 64
 """Tokens of the narrowest row in batches of several rows; wider ones double."""
+
+EVEN_WIDTH = 640
+"""In a row so wide, attention takes as long as all else: measured on a CPU with bf16 matrices, at 128 and 256."""
 
 PLACES_A_TEXT = (16, 4)
 """The graph reads a result for every 16th or 4th place of a batch: most texts are longer than 16 tokens, few than 4."""
@@ -128,16 +132,20 @@ class Graph:
         logits: Array = self._request.get_output_tensor(0).data[: self._running.texts].copy()
         return logits
 
-    def warm_up_shapes(self, max_batch_tokens: int) -> None:
-        """Run every shape once that batches of this size can have; the number of results in it costs little."""
-        for width in self._widths:
-            for rows in ROW_COUNTS:
-                if rows > 1 and (
-                    rows * width > SLACK * max_batch_tokens or not _is_batch_width(width, self.max_tokens)
-                ):
-                    break
-                self.begin(self.prepare([[0] * width] * rows))
-                self.result()
+    def warm_up_shapes(self, max_batch_tokens: int, *, seconds: float) -> int:
+        """Run the shapes that batches of this size can have, those of single texts first, until the time is over.
+
+        Returns:
+            How many were not reached. Their first batches take some 10 ms longer.
+        """
+        shapes = batch_shapes(self._widths, max_batch_tokens)
+        end = time.perf_counter() + seconds
+        for place, (rows, width) in enumerate(shapes):
+            if time.perf_counter() > end:
+                return len(shapes) - place
+            self.begin(self.prepare([[0] * width] * rows))
+            self.result()
+        return 0
 
     def _pad(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> Prepared:
         width = next(one for one in self._widths if one >= max(lengths))
@@ -161,33 +169,40 @@ def row_widths(max_tokens: int) -> list[int]:
     return [*(width for width in widths if width < max_tokens), max_tokens]
 
 
+def batch_shapes(widths: Sequence[int], max_batch_tokens: int) -> list[tuple[int, int]]:
+    """The shapes (rows, width) that batches of this many tokens can have: single rows, then by the work they are."""
+    shapes = [(1, width) for width in widths]
+    for width in widths:
+        if _is_batch_width(width, widths[-1]):
+            shapes += [(rows, width) for rows in ROW_COUNTS if rows > 1 and rows * width <= SLACK * max_batch_tokens]
+    return sorted(shapes, key=lambda shape: (shape[0] > 1, shape[0] * shape[1]))
+
+
 def _is_batch_width(width: int, max_tokens: int) -> bool:
     """Whether batches of several rows use this width: 64 and its doubles, and the widest."""
     return width == max_tokens or (width >= NARROW and width & (width - 1) == 0)
 
 
 def plan(lengths: Sequence[int], widths: Sequence[int]) -> tuple[tuple[int, int], list[list[int]]]:
-    """The shape (rows, width) with the fewest places that holds these texts, and which texts each row gets.
+    """The shape (rows, width) that holds these texts with the least work, and which texts each row gets.
 
     Args:
         lengths: tokens of each text.
         widths: as `row_widths` gives them.
     """
     total, longest = sum(lengths), max(lengths)
-    single = next((width for width in widths if width >= total), None)
-    if single is not None:
-        return (1, single), [list(range(len(lengths)))]
+    found = [((1, width), [list(range(len(lengths)))]) for width in widths if width >= total][:1]
     order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
-    best: tuple[tuple[int, int], list[list[int]]] | None = None
     for width in widths:
-        if width < longest or not _is_batch_width(width, widths[-1]):
-            continue
-        rows = _first_fit(order, lengths, width)
-        shape = _at_least(len(rows)), width
-        if best is None or shape[0] * width < best[0][0] * best[0][1]:
-            best = shape, rows
-    assert best is not None
-    return best
+        if width >= longest and len(lengths) > 1 and _is_batch_width(width, widths[-1]):
+            rows = _first_fit(order, lengths, width)
+            found.append(((_at_least(len(rows)), width), rows))
+    return min(found, key=lambda way: _work(*way[0]))
+
+
+def _work(rows: int, width: int) -> int:
+    """What a shape costs, in any unit: products for each place, and attention between the places of a row."""
+    return rows * width * (EVEN_WIDTH + width)
 
 
 def _first_fit(order: list[int], lengths: Sequence[int], width: int) -> list[list[int]]:
