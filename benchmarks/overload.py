@@ -7,7 +7,8 @@
 First the peak is measured: as many requests under way as there are `--connections`, each sent when one is answered.
 Then wrk sends requests at multiples of it, each at its time whatever became of those before, on kept connections; what
 finds none free is not sent, so a row counts for its rate only if "sent/s" is that. Goodput is what was answered 200 in
-a second. wrk runs on the same cores; its share is shown.
+a second. wrk has a core to itself and the server has the others, for a client's work is not the server's loss; with
+`--together`, or one core, they share all, and the client's share says what that costs.
 """
 
 import argparse
@@ -79,7 +80,13 @@ def main(arguments: list[str]) -> int:
         bench.find_model()
         bodies = write_bodies(CONTENDERS[OURS], [text for text, _ in rows], Path(temporary) / "bodies.jsonl")
         place = {"store": bench.store.resolve(), "checkpoint": bench.checkpoint, "folder": Path(temporary)}
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        apart = len(cores) > 1 and not options.together
+        if apart:
+            os.sched_setaffinity(0, cores[:-1])  # which the server inherits
         with Server(CONTENDERS[OURS], **place, base=environment) as server:
+            if apart:
+                os.sched_setaffinity(0, cores[-1:])
             server.wait_until_right(*zip(*rows, strict=True))
             record = run(f"http://127.0.0.1:{server.port}/inference", bodies, options)
             record["memory_bytes"] = server.memory_bytes()
@@ -143,7 +150,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--times", type=_numbers, default=[0.5, 1, 2, 4], help="rates, by the peak (default: 0.5,1,2,4)"
     )
     parser.add_argument("--connections", type=int, default=128, help="of the peak (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=1000, help="connections beyond it (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=2000, help="connections beyond it (default: %(default)s)")
+    parser.add_argument("--together", action="store_true", help="let wrk and the server share all cores")
     parser.add_argument("--seconds", type=int, default=12, help="of each measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
