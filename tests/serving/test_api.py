@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError, StoreError
-from tuneserve.serving import api
+from tuneserve.serving import inference
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
@@ -334,7 +334,7 @@ def test_what_nobody_foresaw_is_a_500_with_its_id_and_the_log_has_where_and_not_
     def fail(*about: Any) -> None:
         raise ZeroDivisionError("".join(["priv", "ate"]))  # the trace shows this line
 
-    monkeypatch.setattr(api, "_shown", fail)
+    monkeypatch.setattr(inference, "_shown", fail)
     with TestClient(create_app(settings, slot)) as client:
         answer = client.post("/inference", json={"text": "film"}, headers={"X-Request-Id": "mine"})
         metrics = client.get("/metrics").text

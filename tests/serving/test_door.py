@@ -1,87 +1,24 @@
 """The door before the application, on real sockets: what a client sees of a refusal, and of what comes after it."""
 
-import asyncio
 import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import uvicorn
 from pydantic import SecretStr
+from wire import BODY, LIVEZ, Client, served, write
 
 from tuneserve.serving import door
-from tuneserve.serving.admission import Admission
-from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.door import UNREAD_BYTES, open_door
-from tuneserve.serving.middleware import Journal
-from tuneserve.serving.server import listen
+from tuneserve.serving.door import PAUSE_S, UNREAD_BYTES
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-
-BODY = b'{"text": "film"}'
-LIVEZ = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-def write(body: bytes = BODY, *headers: str, path: str = "/inference", http: str = "1.1") -> bytes:
-    lines = [f"POST {path} HTTP/{http}", "Host: a", *headers, f"Content-Length: {len(body)}", "", ""]
-    return "\r\n".join(lines).encode() + body
-
-
-class Client:
-    """A connection whose answers are read one after another."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self._file = self.socket.makefile("rb")
-
-    def send(self, request: bytes) -> None:
-        self.socket.sendall(request)
-
-    def read(self) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the next answer; the status is 0 if the connection has ended."""
-        first = self._file.readline()
-        if not first:
-            return 0, {}, b""
-        headers = {}
-        while line := self._file.readline().strip():
-            name, _, value = line.decode().partition(": ")
-            headers[name] = value
-        return int(first.split()[1]), headers, self._file.read(int(headers.get("content-length", 0)))
-
-    def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
-        self.send(request)
-        return self.read()
-
-    def close(self) -> None:
-        self._file.close()
-        self.socket.close()
-
-
-@contextmanager
-def served(settings: Settings, slot: Slot, **options: Any) -> Iterator[int]:
-    """The port of a server over the slot."""
-    key = settings.api_key.get_secret_value().encode()
-    protocol = open_door(
-        Admission(slot, key=key), Journal(slot.metrics, logs=settings.access_log), head_s=settings.request_timeout_s
-    )
-    options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
-    with listen("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 class Full:
@@ -166,6 +103,17 @@ def test_a_refused_client_may_ask_again_at_once_on_the_same_connection_and_is_an
     status, _, body = client.ask(write())
     assert status == 200, body
     assert client.ask(LIVEZ)[0] == 200
+
+
+def test_clients_that_ask_again_at_once_cannot_keep_the_server_busy(fill: Callable[..., Full]) -> None:
+    full = fill()
+    clients = [full.connect() for _ in range(8)]
+    began, refused = time.monotonic(), 0
+    while time.monotonic() - began < 1:
+        for client in clients:
+            client.send(write())
+        refused += sum(client.read()[0] == 429 for client in clients)
+    assert 1 <= refused / len(clients) <= 1.1 / PAUSE_S
 
 
 def test_pipelined_requests_are_answered_in_their_order(fill: Callable[..., Full]) -> None:

@@ -136,6 +136,30 @@ class TimeoutExceededError(TuneserveError):
     status = 504
 
 
+class InvalidRequestError(TuneserveError):
+    """What came as a request is no HTTP."""
+
+    status = 400
+
+
+class HeadersTooLargeError(TuneserveError):
+    """The headers of a request have no end."""
+
+    status = 431
+
+    def __init__(self) -> None:
+        super().__init__("The headers are larger than this server takes.")
+
+
+class BodyTimeoutError(TuneserveError):
+    """The body of a request did not come in time."""
+
+    status = 408
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The body did not come within {seconds:g} s.")
+
+
 class TextError(TuneserveError):
     """One text cannot be classified: it is empty, no Unicode, or too long."""
 

@@ -161,7 +161,7 @@ class Settings(BaseModel):
     max_batch_tokens: int = Field(default=0, ge=0)
     """Tokens that the engine takes at once. 0: 1024 on a CPU, 16384 on a GPU."""
 
-    max_queue_tokens: int = Field(default=16384, ge=1)
+    max_queue_tokens: int = Field(default=32768, ge=1)
     """Tokens that may wait for the engine; beyond it: 429 with the seconds until there is room in Retry-After."""
 
     request_timeout_s: float = Field(default=30, gt=0)

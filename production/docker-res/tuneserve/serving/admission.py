@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tuneserve.errors import NoModelError, OverloadedError
 from tuneserve.serving.middleware import ENGINE_PATHS, has_key
+from tuneserve.serving.problems import problem
 from tuneserve.serving.slot import Slot
 
 
@@ -53,7 +53,6 @@ class AdmissionMiddleware:
             error = self.admission.refusal(scope["method"], scope["path"], scope["headers"])
             if error is not None:
                 scope["route"] = Refused(ENGINE_PATHS[scope["path"]])
-                headers = {"Retry-After": str(error.retry_after_s)}
-                await JSONResponse({"detail": str(error)}, error.status, headers)(scope, receive, send)
+                await problem(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -1,31 +1,27 @@
-"""The HTTP API over a slot: routes, and every error's translation."""
+"""The HTTP API over a slot: its routes."""
 
 import asyncio
-import json
-import logging
-import math
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.telemetry import TelemetryConfig
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.types import Lifespan
 
 import tuneserve
-from tuneserve.errors import ClientGoneError, OverloadedError, TextError, TuneserveError, UnauthorizedError
+from tuneserve.errors import ClientGoneError, TuneserveError
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.admission import Admission, AdmissionMiddleware
-from tuneserve.serving.classifier import Prediction
 from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
-from tuneserve.serving.middleware import NO_KEY, RETRY_AFTER_S, BodyLimit, Journal, Lock, Stopwatch, has_key
+from tuneserve.serving.inference import Inference
+from tuneserve.serving.middleware import BodyLimit, Journal, Lock, Stopwatch
+from tuneserve.serving.problems import RETRY_AFTER_S, problem
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -40,15 +36,9 @@ from tuneserve.serving.traces import SILENT
 from tuneserve.serving.training_api import training_routes
 from tuneserve.settings import Settings
 
-logger = logging.getLogger(__name__)
-
-SHOWN_PROBLEMS = 20
-"""Most problems that a 422 lists."""
-
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
 
-Schema = TypeVar("Schema", bound=BaseModel)
 Answers = TypeVar("Answers")
 
 
@@ -81,27 +71,11 @@ def create_app(
         telemetry: FastAPI's.
     """
     metrics = slot.metrics
+    endpoints = Inference(settings, slot, feedback)
     key = settings.api_key.get_secret_value().encode()
 
-    def require_key(request: Request) -> None:
-        if key and not has_key(request.scope["headers"], key):
-            raise UnauthorizedError(NO_KEY)
-
     async def authorize(request: Request) -> None:
-        require_key(request)
-
-    async def predict(texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
-        began = time.perf_counter()
-        work = asyncio.ensure_future(slot.model().predict(texts, timeout_s=_timeout_s(request, settings)))
-        answers = await _unless_gone(work, request)
-        if slot.shadow is not None:
-            slot.shadow(texts, answers, time.perf_counter() - began)
-        if feedback is not None:
-            request_id = request.state.request_id
-            for place, (text, one) in enumerate(zip(texts, answers, strict=True)):
-                if isinstance(one, Prediction):
-                    feedback.remember(request_id, place, one.model_version, one.label, one.scores[one.label], text)
-        return answers
+        endpoints.require_key(request.scope["headers"])
 
     problems: dict[int | str, dict[str, Any]] = {
         401: {"model": Problem, "description": "The API key is not there or not right, where one is wanted."},
@@ -131,6 +105,10 @@ def create_app(
 
     direct = APIRouter(route_class=Direct, tags=["inference"], dependencies=KEYS)
 
+    async def answer(route: str, request: Request) -> Response:
+        work = endpoints.answer(route, request.scope["headers"], await request.body(), request.state.request_id)
+        return await _unless_gone(asyncio.ensure_future(work), request)
+
     @direct.post("/inference/", include_in_schema=False)
     @direct.post(
         "/inference",
@@ -139,14 +117,7 @@ def create_app(
     )
     async def inference(request: Request) -> Response:
         """Classify one text."""
-        require_key(request)
-        wanted = await _parse(InferenceRequest, request)
-        [prediction] = await predict([wanted.text], request)
-        if isinstance(prediction, TextError):
-            raise RequestValidationError([{"loc": ("body", "text"), "msg": str(prediction), "type": "value_error"}])
-        if isinstance(prediction, TuneserveError):
-            raise prediction
-        return _json(_shown(prediction))
+        return await answer("/inference", request)
 
     @direct.post("/inference/batch/", include_in_schema=False)
     @direct.post(
@@ -156,9 +127,7 @@ def create_app(
     )
     async def inference_batch(request: Request) -> Response:
         """Classify several texts; the predictions come in their order, a bad text's being its error."""
-        require_key(request)
-        wanted = await _parse(BatchRequest, request)
-        return _json({"predictions": [_shown(one) for one in await predict(wanted.texts, request)]})
+        return await answer("/inference/batch", request)
 
     app.include_router(direct)
 
@@ -220,42 +189,6 @@ def _body(schema: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}}
 
 
-async def _parse(schema: type[Schema], request: Request) -> Schema:
-    body = await request.body()
-    try:
-        try:
-            return schema.model_validate_json(body)
-        except ValidationError as error:
-            if error.errors()[0]["type"] != "json_invalid":
-                raise
-            return schema.model_validate(_lenient(body, error))
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
-
-
-def _lenient(body: bytes, error: ValidationError) -> Any:
-    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise error from None
-
-
-def _timeout_s(request: Request, settings: Settings) -> float:
-    """Seconds that this request may take: the client may ask for less than the server allows."""
-    asked = request.headers.get("X-Request-Timeout-S")
-    try:
-        seconds = float(asked) if asked else settings.request_timeout_s
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise RequestValidationError(
-            [{"loc": ("header", "X-Request-Timeout-S"), "msg": "should be seconds above 0", "type": "value_error"}]
-        )
-    return min(seconds, settings.request_timeout_s)
-
-
 async def _unless_gone(work: asyncio.Future[Answers], request: Request) -> Answers:
     """Wait for the work, but stop it when the client hangs up."""
     gone = asyncio.ensure_future(request.receive())
@@ -270,37 +203,11 @@ async def _unless_gone(work: asyncio.Future[Answers], request: Request) -> Answe
         gone.cancel()
 
 
-def _shown(prediction: Prediction | TuneserveError) -> dict[str, Any]:
-    if isinstance(prediction, TuneserveError):
-        return {"error": str(prediction)}
-    return {
-        "label": prediction.label,
-        "scores": prediction.scores,
-        "tokens": prediction.tokens,
-        "truncated": prediction.truncated,
-        "model_version": prediction.model_version,
-    }
-
-
-def _json(content: Any) -> Response:
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return Response(body, media_type="application/json")
-
-
 def _translate_errors(app: FastAPI) -> None:
     @app.exception_handler(TuneserveError)
-    async def known(request: Request, error: TuneserveError) -> JSONResponse:
-        headers = {}
-        if isinstance(error, OverloadedError):
-            headers["Retry-After"] = str(error.retry_after_s)
-        elif error.status == 503:
-            headers["Retry-After"] = str(RETRY_AFTER_S)
-        if isinstance(error, UnauthorizedError):
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+    async def known(request: Request, error: TuneserveError) -> Response:
+        return problem(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # What was sent is left out: it may be private, and large.
-        detail = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()[:SHOWN_PROBLEMS]]
-        return JSONResponse({"detail": detail}, status_code=422)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return problem(error)

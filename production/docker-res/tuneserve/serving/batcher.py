@@ -51,7 +51,6 @@ class Job:
 
     outcomes: list[Outcome | None]
     answer: "asyncio.Future[list[Outcome]]"
-    deadline: float
     queued_at: float
     stages: Stages | None = None
     left: int = field(init=False)
@@ -62,7 +61,7 @@ class Job:
     @property
     def forsaken(self) -> bool:
         """Whether nobody waits any more: the client hung up, or its time is over."""
-        return self.answer.cancelled() or time.monotonic() > self.deadline
+        return self.answer.done()
 
 
 @dataclass(eq=False, slots=True)
@@ -131,13 +130,18 @@ class Batcher:
     ) -> "asyncio.Future[list[Outcome]]":
         """Queue the token ids of some texts; the future, of the running loop, has their outcomes in order.
 
+        At the deadline, on the monotonic clock, it fails with a TimeoutExceededError.
         `stages`, if somebody wants to know, is filled: with the first queueing and taking, and the last answer.
 
         Raises:
             NoModelError: the engine has ended.
         """
         now = time.monotonic()
-        job = Job([None] * len(texts), asyncio.get_running_loop().create_future(), deadline, now, stages)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[Outcome]] = loop.create_future()
+        timer = loop.call_later(deadline - now, _end_late, answer)
+        answer.add_done_callback(lambda _: timer.cancel())
+        job = Job([None] * len(texts), answer, now, stages)
         if stages is not None:
             stages.queued_at = stages.queued_at or now
         with self._arrived:
@@ -197,7 +201,7 @@ class Batcher:
         except Exception as error:
             return self._in_halves(running, error)
         seconds = time.perf_counter() - self._begun
-        self._metrics.stages.labels("infer").observe(seconds)
+        self._metrics.stages["infer"].observe(seconds)
         rate = sum(len(item.ids) for item in running) / max(seconds, 1e-6)
         self.tokens_per_s += SMOOTHING * (rate - self.tokens_per_s)
         return outcomes
@@ -242,28 +246,23 @@ class Batcher:
         with self._arrived:
             while True:
                 self._drop_forsaken()
-                if self._queue or not wait or self._closed:
+                batch = self._choose()
+                if batch or (not self._queue and (not wait or self._closed)):
                     break
-                self._arrived.wait()
-            if not self._queue:
-                return []
-            batch = self._choose()
+                if not self._queue:
+                    self._arrived.wait()
             self.tokens_waiting -= sum(len(item.ids) for item in batch)
         now = time.monotonic()
         for item in batch:
             if item.place == 0:
-                self._metrics.stages.labels("queue").observe(now - item.job.queued_at)
+                self._metrics.stages["queue"].observe(now - item.job.queued_at)
                 if item.job.stages is not None:
                     item.job.stages.taken_at = item.job.stages.taken_at or now
         return batch
 
     def _drop_forsaken(self) -> None:
         while self._queue and self._queue[0].job.forsaken:
-            self._drop(self._queue.popleft())
-
-    def _drop(self, item: Item) -> None:
-        self.tokens_waiting -= len(item.ids)
-        self._deliver([item], [TimeoutExceededError("The request waited longer than it may.")])
+            self.tokens_waiting -= len(self._queue.popleft().ids)
 
     def _choose(self) -> list[Item]:
         window: list[Item] = []
@@ -275,6 +274,8 @@ class Batcher:
             tokens += len(item.ids)
             if tokens >= WINDOW_BATCHES * self._max_batch_tokens:
                 break
+        if not window:
+            return []
         oldest = window[0]
         window.sort(key=lambda item: self._alike(len(item.ids)))
         low = high = window.index(oldest)
@@ -333,6 +334,11 @@ def _answer(jobs: list[Job]) -> None:
     for job in jobs:
         if not job.answer.done():
             job.answer.set_result([outcome for outcome in job.outcomes if outcome is not None])
+
+
+def _end_late(answer: "asyncio.Future[list[Outcome]]") -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutExceededError("There was no answer in time."))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

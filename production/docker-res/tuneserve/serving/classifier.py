@@ -1,6 +1,7 @@
 """A version that can be asked: texts to token ids, logits to predictions."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,9 +75,10 @@ class Classifier:
 
     def describe(self, tokens: Tokens, logits: Sequence[Array]) -> Prediction:
         """The prediction that follows from the logits float [labels] of each of a text's windows."""
-        # The tens of microseconds that NumPy wants for a handful of figures would be most of the work here.
-        probabilities = _softmax(logits[0]) if len(logits) == 1 else np.mean([_softmax(row) for row in logits], axis=0)
-        values = probabilities.tolist()
+        # In lists: what NumPy wants for a handful of figures would be most of the work here.
+        values = _softmax(logits[0])
+        if len(logits) > 1:
+            values = [sum(column) / len(logits) for column in zip(*map(_softmax, logits), strict=True)]
         return Prediction(
             label=self._labels[values.index(max(values))],
             scores=dict(zip(self._labels, values, strict=True)),
@@ -118,10 +120,12 @@ def _problem(text: str) -> str:
     return ""
 
 
-def _softmax(logits: Array) -> Array:
-    odds: Array = np.exp(logits.astype(np.float64) - logits.max())
-    odds /= odds.sum()
-    return odds
+def _softmax(logits: Array) -> list[float]:
+    values = logits.tolist()
+    highest = max(values)
+    odds = [math.exp(value - highest) for value in values]
+    total = sum(odds)
+    return [one / total for one in odds]
 
 
 def _batches(windows: list[tuple[int, list[int]]], max_tokens: int) -> list[list[tuple[int, list[int]]]]:

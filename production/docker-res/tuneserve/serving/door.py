@@ -1,22 +1,34 @@
-"""uvicorn's HTTP protocol with a door: what cannot be answered soon gets its 429 when its headers are there.
+"""uvicorn's HTTP protocol with a door, which answers the engine's two routes itself.
 
-An ASGI application is asked in a task of its own, with a scope, a body and a response, which is most of what a small
-request costs. A refusal needs none of it. The door also bounds what uvicorn waits for and reads without end: headers
-that do not come, bodies that nobody reads, and bodies that are not there when the server leaves.
+What an ASGI application puts around a small request was a third of what it cost the event loop. So the door gives the
+bodies of these routes to `Inference` and writes its responses. What cannot be answered soon gets its 429 when its
+headers are there. All else goes to the application. The door also bounds what uvicorn waits for and reads without end:
+headers and bodies that do not come, and bodies that nobody reads.
 """
 
 import asyncio
-import json
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, cast
 
-import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from tuneserve.errors import LeavingError, OverloadedError, TuneserveError
+from tuneserve.errors import (
+    BodyTimeoutError,
+    ClientGoneError,
+    HeadersTooLargeError,
+    InvalidRequestError,
+    LeavingError,
+    OverloadedError,
+    TuneserveError,
+)
 from tuneserve.serving.admission import Admission
-from tuneserve.serving.middleware import ENGINE_PATHS, RETRY_AFTER_S, Journal, request_id_of
+from tuneserve.serving.inference import Inference
+from tuneserve.serving.middleware import ENGINE_PATHS, Journal, request_id_of
+from tuneserve.serving.offers import Parser, head_without_offer
+from tuneserve.serving.problems import problem
 
 ENGINE_URLS = {path.encode(): path for path in ENGINE_PATHS}
 """As they stand in a request; one that is written otherwise is the middleware's to refuse."""
@@ -27,24 +39,46 @@ UNREAD_BYTES = 16 << 20
 BODY_S = 2.0
 """Seconds that a body may take once the server is to leave."""
 
+HEAD_BYTES = 64 << 10
+"""Most that is read of a request without finding any of its body: headers, or what follows a body in chunks."""
 
-class Parser(httptools.HttpRequestParser):
-    """httptools' parser, which takes no body of a request that offers another protocol: it keeps what follows the head.
+PAUSE_S = 0.05
+"""Seconds after refusals in which the event loop looks at no connection. Clients that ask again at once would keep it
+busy, on the processor that answers those who were accepted."""
 
-    Java's client and `curl --http2` always make that offer.
+
+class Pauses:
+    """Pauses of the event loop, which let the engine have the processor: refusals cost less together.
+
+    Nothing is urgent in a server whose queue is full, and no client gets more than one refusal in a pause.
     """
 
-    def __init__(self, door: "Door") -> None:
-        super().__init__(door)
-        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        self.untaken: bytes | None = None
+    def __init__(self) -> None:
+        self._is_due = False
 
-    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
-        """See httptools."""
-        try:
-            super().feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self.untaken = data[upgrade.args[0] :]
+    def ask(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Pause once, after what the loop has found on its connections."""
+        if not self._is_due:
+            self._is_due = True
+            loop.call_soon(self._pause)
+
+    def _pause(self) -> None:
+        time.sleep(PAUSE_S)
+        self._is_due = False
+
+
+class Exchange(RequestResponseCycle):
+    """A request that the door answers: what uvicorn's protocol wants of a cycle, without what serves an application."""
+
+    message_event = asyncio.Event()
+    """uvicorn sets it when the client is gone. Nobody waits for it."""
+
+    def __init__(self, route: str, headers: list[tuple[bytes, bytes]], *, keep_alive: bool) -> None:
+        self.route, self.headers, self.keep_alive = route, headers, keep_alive
+        self.began = time.perf_counter()
+        self.body = bytearray()
+        self.more_body = True
+        self.response_complete = self.disconnected = False
 
 
 class Door(HttpToolsProtocol):
@@ -52,47 +86,89 @@ class Door(HttpToolsProtocol):
 
     Args:
         admission: the rule for what is refused.
-        journal: told of refusals.
-        head_s: seconds that a request's headers may take.
+        inference: answers what is not; None lets the application answer.
+        journal: told of what the door answered.
+        pauses: of the server, asked for after refusals.
+        wait_s: seconds that a request's headers may take, and then its body.
+        max_body_bytes: above which a body is the application's to refuse.
         options: uvicorn's.
     """
 
-    def __init__(self, admission: Admission, journal: Journal, head_s: float, **options: Any) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        inference: Inference | None,
+        journal: Journal,
+        pauses: Pauses,
+        *,
+        wait_s: float,
+        max_body_bytes: int,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.parser: Parser = Parser(self)
-        self._admission, self._journal, self._head_s = admission, journal, head_s
+        self._admission, self._inference, self._journal, self._pauses = admission, inference, journal, pauses
+        self._wait_s, self._max_body_bytes = wait_s, max_body_bytes
         self._refused = self._in_head = self._upgrading = False
-        self._unread_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._in_message = self._has_body = False
+        self._unread_bytes = self._bodiless_bytes = 0
+        self._work: asyncio.Task[None] | None = None
+        self._hung_up = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first headers."""
         super().connection_made(transport)
-        self._expect_head()
+        self._await(self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
-        self._head_is_there()
+        """Wait for nothing any more; work whose client has hung up is dropped."""
+        self._has_come()
+        self._hung_up = True
+        if isinstance(self.cycle, Exchange) and self._body_is_missing():
+            self._note(self.cycle, ClientGoneError.status, request_id_of(self.cycle.headers))
+        elif self._work is not None:
+            self._work.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read it; headers that have only begun must go on. An offer of another protocol is passed over."""
+        """Read it; what has only begun must go on. An offer of another protocol is passed over."""
         super().data_received(data)
         while (untaken := self.parser.untaken) is not None:
-            data = self._head_without_upgrade() + untaken
+            head = b""  # that of a tunnel has been answered
+            if self._upgrading:
+                version = self.parser.get_http_version()
+                head = head_without_offer(self.parser.get_method(), self.url, version, self.headers)
             self.parser = Parser(self)
-            super().data_received(data)
-        if self._in_head:
-            self._expect_head()
+            super().data_received(head + untaken)
+        self._bound(len(data))
+
+    def _bound(self, num_bytes: int) -> None:
+        """See that a message which is not whole yet goes on, and is a body in the end."""
+        self._bodiless_bytes = 0 if self._has_body or not self._in_message else self._bodiless_bytes + num_bytes
+        self._has_body = False
+        if self._bodiless_bytes > HEAD_BYTES:
+            self._end_early(HeadersTooLargeError())
+        elif self._in_message and (self._in_head or self._is_answered()):
+            self._await(self.transport.close)
+        elif self._in_message and isinstance(self.cycle, Exchange):
+            self._await(self._end_late)
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self._in_head, self._unread_bytes = True, 0
+        self._in_head = self._in_message = True
+        self._unread_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep it. What follows a body in chunks says nothing of the request: those before us have not looked at it."""
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Refuse the request, or let uvicorn do with it what it does."""
-        self._head_is_there()
+        """Refuse the request, take it, or let uvicorn do with it what it does."""
+        self._in_head = False
+        self._has_come()
         method = self.parser.get_method().decode("ascii")
         self._upgrading = self.parser.should_upgrade() and method != "CONNECT"
         if self._upgrading:
@@ -103,24 +179,49 @@ class Door(HttpToolsProtocol):
             if error is not None:
                 self._refuse(error, ENGINE_PATHS[path])
                 return
+            if method == "POST" and self._inference is not None and self._is_ordinary():
+                self.cycle = Exchange(ENGINE_PATHS[path], self.headers, keep_alive=self._keeps_alive())
+                return
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """What belongs to a request that has its answer is read and forgotten, up to a limit."""
-        if self._refused or self.cycle.response_complete:
+        """Keep it. What belongs to a request that has its answer is read and forgotten, up to a limit."""
+        self._has_body = True
+        if self._is_answered():
             self._unread_bytes += len(body)
             if self._unread_bytes > UNREAD_BYTES:
                 self.transport.close()
-        else:
-            super().on_body(body)
+            return
+        if isinstance(self.cycle, Exchange):
+            self.cycle.body += body
+            if len(self.cycle.body) <= self._max_body_bytes:
+                return
+            body = self._hand_over()
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """After a refused request the connection waits for the next, as after any other."""
+        """The request is whole. After a refused one the connection waits for the next, as after any other."""
+        self._in_message = False
+        self._has_come()
         if self._refused:
             self._refused = False
             self.on_response_complete()
+        elif isinstance(self.cycle, Exchange) and self._body_is_missing():
+            self.cycle.more_body = False
+            self._work = self.loop.create_task(self._answer(self.cycle))
+            self.tasks.add(self._work)  # which uvicorn cancels if it must leave
+            self._work.add_done_callback(self.tasks.discard)
         elif not self._upgrading:
             super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. A whole request before it is answered first."""
+        if self.cycle is None or self.cycle.response_complete:
+            super().send_400_response(msg)
+        elif self.cycle.more_body:
+            self._end_early(InvalidRequestError(msg))
+        else:
+            self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
         """The server is to leave: answer what is under way, but wait for no body that does not come."""
@@ -128,63 +229,115 @@ class Door(HttpToolsProtocol):
         if self._body_is_missing():
             self.loop.call_later(BODY_S, self._give_up)
 
-    def _head_without_upgrade(self) -> bytes:
-        """The head of the request that offered another protocol, without the offer; nothing of one for a tunnel."""
-        if not self._upgrading:
-            return b""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        for name, value in self.headers:
-            if name == b"connection":
-                value = b",".join(one for one in value.split(b",") if one.strip().lower() != b"upgrade")
-            if name != b"upgrade" and value:
-                lines.append(b"%b: %b" % (name, value))
-        return b"\r\n".join([*lines, b"", b""])
+    async def _answer(self, exchange: Exchange) -> None:
+        assert self._inference is not None
+        request_id = request_id_of(exchange.headers)
+        try:
+            response = await self._inference.answer(
+                exchange.route, exchange.headers, exchange.body, request_id.decode()
+            )
+        except asyncio.CancelledError:
+            if self._hung_up:
+                self._note(exchange, ClientGoneError.status, request_id)
+                return
+            response = problem(LeavingError())
+        self._end(exchange, response, request_id)
+        self.on_response_complete()
+
+    def _end(self, exchange: Exchange, response: Response, request_id: bytes) -> None:
+        exchange.response_complete = True
+        exchange.body = bytearray()  # the connection may rest for long
+        self._write(response, request_id, keep=exchange.keep_alive)
+        self._note(exchange, response.status_code, request_id)
+
+    def _note(self, exchange: Exchange, status: int, request_id: bytes) -> None:
+        self._journal.note(exchange.route, status, time.perf_counter() - exchange.began, request_id.decode())
+
+    def _hand_over(self) -> bytes:
+        """Let the application answer this request after all; returns what there is of its body."""
+        self._has_come()
+        body = bytes(self.cycle.body)
+        self.cycle = cast("RequestResponseCycle", None)  # as uvicorn has it before the first request
+        super().on_headers_complete()
+        return body
+
+    def _end_late(self) -> None:
+        self._end_early(BodyTimeoutError(self._wait_s))
 
     def _give_up(self) -> None:
-        if self._body_is_missing() and not self.transport.is_closing():
-            self._write(LeavingError(), RETRY_AFTER_S, request_id_of(self.headers), keep=False)
+        # A pipelined request must not be answered before the one that it waits for.
+        if self._body_is_missing() and not self.pipeline and not self.transport.is_closing():
+            self._end_early(LeavingError())
+
+    def _end_early(self, error: TuneserveError) -> None:
+        """Answer a request that is not whole and will not be, and close the connection."""
+        if isinstance(self.cycle, Exchange) and self._body_is_missing():
+            self.cycle.keep_alive = False
+            self._end(self.cycle, problem(error), request_id_of(self.cycle.headers))
+        elif self._can_answer() or self._body_is_missing():
+            self._write(problem(error), request_id_of(self.headers), keep=False)
+        else:
+            self.transport.close()
+
+    def _is_answered(self) -> bool:
+        """Whether the request that is being read has its answer already."""
+        return self._refused or (self.cycle is not None and self.cycle.response_complete)
 
     def _body_is_missing(self) -> bool:
         return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
 
-    def _expect_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._head_s, self.transport.close)
+    def _await(self, otherwise: Callable[[], None]) -> None:
+        """Wait for more of the request, if that is not done already."""
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._wait_s, otherwise)
 
-    def _head_is_there(self) -> None:
-        self._in_head = False
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _has_come(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _can_answer(self) -> bool:
         """Whether an answer may be written now: those before it have theirs, and the client reads them."""
         answered = self.cycle is None or self.cycle.response_complete
         return answered and not self.flow.write_paused and not self.transport.is_closing()
 
+    def _is_ordinary(self) -> bool:
+        """Whether there is nothing about the request that the application would answer otherwise than the door."""
+        declared = next((value for name, value in self.headers if name == b"content-length"), b"0")
+        return int(declared) <= self._max_body_bytes and not self.expect_100_continue
+
+    def _keeps_alive(self) -> bool:
+        keeps: bool = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        return keeps
+
     def _refuse(self, error: OverloadedError, route: str) -> None:
         began = time.perf_counter()
         self._refused = True
+        self._pauses.ask(self.loop)
         request_id = request_id_of(self.headers)
         # Who asked whether to send the body is told no: what comes next on this connection could be either.
-        keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        self._write(error, error.retry_after_s, request_id, keep=keep and not self.expect_100_continue)
+        refusal = _refusal(str(error), error.retry_after_s)
+        self._write(refusal, request_id, keep=self._keeps_alive() and not self.expect_100_continue)
         self._journal.note(route, error.status, time.perf_counter() - began, request_id.decode())
 
-    def _write(self, error: TuneserveError, retry_after_s: int, request_id: bytes, *, keep: bool) -> None:
-        body = json.dumps({"detail": str(error)}, ensure_ascii=False, separators=(",", ":")).encode()
-        head = [STATUS_LINE[error.status]]
-        head += [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
-        head.append(
-            b"retry-after: %d\r\ncontent-length: %d\r\ncontent-type: application/json\r\nx-request-id: %b\r\n%b\r\n"
-            % (retry_after_s, len(body), request_id, b"" if keep else b"connection: close\r\n")
-        )
-        self.transport.write(b"".join([*head, body]))
+    def _write(self, response: Response, request_id: bytes, *, keep: bool) -> None:
+        head = [STATUS_LINE[response.status_code]]
+        head += [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *response.raw_headers)]
+        head.append(b"x-request-id: %b\r\n%b\r\n" % (request_id, b"" if keep else b"connection: close\r\n"))
+        self.transport.write(b"".join([*head, response.body]))
         if not keep:
             self.transport.close()
 
 
-def open_door(admission: Admission, journal: Journal, *, head_s: float) -> type[asyncio.Protocol]:
+@lru_cache(maxsize=16)
+def _refusal(words: str, retry_after_s: int) -> Response:
+    """Many in a row find the same number of tokens waiting."""
+    return problem(OverloadedError(words, retry_after_s=retry_after_s))
+
+
+def open_door(
+    admission: Admission, inference: Inference | None, journal: Journal, *, wait_s: float, max_body_bytes: int
+) -> type[asyncio.Protocol]:
     """The class of protocol that uvicorn makes a connection of; for the arguments see `Door`."""
-    return cast("type[asyncio.Protocol]", partial(Door, admission, journal, head_s))
+    door = partial(Door, admission, inference, journal, Pauses(), wait_s=wait_s, max_body_bytes=max_body_bytes)
+    return cast("type[asyncio.Protocol]", door)

@@ -24,13 +24,14 @@ class Metrics:
             registry=registry,
             buckets=SECONDS,
         )
-        self.stages = Histogram(
+        stages = Histogram(
             "tuneserve_stage_seconds",
             "Time of a request in the tokenizer and the queue, and of a batch in the engine.",
             ["stage"],
             registry=registry,
             buckets=SECONDS,
         )
+        self.stages = {stage: stages.labels(stage) for stage in ("tokenize", "queue", "infer")}
         self.model = Gauge("tuneserve_model_info", "1 for the version that answers.", ["version"], registry=registry)
         self.swaps = Counter(
             "tuneserve_swaps", "Versions that came to be served, or were refused.", ["outcome"], registry=registry

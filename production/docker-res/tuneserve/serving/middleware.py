@@ -5,14 +5,15 @@ import hmac
 import logging
 import os
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 
+from prometheus_client import Counter, Histogram
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tuneserve.errors import ClientGoneError, LeavingError
+from tuneserve.errors import BodyTimeoutError, ClientGoneError, LeavingError, UnauthorizedError
 from tuneserve.serving.metrics import Metrics
+from tuneserve.serving.problems import problem, unforeseen
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,6 @@ ENGINE_PATHS = {
     "/inference/batch/": "/inference/batch",
 }
 """Paths that the engine answers, and the route of each."""
-
-RETRY_AFTER_S = 5
-"""Seconds after which a server without a model, or another than the one that ends, may be asked."""
 
 REQUEST_ID = b"x-request-id"
 LONGEST_ID = 128
@@ -57,8 +55,7 @@ class Lock:
         if scope["type"] != "http" or has_key(scope["headers"], self.key):
             await self.app(scope, receive, send)
             return
-        headers = {"WWW-Authenticate": "Bearer"}
-        await JSONResponse({"detail": NO_KEY}, status_code=401, headers=headers)(scope, receive, send)
+        await problem(UnauthorizedError(NO_KEY))(scope, receive, send)
 
 
 class BodyLimit:
@@ -86,8 +83,9 @@ class BodyLimit:
                     more = message.get("more_body", False)
                     too_large = len(body) > self.max_bytes
         except TimeoutError:
-            limit = f"The body did not come within {self.timeout_s:g} s."
-            await JSONResponse({"detail": limit}, 408, {"Connection": "close"})(scope, receive, send)
+            late = problem(BodyTimeoutError(self.timeout_s))
+            late.headers["Connection"] = "close"
+            await late(scope, receive, send)
             return
         if too_large:
             limit = f"The body is larger than {self.max_bytes // 1024} KiB, the most this server takes."
@@ -123,14 +121,22 @@ class Journal:
 
     def __init__(self, metrics: Metrics, *, logs: bool = False) -> None:
         self.metrics, self.logs = metrics, logs
+        self._figures: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     def note(self, route: str, status: int, seconds: float, request_id: str) -> None:
         """Note an answer."""
-        self.metrics.requests.labels(route, str(status)).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
+        count, time_taken = self._figures.get((route, status)) or self._find(route, status)
+        count.inc()
+        time_taken.observe(seconds)
         if self.logs:
             shown = {"route": route, "status": status, "ms": round(seconds * 1000, 1), "id": request_id}
             logger.info("%(route)s %(status)d %(ms).1f ms %(id)s", shown, extra={"request": shown})
+
+    def _find(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        """Looked up once: to find a figure by its labels costs more than to count it."""
+        found = self.metrics.requests.labels(route, str(status)), self.metrics.seconds.labels(route)
+        self._figures[route, status] = found
+        return found
 
 
 class Stopwatch:
@@ -167,15 +173,11 @@ class Stopwatch:
         except asyncio.CancelledError:
             if status:
                 raise
-            answer = {"detail": str(LeavingError())}
-            await JSONResponse(answer, LeavingError.status, {"Retry-After": str(RETRY_AFTER_S)})(scope, receive, note)
+            await problem(LeavingError())(scope, receive, note)
         except Exception as error:
-            # Neither the error's words nor its source: they may hold what was sent.
-            trace = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %s failed: %s\n%s", request_id.decode(), type(error).__qualname__, trace.rstrip())
+            answer = unforeseen(error, request_id.decode())
             if not status:
-                answer = {"detail": "Something went wrong inside; the server's log says what."}
-                await JSONResponse(answer, 500)(scope, receive, note)
+                await answer(scope, receive, note)
         finally:
             if not status:  # the client hung up before there was an answer
                 status = ClientGoneError.status

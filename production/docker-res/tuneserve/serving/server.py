@@ -1,5 +1,6 @@
 """The server process: opens the port at once, follows the champion behind it, and may train beside it."""
 
+import gc
 import logging
 import os
 import signal
@@ -28,6 +29,7 @@ from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.serving.door import open_door
 from tuneserve.serving.follower import Follower
+from tuneserve.serving.inference import Inference
 from tuneserve.serving.middleware import Journal
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
@@ -50,6 +52,10 @@ LOAD_S = 0.5
 
 SWITCH_S = 0.0005
 """Seconds that the event loop may keep the interpreter while the engine's thread, which has work to give, wants it."""
+
+YOUNG_OBJECTS = 10_000
+"""New objects after which the garbage collector looks for cycles. With Python's 700 it would look through hundreds of
+requests that wait, most of which are gone soon without its help, over and over."""
 
 BUSY_S = 15.0
 """Seconds after which a first training is tried again that another process's training kept away."""
@@ -132,6 +138,7 @@ def serve(
         SystemExit: a signal came before there was a first model.
     """
     sys.setswitchinterval(SWITCH_S)
+    gc.set_threshold(YOUNG_OBJECTS)
     traces = Traces(settings.otel_exporter_otlp_endpoint)
     store = Store(settings.model_path)
     if not training and store.champion_id() is None:
@@ -141,15 +148,20 @@ def serve(
     if training:
         trainer = Trainer(training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ)
     feedback = open_feedback(settings)
-    admission = Admission(slot, key=settings.api_key.get_secret_value().encode())
+    door = open_door(
+        Admission(slot, key=settings.api_key.get_secret_value().encode()),
+        # FastAPI makes the spans, and so it is the application that answers where there are some.
+        None if settings.otel_exporter_otlp_endpoint else Inference(settings, slot, feedback),
+        Journal(slot.metrics, logs=settings.access_log),
+        wait_s=settings.request_timeout_s,
+        max_body_bytes=settings.max_body_kb * 1024,
+    )
     server = Server(
         uvicorn.Config(
             create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
             host=settings.host,
             port=settings.port,
-            http=open_door(
-                admission, Journal(slot.metrics, logs=settings.access_log), head_s=settings.request_timeout_s
-            ),
+            http=door,
             ws="none",
             log_config=None,
             access_log=False,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from opentelemetry import trace
 
-from tuneserve.errors import NoModelError, TextError, TimeoutExceededError, TuneserveError
+from tuneserve.errors import NoModelError, TextError, TuneserveError
 from tuneserve.lifecycle.drift import Window
 from tuneserve.serving.batcher import Batcher, Outcome, Stages
 from tuneserve.serving.classifier import Classifier, Prediction
@@ -75,10 +75,7 @@ class ServedModel:
         began = time.monotonic()
         self.in_flight += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._predict(texts, deadline=began + timeout_s)
-        except TimeoutError:
-            raise TimeoutExceededError(f"There was no answer within {timeout_s:g} s.") from None
+            return await self._predict(texts, deadline=began + timeout_s)
         finally:
             self.in_flight -= 1
 
@@ -91,7 +88,7 @@ class ServedModel:
         else:
             readings = await asyncio.to_thread(self.classifier.read, texts)
         tokenize_s = time.perf_counter() - began
-        self.metrics.stages.labels("tokenize").observe(tokenize_s)
+        self.metrics.stages["tokenize"].observe(tokenize_s)
         ids = [window for one in readings if isinstance(one, Tokens) for window in one.windows]
         outcomes = iter(await self._compute(ids, deadline, stages))
         if stages is not None:
@@ -167,7 +164,7 @@ class Slot:
         self,
         *,
         metrics: Metrics | None = None,
-        max_queue_tokens: int = 16384,
+        max_queue_tokens: int = 32768,
         new_window: Callable[[], Window] = Window,
     ) -> None:
         self.phase: Phase = "empty"

@@ -1,0 +1,41 @@
+"""What a client is told when there is no answer."""
+
+import logging
+import traceback
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+
+from tuneserve.errors import OverloadedError, TuneserveError, UnauthorizedError
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 5
+"""Seconds after which a server without a model, or another than the one that ends, may be asked."""
+
+SHOWN_PROBLEMS = 20
+"""Most problems that a 422 lists."""
+
+
+def problem(error: TuneserveError | RequestValidationError) -> Response:
+    """What a client is told of an error."""
+    if isinstance(error, RequestValidationError):
+        # What was sent is left out: it may be private, and large.
+        shown = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()[:SHOWN_PROBLEMS]]
+        return JSONResponse({"detail": shown}, status_code=422)
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    elif error.status == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+
+
+def unforeseen(error: Exception, request_id: str) -> Response:
+    """What a client is told of an error that nobody foresaw; the log is told where it came from."""
+    # Neither the error's words nor its source: they may hold what was sent.
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s failed: %s\n%s", request_id, type(error).__qualname__, trace.rstrip())
+    return JSONResponse({"detail": "Something went wrong inside; the server's log says what."}, 500)

@@ -1,0 +1,206 @@
+"""What the door answers itself is what the application would have answered, on real sockets."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from wire import BODY, LIVEZ, Client, served, write
+
+from tuneserve.serving import inference
+from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.middleware import Stopwatch
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+BATCH = b'{"texts": ["film", " ", "good film"]}'
+CHUNKED = b"POST /inference HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+REQUESTS = {
+    "one": write(),
+    "slash": write(path="/inference/"),
+    "batch": write(BATCH, path="/inference/batch"),
+    "in chunks": CHUNKED + b"8\r\n" + BODY[:8] + b"\r\n8\r\n" + BODY[8:] + b"\r\n0\r\n\r\n",
+    "no JSON": write(b"{"),
+    "deep JSON": write(b'{"text": ' + b"[" * 1500),
+    "no text": write(b'{"txt": 1}'),
+    "empty text": write(b'{"text": " "}'),
+    "no texts": write(b'{"texts": []}', path="/inference/batch"),
+    "no body": write(b""),
+    "half a surrogate pair": write(rb'{"text": "\ud800"}'),
+    "strange deadline": write(BODY, "X-Request-Timeout-S: soon"),
+    "deadline": write(BODY, "X-Request-Timeout-S: 5"),
+    "too large": write(b" " * 5000),
+    "too large in chunks": CHUNKED + b"1388\r\n" + b" " * 5000 + b"\r\n0\r\n\r\n",
+    "wrong method": b"GET /inference HTTP/1.1\r\nHost: a\r\n\r\n",
+    "query": write(path="/inference?a=b"),
+    "old HTTP": write(BODY, http="1.0"),
+    "last one": write(BODY, "Connection: close"),
+}
+
+
+def shown(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, str], bytes]:
+    status, headers, body = answer
+    return status, {name: value for name, value in headers.items() if name not in {"date", "x-request-id"}}, body
+
+
+@pytest.mark.parametrize("key", ["", "secret"])
+def test_the_door_and_the_application_give_the_same_answers(
+    settings: Settings, classifier: Classifier, key: str
+) -> None:
+    answers: list[dict[str, Any]] = []
+    for door_answers in (True, False):
+        slot = Slot()
+        slot.take(classifier)
+        changed = settings.model_copy(update={"api_key": SecretStr(key)})
+        with served(changed, slot, door_answers=door_answers) as port:
+            answers.append({})
+            for name, request in REQUESTS.items():
+                client = Client(port)
+                answers[-1][name] = shown(client.ask(request))
+                keyed = request.replace(b"Host: a", b"Host: a\r\nX-API-Key: secret")
+                if answers[-1][name][0] and answers[-1][name][1].get("connection") != "close":
+                    answers[-1][name + ", again with the key"] = shown(client.ask(keyed))
+                client.close()
+        answers[-1]["counted"] = counts(slot)
+        slot.close()
+    assert answers[0] == answers[1]
+    assert answers[0]["one"][0] == (401 if key else 200)
+    assert {answer[0] for name, answer in answers[0].items() if name != "counted"} >= {200, 405, 413, 422}
+
+
+def test_the_door_answers_without_the_application(
+    settings: Settings, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def look(self: Stopwatch, scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["path"])
+
+    slot = Slot()
+    slot.take(classifier)
+    monkeypatch.setattr(Stopwatch, "__call__", look)
+    with served(settings, slot, lifespan="off") as port:
+        client = Client(port)
+        for path, body in (("/inference", BODY), ("/inference/batch", BATCH)):
+            status, headers, answer = client.ask(write(body, "X-Request-Id: mine", path=path))
+            assert status == 200, answer
+            assert headers["x-request-id"] == "mine"
+        client.close()
+    assert asked == []
+    slot.close()
+
+
+def test_who_asks_before_the_body_is_sent_is_told_to_go_on(settings: Settings, classifier: Classifier) -> None:
+    slot = Slot()
+    slot.take(classifier)
+    with served(settings, slot) as port:
+        client = Client(port)
+        head, _, body = write(BODY, "Expect: 100-continue").partition(b"\r\n\r\n")
+        assert client.ask(head + b"\r\n\r\n")[0] == 100
+        assert client.ask(body)[0] == 200
+        client.close()
+    slot.close()
+
+
+def test_a_body_may_come_in_pieces(settings: Settings, classifier: Classifier) -> None:
+    slot = Slot()
+    slot.take(classifier)
+    with served(settings, slot) as port:
+        client = Client(port)
+        request = write()
+        for byte in range(len(request)):
+            client.send(request[byte : byte + 1])
+            time.sleep(0.001)
+        assert client.read()[0] == 200
+        client.send(write() + LIVEZ + write())
+        assert [client.read()[0] for _ in range(3)] == [200, 200, 200]
+        client.close()
+    slot.close()
+
+
+def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
+    settings: Settings, held: tuple[Slot, threading.Event]
+) -> None:
+    slot, go = held
+    slot.model().batcher._max_queue_tokens = 1000
+    with served(settings, slot) as port:
+        first, leaves, stays = (Client(port) for _ in range(3))
+        first.send(write())
+        wait(lambda: hasattr(engine_of(slot), "running"))
+        second = len(slot.model().classifier.read(["film"])[0].ids)
+        for client in (leaves, stays):
+            before = slot.model().batcher.tokens_waiting
+            client.send(write())
+            wait(lambda before=before: slot.model().batcher.tokens_waiting == before + second)
+        leaves.close()
+        wait(lambda: counted(slot, "499") == 1)
+        go.set()
+        assert (first.read()[0], stays.read()[0]) == (200, 200)
+        first.close()
+        stays.close()
+    assert sum(map(len, engine_of(slot).batches)) == 2
+    assert counted(slot, "500") == 0
+
+
+def test_what_nobody_foresaw_is_a_500_and_the_connection_goes_on(
+    settings: Settings, classifier: Classifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(prediction: Any) -> None:
+        raise ZeroDivisionError("".join(["priv", "ate"]))
+
+    slot = Slot()
+    slot.take(classifier)
+    with served(settings, slot) as port:
+        client = Client(port)
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "_shown", fail)
+            status, headers, body = client.ask(write(BODY, "X-Request-Id: mine"))
+        assert (status, headers["x-request-id"]) == (500, "mine")
+        assert "went wrong inside" in json.loads(body)["detail"]
+        assert client.ask(write())[0] == 200
+        client.close()
+    assert "request mine failed: ZeroDivisionError" in caplog.text
+    assert "private" not in caplog.text
+    assert counted(slot, "500") == 1
+    slot.close()
+
+
+def test_a_request_that_takes_too_long_is_504_and_the_connection_goes_on(
+    settings: Settings, held: tuple[Slot, threading.Event]
+) -> None:
+    slot, go = held
+    with served(settings, slot) as port:
+        client = Client(port)
+        began = time.monotonic()
+        status, _, body = client.ask(write(BODY, "X-Request-Timeout-S: 0.2"))
+        assert (status, json.loads(body)["detail"]) == (504, "There was no answer in time.")
+        assert 0.15 < time.monotonic() - began < 5
+        go.set()
+        assert client.ask(write())[0] == 200
+        client.close()
+
+
+def counts(slot: Slot) -> dict[tuple[str, str], float]:
+    """Answers by route and status."""
+    samples = [one for family in slot.metrics._registry.collect() for one in family.samples]
+    found = [one for one in samples if one.name == "tuneserve_requests_total"]
+    return {(one.labels["route"], one.labels["status"]): one.value for one in found}
+
+
+def counted(slot: Slot, status: str) -> float:
+    return counts(slot).get(("/inference", status), 0)
+
+
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def engine_of(slot: Slot) -> Any:
+    return slot.model().batcher._engine

@@ -1,0 +1,148 @@
+"""What the door reads and waits for has an end, on real sockets, and what is broken harms nothing before it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+from pydantic import SecretStr
+from wire import BODY, Client, served, write
+
+from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+HEAD = b"POST /inference HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE = b"10\r\n" + BODY + b"\r\n0\r\n"
+WAIT_S = 0.5
+
+
+@pytest.fixture
+def slot(classifier: Classifier) -> Iterator[Slot]:
+    slot = Slot()
+    slot.take(classifier)
+    yield slot
+    slot.close()
+
+
+@pytest.fixture
+def connect(settings: Settings, slot: Slot) -> Iterator[Callable[[], Client]]:
+    clients: list[Client] = []
+    changed = settings.model_copy(update={"request_timeout_s": WAIT_S, "api_key": SecretStr("secret")})
+    with served(changed, slot) as port:
+
+        def connect() -> Client:
+            clients.append(Client(port))
+            return clients[-1]
+
+        yield connect
+        for client in clients:
+            client.close()
+
+
+def statuses(slot: Slot) -> set[str]:
+    samples = [one for family in slot.metrics._registry.collect() for one in family.samples]
+    return {one.labels["status"] for one in samples if one.name == "tuneserve_requests_total"}
+
+
+def push(client: Client, piece: bytes) -> int:
+    """Send a piece over and over until nobody reads it; returns the bytes sent."""
+    sent = 0
+    try:
+        while sent < 64 << 20:
+            client.send(piece)
+            sent += len(piece)
+    except OSError:
+        pass
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (HEAD, b"X-A: " + b"b" * 1000 + b"\r\n"),
+        (HEAD + b"X-A: ", b"b" * 1000),
+        (b"GET /livez HTTP/1.1\r\n", b"X-A: " + b"b" * 1000 + b"\r\n"),
+        (CHUNKED + WHOLE, b"X-A: " + b"b" * 1000 + b"\r\n"),
+    ],
+)
+def test_headers_without_end_are_not_read(connect: Callable[[], Client], begin: bytes, piece: bytes) -> None:
+    client = connect()
+    client.send(begin)
+    assert push(client, piece) < 32 << 20  # most of it stays in the buffers of the sockets
+    with suppress(ConnectionError):
+        assert client.read()[0] in (0, 431)
+
+
+def test_headers_up_to_the_limit_are_read(connect: Callable[[], Client]) -> None:
+    client = connect()
+    status, _, _ = client.ask(write(BODY, "X-API-Key: secret", *["X-A: " + "b" * 1000] * 30))
+    assert status == 200
+
+
+def test_a_body_that_became_too_large_leaves_the_connection_as_it_was(connect: Callable[[], Client]) -> None:
+    client = connect()
+    client.send(HEAD + b"X-API-Key: secret\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n \r\n")
+    time.sleep(0.1)
+    client.send(b"2000\r\n" + b" " * 0x2000 + b"\r\n0\r\n\r\n")
+    assert client.read()[0] == 413
+    time.sleep(2 * WAIT_S)
+    assert client.ask(write(BODY, "X-API-Key: secret"))[0] == 200
+
+
+def test_a_refused_request_whose_body_does_not_come_is_closed(connect: Callable[[], Client], slot: Slot) -> None:
+    batcher = slot.model().batcher
+    batcher._max_queue_tokens = 0
+    client = connect()
+    client.send(write(BODY, "X-API-Key: secret")[:-3])
+    assert client.read()[0] == 429
+    began = time.monotonic()
+    assert client.read()[0] == 0
+    assert time.monotonic() - began < 5
+
+
+def test_an_answered_upload_that_stops_is_closed(connect: Callable[[], Client]) -> None:
+    client = connect()
+    client.send(HEAD + b"Content-Length: 1000000\r\n\r\n")
+    assert client.read()[0] == 413
+    client.send(b" ")
+    began = time.monotonic()
+    assert client.read()[0] == 0
+    assert time.monotonic() - began < 5
+
+
+def test_what_follows_a_body_in_chunks_is_no_header(connect: Callable[[], Client]) -> None:
+    status, headers, _ = connect().ask(CHUNKED + WHOLE + b"X-API-Key: secret\r\nX-Request-Id: mine\r\n\r\n")
+    assert status == 401
+    assert headers["x-request-id"] != "mine"
+
+
+@pytest.mark.parametrize("garbage", [b"\x00\x01\x02", b"no HTTP at all\r\n\r\n"])
+def test_a_whole_request_before_garbage_is_answered(connect: Callable[[], Client], garbage: bytes) -> None:
+    client = connect()
+    client.send(write(BODY, "X-API-Key: secret") + garbage)
+    status, headers, _ = client.read()
+    assert (status, headers["connection"]) == (200, "close")
+    assert client.read()[0] == 0
+
+
+def test_a_broken_body_is_a_bad_request_and_counted_as_one(connect: Callable[[], Client], slot: Slot) -> None:
+    client = connect()
+    status, headers, _ = client.ask(CHUNKED + b"no number\r\n")
+    assert (status, headers["connection"]) == (400, "close")
+    assert "x-request-id" in headers
+    assert client.read()[0] == 0
+    assert statuses(slot) == {"400"}
+
+
+@pytest.mark.parametrize("first", ["1", r'"\ud800"'])
+def test_a_million_faults_do_not_hold_up_the_server(settings: Settings, slot: Slot, first: str) -> None:
+    body = b'{"texts": [' + first.encode() + b", 1" * 300_000 + b"]}"
+    with served(settings.model_copy(update={"max_body_kb": 1000}), slot) as port:
+        client = Client(port)
+        began = time.monotonic()
+        status, _, answer = client.ask(write(body, path="/inference/batch"))
+        assert (status, answer.count(b"string_type")) == (422, 20)
+        assert time.monotonic() - began < 1
+        client.close()

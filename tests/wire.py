@@ -1,0 +1,83 @@
+"""Requests as bytes, and the server that reads them from real sockets."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from tuneserve.serving.admission import Admission
+from tuneserve.serving.api import create_app
+from tuneserve.serving.door import open_door
+from tuneserve.serving.inference import Inference
+from tuneserve.serving.middleware import Journal
+from tuneserve.serving.server import listen
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+BODY = b'{"text": "film"}'
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+def write(body: bytes = BODY, *headers: str, path: str = "/inference", http: str = "1.1") -> bytes:
+    lines = [f"POST {path} HTTP/{http}", "Host: a", *headers, f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+class Client:
+    """A connection whose answers are read one after another."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self._file = self.socket.makefile("rb")
+
+    def send(self, request: bytes) -> None:
+        self.socket.sendall(request)
+
+    def read(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the next answer; the status is 0 if the connection has ended."""
+        first = self._file.readline()
+        if not first:
+            return 0, {}, b""
+        headers = {}
+        while line := self._file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            headers[name] = value
+        return int(first.split()[1]), headers, self._file.read(int(headers.get("content-length", 0)))
+
+    def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        self.send(request)
+        return self.read()
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+
+@contextmanager
+def served(settings: Settings, slot: Slot, *, door_answers: bool = True, **options: Any) -> Iterator[int]:
+    """The port of a server over the slot, whose engine's routes are answered by the door or by the application."""
+    key = settings.api_key.get_secret_value().encode()
+    protocol = open_door(
+        Admission(slot, key=key),
+        Inference(settings, slot, None) if door_answers else None,
+        Journal(slot.metrics, logs=settings.access_log),
+        wait_s=settings.request_timeout_s,
+        max_body_bytes=settings.max_body_kb * 1024,
+    )
+    options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
+    with listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
