@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tuneserve.artifact import Version
-from tuneserve.errors import EngineError, TextError
-from tuneserve.serving.classifier import Classifier
+from tuneserve.artifact import Golden, Version
+from tuneserve.errors import EngineError, StoreError, TextError
+from tuneserve.serving.classifier import Classifier, Prediction, prove
 
 
 def test_answers_come_in_the_order_of_the_texts_whatever_their_lengths(classifier: Classifier) -> None:
@@ -70,3 +70,16 @@ def test_a_long_text_may_be_read_in_overlapping_windows(version: Version, engine
     assert (one.tokens, one.truncated) == (32, False)
     windows = [classifier.predict(["film " * words])[0].scores["good"] for words in (14, 14, 8)]
     assert one.scores["good"] == pytest.approx(sum(windows) / 3)
+
+
+@pytest.mark.parametrize("long_text", ["truncate", "error", "window"])
+def test_whatever_becomes_of_long_texts_the_golden_answers_are_given(
+    version: Version, engine: Any, classifier: Classifier, long_text: Any
+) -> None:
+    texts = ["film", "good " * 10 + "film " * 30]
+    stored = Golden(texts, [one.scores for one in classifier.predict(texts) if isinstance(one, Prediction)])
+    asked = Classifier(version, engine, long_text=long_text)
+    prove(asked, stored)
+    stored.scores[0]["good"] += 0.1
+    with pytest.raises(StoreError, match=r"differs by 0\.100"):
+        prove(asked, stored)
