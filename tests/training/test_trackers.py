@@ -18,6 +18,7 @@ import httpx
 import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from transformers import AutoModelForSequenceClassification
 
 from tuneserve.artifact import Version
@@ -250,6 +251,24 @@ def test_a_folder_that_cannot_be_written_is_said_once(
         trackers.finish(version)
     (said,) = warnings(caplog)
     assert said.startswith(f"TensorBoard in {tmp_path}/logs/tensorboard/run was not told all of this run")
+
+
+def test_a_disk_that_stops_for_a_while_is_not_waited_for(
+    opened: Callable[..., Trackers], version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, stops_s = RecordWriter.write, iter([2.0])
+
+    def write_slowly(writer: RecordWriter, event: bytes) -> None:
+        time.sleep(next(stops_s, 0))
+        write(writer, event)
+
+    with opened() as trackers:
+        trackers.start(PARAMETERS)
+        trackers.record(1, figures(1))  # torch's part of TensorBoard is imported
+        monkeypatch.setattr(RecordWriter, "write", write_slowly)
+        assert longest_wait_s(trackers, range(2, 102)) < 0.5
+        trackers.finish(version)
+    assert len(curves(tmp_path / "logs" / "tensorboard" / "run")["loss"]) == 101
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread

@@ -81,6 +81,10 @@ class Trackers:
                 self._trackers.remove(tracker)
 
 
+QUEUED_EVENTS = 10_000
+"""Events that TensorBoard's thread may be behind before a step waits for it; with its own 10 a slow disk stops a run."""
+
+
 class TensorBoard:
     """Event files in a folder; a resumed run adds one, which replaces what the earlier ones say of the same steps."""
 
@@ -99,7 +103,7 @@ class TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(self._folder, purge_step=step, flush_secs=10)
+            self._writer = SummaryWriter(self._folder, max_queue=QUEUED_EVENTS, purge_step=step, flush_secs=10)
             rows = "".join(f"| {name} | {value} |\n" for name, value in self._parameters.items())
             self._writer.add_text("parameters", f"| name | value |\n|---|---|\n{rows}", step)
         from tensorboard.compat.proto.summary_pb2 import Summary
