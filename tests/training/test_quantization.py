@@ -111,8 +111,8 @@ def test_int8_is_another_training_and_the_other_formats_are_not(environment: dic
 
 
 def test_a_version_without_the_graph_is_trained_again_when_it_is_asked_for(environment: dict[str, str]) -> None:
-    # The graph's description is most of so small a version, which the gate would find too large.
-    environment |= {"MAX_LATENCY_INCREASE": "9"}
+    # The graph's description is most of so small a version, and a CPU with bf16 trains the two in different formats.
+    environment |= {"MAX_LATENCY_INCREASE": "9", "MAX_ACCURACY_DROP": "1"}
     versions = [
         job.train(Settings.from_environ(environment | {"PRECISION": precision}), Stop(), threads=1)
         for precision in ("fp32", "int8", "int8", "fp32")
