@@ -97,16 +97,16 @@ def main(arguments: list[str]) -> int:
 
 
 def run(address: str, bodies: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The peak, then each rate, as often as there are rounds; the rates are those of the first peak."""
+    """The peak, then each multiple of it, as often as there are rounds."""
     record: dict[str, Any] = {"peaks": [], "rates": []}
     for _ in range(options.rounds):
         figures = offer(address, bodies, per_s=0, seconds=options.seconds, connections=options.connections)
-        record["peaks"].append(figures)
-        peak = record["peaks"][0]["goodput_per_s"]
+        peak = figures["goodput_per_s"]
+        record["peaks"].append({"of_peak": 1.0, **figures})
         say(f"peak: {figures['goodput_per_s']:.0f} requests/s")
         for times in options.times:
             figures = offer(address, bodies, per_s=times * peak, seconds=options.seconds, connections=options.pool)
-            record["rates"].append({"times": times, **figures})
+            record["rates"].append({"times": times, "of_peak": figures["goodput_per_s"] / peak, **figures})
             say(f"{times:g} times: {figures['goodput_per_s']:.0f} requests/s")
             time.sleep(PAUSE_S)
     return record
@@ -128,15 +128,13 @@ COLUMNS = {
 
 def tabulate(record: dict[str, Any]) -> str:
     """A row for the peak and one for each rate: mean ± standard deviation over the rounds."""
-    peak = sum(one["goodput_per_s"] for one in record["peaks"]) / len(record["peaks"])
     groups = {"peak": record["peaks"]}
     for one in record["rates"]:
         groups.setdefault(f"{one['times']:g} ×", []).append(one)
     rows = [["load", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for name, own in groups.items():
-        known = [{**one, "of_peak": one["goodput_per_s"] / peak} for one in own]
         rows.append(
-            [name, *(spread([one[key] for one in known], scale, digits) for key, scale, digits in COLUMNS.values())]
+            [name, *(spread([one[key] for one in own], scale, digits) for key, scale, digits in COLUMNS.values())]
         )
     return join(rows)
 

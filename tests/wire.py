@@ -1,6 +1,6 @@
 """Requests as bytes, and the server that reads them from real sockets."""
 
-import asyncio
+import select
 import socket
 import threading
 import time
@@ -49,6 +49,9 @@ class Client:
             headers[name] = value
         return int(first.split()[1]), headers, self._file.read(int(headers.get("content-length", 0)))
 
+    def is_answered_within(self, seconds: float) -> bool:
+        return bool(select.select([self.socket], [], [], seconds)[0])
+
     def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
         self.send(request)
         return self.read()
@@ -62,17 +65,18 @@ class Client:
 def served(settings: Settings, slot: Slot, *, door_answers: bool = True, **options: Any) -> Iterator[int]:
     """The port of a server over the slot, whose engine's routes are answered by the door or by the application."""
     key = settings.api_key.get_secret_value().encode()
-    protocol = open_door(
-        Admission(slot, key=key),
-        Inference(settings, slot, None) if door_answers else None,
-        Journal(slot.metrics, logs=settings.access_log),
-        wait_s=settings.request_timeout_s,
-        max_body_bytes=settings.max_body_kb * 1024,
-    )
-    options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
     with listen("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        protocol = open_door(
+            listener,
+            Admission(slot, key=key),
+            Inference(settings, slot, None) if door_answers else None,
+            Journal(slot.metrics, logs=settings.access_log),
+            wait_s=settings.request_timeout_s,
+            max_body_bytes=settings.max_body_kb * 1024,
+        )
+        options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
+        server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
+        thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
         while not server.started:
             time.sleep(0.01)

@@ -1,5 +1,6 @@
 """What is refused before anything of it is read: a refusal that costs something takes it from what was accepted."""
 
+import asyncio
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,18 +21,37 @@ class Admission:
 
     def __init__(self, slot: Slot, *, key: bytes) -> None:
         self._slot, self._key = slot, key
+        self._coming = 0
+
+    def count(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count a request that a task, made just now, will put into the queue: those behind it must not overfill it.
+
+        The task has its turn before the loop looks at another connection, and what is forgotten then waits by itself.
+        """
+        if not self._coming:
+            loop.call_soon(self._forget)
+        self._coming += 1
+
+    def _forget(self) -> None:
+        self._coming = 0
+
+    def drain_s(self) -> float:
+        """Seconds until the queue is empty."""
+        try:
+            return self._slot.model().batcher.drain_s
+        except NoModelError:
+            return 0.0
 
     def refusal(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> OverloadedError | None:
         """Why the request would not be answered soon; None if it may come in."""
         if path not in ENGINE_PATHS or method != "POST" or self._slot.phase != "ready":
             return None
         try:
-            self._slot.model().batcher.require_room()
-        except OverloadedError as error:
-            return error if not self._key or has_key(headers, self._key) else None
+            # Not raised: its traceback would hold the caller's frames, and these the error, for the collector to find.
+            error = self._slot.model().batcher.refusal(coming=self._coming)
         except NoModelError:  # it has died since
             return None
-        return None
+        return error if error is None or not self._key or has_key(headers, self._key) else None
 
 
 class Refused:

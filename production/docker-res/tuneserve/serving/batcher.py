@@ -33,7 +33,7 @@ WINDOW_BATCHES = 4
 FIRST_RATE = 5000.0
 """Tokens a second that are believed before anything was measured."""
 SMOOTHING = 0.1
-"""Weight of the newest batch in the measured rate."""
+"""Weight of the newest batch in the measured rate, and of the newest request in the measured size."""
 
 
 @dataclass(slots=True)
@@ -93,6 +93,7 @@ class Batcher:
     ) -> None:
         self.tokens_waiting = 0
         self.tokens_per_s = FIRST_RATE
+        self.tokens_per_request = 0.0
         self.dead: BaseException | None = None
         self._engine = engine
         self._metrics = metrics
@@ -112,18 +113,24 @@ class Batcher:
         """Tokens that go through the engine together."""
         return self._max_batch_tokens
 
-    def require_room(self, wait_s: float = math.inf) -> None:
-        """Refuse a request that came too late to be answered soon.
+    @property
+    def drain_s(self) -> float:
+        """Seconds that what waits now will take, by the measured rate."""
+        return self.tokens_waiting / self.tokens_per_s
 
-        Raises:
-            OverloadedError: the queue is full, or would take longer than `wait_s`.
+    def refusal(self, wait_s: float = math.inf, *, coming: int = 0) -> OverloadedError | None:
+        """Why a request comes too late to be answered soon: the queue is full, or takes longer than it may wait.
+
+        Args:
+            wait_s: seconds that it may wait.
+            coming: requests that are on their way to the queue; each is counted as large as the latest were.
         """
-        expected_s = self.tokens_waiting / self.tokens_per_s
-        if self.tokens_waiting >= self._max_queue_tokens or expected_s > wait_s:
-            again_s = max(1, math.ceil(expected_s / 2))
-            raise OverloadedError(
-                f"{self.tokens_waiting} tokens are waiting; try again in {again_s} s.", retry_after_s=again_s
-            )
+        tokens = self.tokens_waiting + round(coming * self.tokens_per_request)
+        expected_s = tokens / self.tokens_per_s
+        if tokens < self._max_queue_tokens and expected_s <= wait_s:
+            return None
+        again_s = max(1, math.ceil(expected_s / 2))
+        return OverloadedError(f"{tokens} tokens are waiting; try again in {again_s} s.", retry_after_s=again_s)
 
     def submit(
         self, texts: Sequence[Sequence[int]], *, deadline: float, stages: Stages | None = None
@@ -142,13 +149,15 @@ class Batcher:
         timer = loop.call_later(deadline - now, _end_late, answer)
         answer.add_done_callback(lambda _: timer.cancel())
         job = Job([None] * len(texts), answer, now, stages)
+        tokens = sum(map(len, texts))
+        self.tokens_per_request += SMOOTHING * (tokens - self.tokens_per_request)
         if stages is not None:
             stages.queued_at = stages.queued_at or now
         with self._arrived:
             if self.dead or self._closed:
                 raise NoModelError("The engine has stopped.")
             self._queue.extend(Item(ids, job, place) for place, ids in enumerate(texts))
-            self.tokens_waiting += sum(map(len, texts))
+            self.tokens_waiting += tokens
             self._arrived.notify()
         return job.answer
 

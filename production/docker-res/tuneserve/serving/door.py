@@ -7,6 +7,8 @@ headers and bodies that do not come, and bodies that nobody reads.
 """
 
 import asyncio
+import select
+import socket
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -47,24 +49,38 @@ PAUSE_S = 0.05
 busy, on the processor that answers those who were accepted."""
 
 
+WELCOMES = 32
+"""Most connections that are accepted between two pauses."""
+
+
 class Pauses:
     """Pauses of the event loop, which let the engine have the processor: refusals cost less together.
 
     Nothing is urgent in a server whose queue is full, and no client gets more than one refusal in a pause.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admission: Admission, listener: socket.socket) -> None:
+        self._admission = admission
+        self._newcomers = select.poll()
+        self._newcomers.register(listener, select.POLLIN)
         self._is_due = False
+        self._put_off = 0
 
     def ask(self, loop: asyncio.AbstractEventLoop) -> None:
         """Pause once, after what the loop has found on its connections."""
         if not self._is_due:
             self._is_due = True
-            loop.call_soon(self._pause)
+            loop.call_soon(self._pause, loop)
 
-    def _pause(self) -> None:
-        time.sleep(PAUSE_S)
+    def _pause(self, loop: asyncio.AbstractEventLoop) -> None:
+        # uvloop accepts a connection a turn. Those behind it must not wait a pause each.
+        if self._put_off < WELCOMES and self._newcomers.poll(0):
+            self._put_off += 1
+            loop.call_soon(self._pause, loop)
+            return
+        time.sleep(min(PAUSE_S, self._admission.drain_s() / 2))  # a short queue must not run dry
         self._is_due = False
+        self._put_off = 0
 
 
 class Exchange(RequestResponseCycle):
@@ -155,8 +171,8 @@ class Door(HttpToolsProtocol):
             self._await(self._end_late)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
+        """A request begins. The scope that uvicorn would make here is the application's, which gets few of them."""
+        self.url, self.headers, self.expect_100_continue = b"", [], False
         self._in_head = self._in_message = True
         self._unread_bytes = 0
 
@@ -177,11 +193,20 @@ class Door(HttpToolsProtocol):
         if path is not None and self._can_answer():
             error = self._admission.refusal(method, path, self.headers)
             if error is not None:
-                self._refuse(error, ENGINE_PATHS[path])
+                self._refused = True
+                # Who asked whether to send the body is told no: what comes next on this connection could be either.
+                self._refuse(error, ENGINE_PATHS[path], keep=self._keeps_alive() and not self.expect_100_continue)
                 return
             if method == "POST" and self._inference is not None and self._is_ordinary():
                 self.cycle = Exchange(ENGINE_PATHS[path], self.headers, keep_alive=self._keeps_alive())
                 return
+        self._call_application()
+
+    def _call_application(self) -> None:
+        head = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = head
+        self.scope["headers"] = self.headers
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -208,6 +233,7 @@ class Door(HttpToolsProtocol):
             self.on_response_complete()
         elif isinstance(self.cycle, Exchange) and self._body_is_missing():
             self.cycle.more_body = False
+            self._admission.count(self.loop)
             self._work = self.loop.create_task(self._answer(self.cycle))
             self.tasks.add(self._work)  # which uvicorn cancels if it must leave
             self._work.add_done_callback(self.tasks.discard)
@@ -258,7 +284,7 @@ class Door(HttpToolsProtocol):
         self._has_come()
         body = bytes(self.cycle.body)
         self.cycle = cast("RequestResponseCycle", None)  # as uvicorn has it before the first request
-        super().on_headers_complete()
+        self._call_application()
         return body
 
     def _end_late(self) -> None:
@@ -310,14 +336,11 @@ class Door(HttpToolsProtocol):
         keeps: bool = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         return keeps
 
-    def _refuse(self, error: OverloadedError, route: str) -> None:
+    def _refuse(self, error: OverloadedError, route: str, *, keep: bool) -> None:
         began = time.perf_counter()
-        self._refused = True
         self._pauses.ask(self.loop)
         request_id = request_id_of(self.headers)
-        # Who asked whether to send the body is told no: what comes next on this connection could be either.
-        refusal = _refusal(str(error), error.retry_after_s)
-        self._write(refusal, request_id, keep=self._keeps_alive() and not self.expect_100_continue)
+        self._write(_refusal(str(error), error.retry_after_s), request_id, keep=keep)
         self._journal.note(route, error.status, time.perf_counter() - began, request_id.decode())
 
     def _write(self, response: Response, request_id: bytes, *, keep: bool) -> None:
@@ -336,8 +359,15 @@ def _refusal(words: str, retry_after_s: int) -> Response:
 
 
 def open_door(
-    admission: Admission, inference: Inference | None, journal: Journal, *, wait_s: float, max_body_bytes: int
+    listener: socket.socket,
+    admission: Admission,
+    inference: Inference | None,
+    journal: Journal,
+    *,
+    wait_s: float,
+    max_body_bytes: int,
 ) -> type[asyncio.Protocol]:
-    """The class of protocol that uvicorn makes a connection of; for the arguments see `Door`."""
-    door = partial(Door, admission, inference, journal, Pauses(), wait_s=wait_s, max_body_bytes=max_body_bytes)
+    """The class of protocol that uvicorn makes a connection of, for the server of this socket; see `Door`."""
+    pauses = Pauses(admission, listener)
+    door = partial(Door, admission, inference, journal, pauses, wait_s=wait_s, max_body_bytes=max_body_bytes)
     return cast("type[asyncio.Protocol]", door)

@@ -25,6 +25,10 @@ Headers = Sequence[tuple[bytes, bytes]]
 """Names in lower case, and values."""
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+"""Kept: `json.dumps` with options makes an encoder for each answer."""
+
+
 class Inference:
     """The way from a request's body to its response.
 
@@ -144,5 +148,4 @@ def _shown(prediction: Prediction | TuneserveError) -> dict[str, Any]:
 
 
 def _json(content: Any) -> Response:
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return Response(body, media_type="application/json")
+    return Response(_to_json(content).encode(), media_type="application/json")

@@ -11,7 +11,7 @@ from prometheus_client import Counter, Histogram
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tuneserve.errors import BodyTimeoutError, ClientGoneError, LeavingError, UnauthorizedError
+from tuneserve.errors import BodyTimeoutError, ClientGoneError, LeavingError, OverloadedError, UnauthorizedError
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.problems import problem, unforeseen
 
@@ -124,10 +124,11 @@ class Journal:
         self._figures: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     def note(self, route: str, status: int, seconds: float, request_id: str) -> None:
-        """Note an answer."""
+        """Note an answer. A refusal is counted and not timed: it would hide how long answers take."""
         count, time_taken = self._figures.get((route, status)) or self._find(route, status)
         count.inc()
-        time_taken.observe(seconds)
+        if status != OverloadedError.status:
+            time_taken.observe(seconds)
         if self.logs:
             shown = {"route": route, "status": status, "ms": round(seconds * 1000, 1), "id": request_id}
             logger.info("%(route)s %(status)d %(ms).1f ms %(id)s", shown, extra={"request": shown})

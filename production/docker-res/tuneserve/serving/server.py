@@ -105,6 +105,35 @@ def open_feedback(settings: Settings) -> Feedback:
     return Feedback(settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts)
 
 
+def open_server(
+    listener: socket.socket, settings: Settings, slot: Slot, feedback: Feedback, traces: Traces, trainer: Trainer | None
+) -> Server:
+    """The server behind the socket, not yet started."""
+    door = open_door(
+        listener,
+        Admission(slot, key=settings.api_key.get_secret_value().encode()),
+        # FastAPI makes the spans, and so it is the application that answers where there are some.
+        None if settings.otel_exporter_otlp_endpoint else Inference(settings, slot, feedback),
+        Journal(slot.metrics, logs=settings.access_log),
+        wait_s=settings.request_timeout_s,
+        max_body_bytes=settings.max_body_kb * 1024,
+    )
+    return Server(
+        uvicorn.Config(
+            create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
+            host=settings.host,
+            port=settings.port,
+            http=door,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=DRAIN_S,
+        ),
+        trainer,
+    )
+
+
 def follow(settings: Settings, slot: Slot, *, threads: int, trainer: Trainer | None = None) -> Follower:
     """What keeps the slot at the store's champion, not yet started."""
 
@@ -148,33 +177,12 @@ def serve(
     if training:
         trainer = Trainer(training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ)
     feedback = open_feedback(settings)
-    door = open_door(
-        Admission(slot, key=settings.api_key.get_secret_value().encode()),
-        # FastAPI makes the spans, and so it is the application that answers where there are some.
-        None if settings.otel_exporter_otlp_endpoint else Inference(settings, slot, feedback),
-        Journal(slot.metrics, logs=settings.access_log),
-        wait_s=settings.request_timeout_s,
-        max_body_bytes=settings.max_body_kb * 1024,
-    )
-    server = Server(
-        uvicorn.Config(
-            create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
-            host=settings.host,
-            port=settings.port,
-            http=door,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=IDLE_S,
-            timeout_graceful_shutdown=DRAIN_S,
-        ),
-        trainer,
-    )
-
-    def leave() -> None:
-        server.should_exit = True
-
     with listen(settings.host, settings.port) as listener:
+        server = open_server(listener, settings, slot, feedback, traces, trainer)
+
+        def leave() -> None:
+            server.should_exit = True
+
         logger.info("listening on http://%s:%d (docs at /docs)", settings.host, settings.port)
         slot.on_failure = leave
         follower = follow(settings, slot, threads=threads, trainer=trainer)

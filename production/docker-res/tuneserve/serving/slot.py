@@ -71,7 +71,8 @@ class ServedModel:
             TimeoutExceededError: the time is over.
             NoModelError: the engine has ended.
         """
-        self.batcher.require_room(timeout_s)
+        if refusal := self.batcher.refusal(timeout_s):
+            raise refusal
         began = time.monotonic()
         self.in_flight += 1
         try:

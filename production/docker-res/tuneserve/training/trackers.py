@@ -82,7 +82,7 @@ class Trackers:
 
 
 QUEUED_EVENTS = 10_000
-"""Events that TensorBoard's thread may be behind before a step waits for it; with its own 10 a slow disk stops a run."""
+"""Events that TensorBoard's thread may be behind before a step waits for it. With its 10 a slow disk stops a run."""
 
 
 class TensorBoard:
