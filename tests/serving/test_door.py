@@ -17,8 +17,9 @@ from wire import BODY, LIVEZ, Client, served, write
 from tuneserve.serving import door
 from tuneserve.serving.batcher import Batcher
 from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.door import PAUSE_S, UNREAD_BYTES
+from tuneserve.serving.door import UNREAD_BYTES
 from tuneserve.serving.inference import Inference
+from tuneserve.serving.pauses import PAUSE_S
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
@@ -129,6 +130,40 @@ def test_clients_that_ask_again_at_once_cannot_keep_the_server_busy(fill: Callab
     assert 1 <= ask_for_a_second(clients) <= 1.1 / PAUSE_S
     full.batcher.tokens_per_s = full.batcher.tokens_waiting / (PAUSE_S / 2)  # it would run dry in a whole pause
     assert ask_for_a_second(clients) >= 1.5 / PAUSE_S
+
+
+def test_who_is_refused_at_a_glance_is_told_the_same(
+    fill: Callable[..., Full], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see, seen = door.see_whole_request, []
+
+    def note(data: bytes) -> Any:
+        seen.append(see(data))
+        return seen[-1]
+
+    monkeypatch.setattr(door, "see_whole_request", note)
+    full = fill("X-API-Key: open sesame", key="open sesame", timeout_keep_alive=1)
+    count = full.slot.metrics.requests.labels("/inference", "429")._value
+    before = count.get()
+    clients = [full.connect() for _ in range(12)]
+    answers = []
+    for _ in range(3):
+        for place, client in enumerate(clients):
+            client.send(write(BODY, "X-API-Key: open sesame", f"X-Request-Id: id-{place}"))
+        answers += [client.read() for client in clients]
+    assert len([one for one in seen if one is not None]) > len(answers) / 2
+    assert [headers.pop("x-request-id") for _, headers, _ in answers] == [f"id-{place}" for place in range(12)] * 3
+    dates = {headers.pop("date") for _, headers, _ in answers}
+    assert len(dates) <= 3
+    assert all(one == answers[0] for one in answers)
+    assert answers[0][0] == 429
+    for client in clients:
+        client.send(write(BODY, "X-API-Key: another"))
+    assert {client.read()[0] for client in clients} == {401}
+    assert count.get() - before == len(answers)
+    full.make_room()
+    assert clients[1].ask(write(BODY, "X-API-Key: open sesame"))[0] == 200
+    assert {client.read()[0] for client in clients[1:]} == {0}  # closed after a second without a request
 
 
 def test_requests_that_are_read_together_do_not_overfill_the_queue(

@@ -7,7 +7,6 @@ headers and bodies that do not come, and bodies that nobody reads.
 """
 
 import asyncio
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -27,9 +26,11 @@ from tuneserve.errors import (
     TuneserveError,
 )
 from tuneserve.serving.admission import Admission
+from tuneserve.serving.glance import Headers, see_whole_request
 from tuneserve.serving.inference import Inference
 from tuneserve.serving.middleware import ENGINE_PATHS, Journal, request_id_of
 from tuneserve.serving.offers import Parser, head_without_offer
+from tuneserve.serving.pauses import Pauses
 from tuneserve.serving.problems import problem
 
 ENGINE_URLS = {path.encode(): path for path in ENGINE_PATHS}
@@ -43,44 +44,6 @@ BODY_S = 2.0
 
 HEAD_BYTES = 64 << 10
 """Most that is read of a request without finding any of its body: headers, or what follows a body in chunks."""
-
-PAUSE_S = 0.05
-"""Seconds after refusals in which the event loop looks at no connection. Clients that ask again at once would keep it
-busy, on the processor that answers those who were accepted."""
-
-
-WELCOMES = 32
-"""Most connections that are accepted between two pauses."""
-
-
-class Pauses:
-    """Pauses of the event loop, which let the engine have the processor: refusals cost less together.
-
-    Nothing is urgent in a server whose queue is full, and no client gets more than one refusal in a pause.
-    """
-
-    def __init__(self, admission: Admission, listener: socket.socket) -> None:
-        self._admission = admission
-        self._newcomers = select.poll()
-        self._newcomers.register(listener, select.POLLIN)
-        self._is_due = False
-        self._put_off = 0
-
-    def ask(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Pause once, after what the loop has found on its connections."""
-        if not self._is_due:
-            self._is_due = True
-            loop.call_soon(self._pause, loop)
-
-    def _pause(self, loop: asyncio.AbstractEventLoop) -> None:
-        # uvloop accepts a connection a turn. Those behind it must not wait a pause each.
-        if self._put_off < WELCOMES and self._newcomers.poll(0):
-            self._put_off += 1
-            loop.call_soon(self._pause, loop)
-            return
-        time.sleep(min(PAUSE_S, self._admission.drain_s() / 2))  # a short queue must not run dry
-        self._is_due = False
-        self._put_off = 0
 
 
 class Exchange(RequestResponseCycle):
@@ -149,6 +112,8 @@ class Door(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read it; what has only begun must go on. An offer of another protocol is passed over."""
+        if self._pauses.is_due and self._refuse_at_a_glance(data):
+            return
         super().data_received(data)
         while (untaken := self.parser.untaken) is not None:
             head = b""  # that of a tunnel has been answered
@@ -195,7 +160,8 @@ class Door(HttpToolsProtocol):
             if error is not None:
                 self._refused = True
                 # Who asked whether to send the body is told no: what comes next on this connection could be either.
-                self._refuse(error, ENGINE_PATHS[path], keep=self._keeps_alive() and not self.expect_100_continue)
+                keep = self._keeps_alive() and not self.expect_100_continue
+                self._refuse(error, ENGINE_PATHS[path], self.headers, keep=keep)
                 return
             if method == "POST" and self._inference is not None and self._is_ordinary():
                 self.cycle = Exchange(ENGINE_PATHS[path], self.headers, keep_alive=self._keeps_alive())
@@ -336,12 +302,26 @@ class Door(HttpToolsProtocol):
         keeps: bool = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         return keeps
 
-    def _refuse(self, error: OverloadedError, route: str, *, keep: bool) -> None:
-        began = time.perf_counter()
+    def _refuse_at_a_glance(self, data: bytes) -> bool:
+        """Refuse a request that no parser has seen, where others were refused just now; whether it could be done."""
+        if self._in_message or not self._can_answer():
+            return False
+        seen = see_whole_request(data)
+        error = self._admission.refusal("POST", *seen) if seen else None
+        if seen is None or error is None:
+            return False
+        path, headers = seen
+        self._unset_keepalive_if_required()
+        self._has_come()
+        self._refuse(error, ENGINE_PATHS[path], headers, keep=True)
+        self.on_response_complete()
+        return True
+
+    def _refuse(self, error: OverloadedError, route: str, headers: Headers, *, keep: bool) -> None:
         self._pauses.ask(self.loop)
-        request_id = request_id_of(self.headers)
+        request_id = request_id_of(headers)
         self._write(_refusal(str(error), error.retry_after_s), request_id, keep=keep)
-        self._journal.note(route, error.status, time.perf_counter() - began, request_id.decode())
+        self._journal.note(route, error.status, 0.0, request_id.decode())
 
     def _write(self, response: Response, request_id: bytes, *, keep: bool) -> None:
         head = [STATUS_LINE[response.status_code]]
