@@ -113,10 +113,10 @@ def test_a_refused_client_may_ask_again_at_once_on_the_same_connection_and_is_an
     assert client.ask(LIVEZ)[0] == 200
 
 
-def ask_for_a_second(clients: list[Client]) -> float:
+def ask_again_and_again(clients: list[Client], seconds: float = 1) -> float:
     """How often each was refused that asked again as soon as it was."""
     began, refused = time.monotonic(), 0
-    while time.monotonic() - began < 1:
+    while time.monotonic() - began < seconds:
         for client in clients:
             client.send(write())
         refused += sum(client.read()[0] == 429 for client in clients)
@@ -127,9 +127,9 @@ def test_clients_that_ask_again_at_once_cannot_keep_the_server_busy(fill: Callab
     full = fill()
     clients = [full.connect() for _ in range(8)]
     full.batcher.tokens_per_s = 1
-    assert 1 <= ask_for_a_second(clients) <= 1.1 / PAUSE_S
+    assert 1 <= ask_again_and_again(clients) <= 1.1 / PAUSE_S
     full.batcher.tokens_per_s = full.batcher.tokens_waiting / (PAUSE_S / 2)  # it would run dry in a whole pause
-    assert ask_for_a_second(clients) >= 1.5 / PAUSE_S
+    assert ask_again_and_again(clients) >= 1.5 / PAUSE_S
 
 
 def test_who_is_refused_at_a_glance_is_told_the_same(
@@ -286,6 +286,16 @@ def test_a_connection_that_was_refused_and_then_says_nothing_is_closed(fill: Cal
     assert client.ask(write())[0] == 429
     began = time.monotonic()
     assert client.read()[0] == 0
+    assert 0.5 < time.monotonic() - began < 5
+
+
+def test_connections_that_are_refused_and_refused_stay_open(fill: Callable[..., Full]) -> None:
+    full = fill(timeout_keep_alive=1)
+    full.batcher.tokens_per_s = 1
+    clients = [full.connect() for _ in range(8)]
+    assert ask_again_and_again(clients, seconds=2.5) > 20
+    began = time.monotonic()
+    assert {client.read()[0] for client in clients} == {0}
     assert 0.5 < time.monotonic() - began < 5
 
 

@@ -91,6 +91,7 @@ class Door(HttpToolsProtocol):
         self._refused = self._in_head = self._upgrading = False
         self._in_message = self._has_body = False
         self._unread_bytes = self._bodiless_bytes = 0
+        self._refused_at = 0.0
         self._work: asyncio.Task[None] | None = None
         self._hung_up = False
         self._timer: asyncio.TimerHandle | None = None
@@ -311,11 +312,20 @@ class Door(HttpToolsProtocol):
         if seen is None or error is None:
             return False
         path, headers = seen
-        self._unset_keepalive_if_required()
-        self._has_come()
         self._refuse(error, ENGINE_PATHS[path], headers, keep=True)
-        self.on_response_complete()
+        self._refused_at = self.loop.time()
+        if self.timeout_keep_alive_task is None:  # the one that runs will see that this was later
+            self._has_come()
+            self.on_response_complete()
         return True
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing has come since the last answer that was not a refusal at a glance: close, or wait for the rest."""
+        left_s = self._refused_at + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
 
     def _refuse(self, error: OverloadedError, route: str, headers: Headers, *, keep: bool) -> None:
         self._pauses.ask(self.loop)
