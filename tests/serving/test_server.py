@@ -292,6 +292,23 @@ def test_a_version_without_a_graph_is_served_by_torch(
     assert answers[1] == pytest.approx(answers[0], abs=0.02)
 
 
+def test_who_has_connected_before_the_signal_is_answered(start: Start, environment: dict[str, str]) -> None:
+    server = start(environment)
+    server.wait_until_ready()
+    server.process.send_signal(signal.SIGSTOP)  # so the system alone takes these connections
+    clients = [socket.create_connection(("127.0.0.1", int(environment["PORT"])), timeout=10) for _ in range(40)]
+    for client in clients:
+        client.sendall(b"POST /inference HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n" + b'{"text": "film"}')
+    server.process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGCONT)
+    answers = []
+    for client in clients:
+        with client:
+            answers.append(client.recv(12))
+    assert answers == [b"HTTP/1.1 200"] * 40
+    assert server.process.wait(timeout=15) == 0
+
+
 def test_a_port_that_is_taken_is_an_error(start: Start, environment: dict[str, str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(environment["PORT"])))

@@ -28,7 +28,7 @@ from tuneserve.errors import (
 from tuneserve.serving.admission import Admission
 from tuneserve.serving.glance import Headers, see_whole_request
 from tuneserve.serving.inference import Inference
-from tuneserve.serving.middleware import ENGINE_PATHS, Journal, request_id_of
+from tuneserve.serving.middleware import ENGINE_PATHS, NO_ROUTE, Journal, request_id_of
 from tuneserve.serving.offers import Parser, head_without_offer
 from tuneserve.serving.pauses import Pauses
 from tuneserve.serving.problems import problem
@@ -209,9 +209,7 @@ class Door(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP. A whole request before it is answered first."""
-        if self.cycle is None or self.cycle.response_complete:
-            super().send_400_response(msg)
-        elif self.cycle.more_body:
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             self._end_early(InvalidRequestError(msg))
         else:
             self.cycle.keep_alive = False
@@ -267,8 +265,12 @@ class Door(HttpToolsProtocol):
         if isinstance(self.cycle, Exchange) and self._body_is_missing():
             self.cycle.keep_alive = False
             self._end(self.cycle, problem(error), request_id_of(self.cycle.headers))
-        elif self._can_answer() or self._body_is_missing():
+        elif self._body_is_missing():  # the application's, which notes it
             self._write(problem(error), request_id_of(self.headers), keep=False)
+        elif self._can_answer():
+            request_id = request_id_of(self.headers if self._in_message else ())
+            self._write(problem(error), request_id, keep=False)
+            self._journal.note(NO_ROUTE, error.status, 0.0, request_id.decode())
         else:
             self.transport.close()
 

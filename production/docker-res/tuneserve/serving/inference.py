@@ -104,7 +104,7 @@ class Inference:
         if not asked:
             return self._timeout_s
         try:
-            seconds = float(asked)
+            seconds = float(asked) if b"_" not in asked else math.nan  # Python's own way to write figures
         except ValueError:
             seconds = math.nan
         if not seconds > 0:

@@ -25,6 +25,9 @@ ENGINE_PATHS = {
 }
 """Paths that the engine answers, and the route of each."""
 
+NO_ROUTE = "(none)"
+"""Where a request is counted that came to no route."""
+
 REQUEST_ID = b"x-request-id"
 LONGEST_ID = 128
 ID_BYTES = 16
@@ -183,6 +186,6 @@ class Stopwatch:
             if not status:  # the client hung up before there was an answer
                 status = ClientGoneError.status
             # Only routes that exist become labels: paths are the client's to invent.
-            found = getattr(scope.get("route"), "path", None) or ENGINE_PATHS.get(scope["path"], "(none)")
+            found = getattr(scope.get("route"), "path", None) or ENGINE_PATHS.get(scope["path"], NO_ROUTE)
             route = found.rstrip("/") or "/"
             self.journal.note(route, status, time.perf_counter() - began, request_id.decode())

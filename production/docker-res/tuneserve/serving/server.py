@@ -1,8 +1,10 @@
 """The server process: opens the port at once, follows the champion behind it, and may train beside it."""
 
+import asyncio
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -50,6 +52,9 @@ IDLE_S = 75
 LOAD_S = 0.5
 """Seconds that a model which is just being loaded is waited for."""
 
+READ_S = 0.02
+"""Seconds in which a request that is there when the server is told to leave is found on its connection."""
+
 SWITCH_S = 0.0005
 """Seconds that the event loop may keep the interpreter while the engine's thread, which has work to give, wants it."""
 
@@ -77,6 +82,18 @@ class Server(uvicorn.Server):
         if self.trainer is not None:
             self.trainer.interrupt()
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn. Who has connected by now gets an answer: the system would reset what is not accepted yet."""
+        newcomers = select.poll()
+        for listener in sockets or ():
+            newcomers.register(listener, select.POLLIN)
+        for _ in range(self.config.backlog):
+            if not newcomers.poll(0):
+                break
+            await asyncio.sleep(0)
+        await asyncio.sleep(READ_S)
+        await super().shutdown(sockets)
 
     def _end_in_time(self) -> None:
         """End a process that hangs in an engine, a training or a file system when it was told to leave."""
