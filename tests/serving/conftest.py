@@ -30,6 +30,9 @@ class EchoEngine:
     def begin(self, prepared: Prepared) -> None:
         self.running = prepared.inputs
 
+    def wait(self, seconds: float) -> None:
+        pass
+
     def result(self) -> Any:
         self.batches.append([len(row) for row in self.running])
         totals = np.array([[row.sum() / 100] for row in self.running], dtype=np.float32)

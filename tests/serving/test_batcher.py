@@ -71,6 +71,60 @@ def test_a_single_text_leaves_at_once_and_what_comes_meanwhile_goes_together(
     assert engine.batches == [[3], [4] * 9]
 
 
+class Waiting:
+    """What an engine's `wait` may do: note how long, until it is told to go on, or raise."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.seconds: list[float] = []
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.began.set()
+        assert self.go_on.wait(10)
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("what was begun has failed")])
+def test_texts_that_come_while_a_batch_runs_go_with_those_that_were_there(
+    make: Callable[..., Any], held: Held, error: Exception | None
+) -> None:
+    batcher, engine = make(held)
+    engine.wait = waiting = Waiting(error)
+    batcher.tokens_per_s = 30  # so that 3 tokens take 0.1 s
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(waiting.began.wait, 5)
+        early, late = [batcher.submit([text(4)], deadline=FAR) for _ in range(2)]
+        waiting.go_on.set()
+        held.free()
+        await asyncio.gather(first, early, late)
+
+    asyncio.run(ask())
+    assert engine.batches == [[3], [4, 4]]
+    assert 0.05 < waiting.seconds[0] <= 0.08  # all but a fifth of the time
+
+
+def test_a_batch_that_is_full_is_laid_out_at_once(make: Callable[..., Any], held: Held) -> None:
+    batcher, engine = make(held)
+    engine.wait = waiting = Waiting()
+    waiting.go_on.set()
+    batcher.tokens_per_s = 1
+
+    async def ask() -> None:
+        full = batcher.submit([text(16) for _ in range(12)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        assert not waiting.seconds
+        held.free()
+        await full
+
+    asyncio.run(ask())
+    assert engine.batches == [[16] * 4] * 3
+
+
 def test_a_batch_has_no_more_tokens_than_it_may_and_texts_of_like_length(make: Callable[..., Any], held: Held) -> None:
     batcher, engine = make(held)
 

@@ -126,6 +126,10 @@ class Graph:
         self._running = prepared
         self._request.start_async(prepared.inputs, share_inputs=True)
 
+    def wait(self, seconds: float) -> None:
+        """Wait for what was begun, but no longer than this, in whole milliseconds."""
+        self._request.wait_for(int(1000 * seconds))
+
     def result(self) -> Array:
         """Wait for what was begun: logits float32 [texts, labels]."""
         self._request.wait()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -29,6 +30,11 @@ Outcome = Array | TuneserveError
 
 WINDOW_BATCHES = 4
 """Batches' worth of waiting texts among which those of like length are sought."""
+
+LAYOUT_S = 0.0015
+"""Seconds before the expected end of a batch in which the next is laid out, for which the interpreter must be had."""
+LAYOUT_SHARE = 0.2
+"""The share of a batch's time that this is at least, for nobody knows it exactly."""
 
 FIRST_RATE = 5000.0
 """Tokens a second that are believed before anything was measured."""
@@ -173,12 +179,24 @@ class Batcher:
         batch: list[Item] = []
         try:
             while True:
+                if running:
+                    self._let_more_come(running)
                 batch = self._take(wait=not running)
                 if not batch and not running:
                     return
                 running = self._turn(running, batch)
         except BaseException as error:  # whatever it is, nobody must wait for a thread that is gone
             self._die(error, [*running, *batch])
+
+    def _let_more_come(self, running: list[Item]) -> None:
+        """Choose the next batch as late as it can still be laid out in time: texts that come by then go with it."""
+        if self.tokens_waiting >= self._max_batch_tokens:
+            return
+        expected_s = sum(len(item.ids) for item in running) / self.tokens_per_s
+        ready_s = self._begun + expected_s - max(LAYOUT_S, LAYOUT_SHARE * expected_s) - time.perf_counter()
+        if ready_s > 0:
+            with suppress(Exception):  # of the batch that runs: its result says so too
+                self._engine.wait(ready_s)
 
     def _turn(self, running: list[Item], batch: list[Item]) -> list[Item]:
         """Finish the batch that runs and start the next, which was laid out meanwhile; returns what runs now."""

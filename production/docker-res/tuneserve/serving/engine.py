@@ -39,6 +39,10 @@ class Engine(Protocol):
         """Start to compute it."""
         ...
 
+    def wait(self, seconds: float) -> None:
+        """Wait for what was begun, but no longer than this; or not at all, if it cannot be waited for so."""
+        ...
+
     def result(self) -> Array:
         """Wait for what was begun: logits float32 [texts, labels]."""
         ...

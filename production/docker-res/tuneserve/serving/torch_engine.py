@@ -92,6 +92,9 @@ class TorchEngine:
         if self._device.type == "cuda":
             self._on_its_way = self._sparing(lambda: self._launch(prepared))
 
+    def wait(self, seconds: float) -> None:
+        """Not at all: a CPU has not begun, and torch waits for a GPU without an end."""
+
     def result(self) -> Array:
         """See `Engine.result`."""
         running, self._running = self._running, Prepared((), 0, 0)
