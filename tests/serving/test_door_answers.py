@@ -1,6 +1,7 @@
 """What the door answers itself is what the application would have answered, on real sockets."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -143,6 +144,24 @@ def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
         first.close()
         stays.close()
     assert sum(map(len, engine_of(slot).batches)) == 2
+    assert counted(slot, "500") == 0
+
+
+def test_who_hangs_up_behind_many_requests_is_nobodys_failure(
+    settings: Settings, held: tuple[Slot, threading.Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    slot, go = held
+    slot.model().batcher._max_queue_tokens = 1000
+    with served(settings, slot) as port, caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            client = Client(port)
+            client.send(write() * 30 + LIVEZ)
+            wait(lambda: slot.model().in_flight > 0)
+            client.close()
+        wait(lambda: counted(slot, "499") >= 5)
+        go.set()
+        wait(lambda: slot.model().in_flight == 0)
+    assert not caplog.records
     assert counted(slot, "500") == 0
 
 

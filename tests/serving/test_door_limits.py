@@ -1,5 +1,6 @@
 """What the door reads and waits for has an end, on real sockets, and what is broken harms nothing before it."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -134,6 +135,19 @@ def test_a_broken_body_is_a_bad_request_and_counted_as_one(connect: Callable[[],
     assert "x-request-id" in headers
     assert client.read()[0] == 0
     assert statuses(slot) == {"400"}
+
+
+@pytest.mark.parametrize("before", [b"", write(BODY, "X-API-Key: secret", "X-Request-Id: mine")])
+def test_what_is_no_http_is_told_so_and_counted(connect: Callable[[], Client], slot: Slot, before: bytes) -> None:
+    client = connect()
+    if before:
+        assert client.ask(before)[0] == 200
+    status, headers, body = client.ask(b"\x16\x03\x01\x02\x00\x01\x00")
+    assert (status, headers["connection"]) == (400, "close")
+    assert headers["x-request-id"] != "mine"
+    assert json.loads(body) == {"detail": "Invalid HTTP request received."}
+    assert client.read()[0] == 0
+    assert slot.metrics.requests.labels("(none)", "400")._value.get() == 1
 
 
 @pytest.mark.parametrize("first", ["1", r'"\ud800"'])

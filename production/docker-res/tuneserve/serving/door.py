@@ -93,6 +93,7 @@ class Door(HttpToolsProtocol):
         self._unread_bytes = self._bodiless_bytes = 0
         self._refused_at = 0.0
         self._work: asyncio.Task[None] | None = None
+        self._in_turn: RequestResponseCycle | None = None
         self._hung_up = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -109,6 +110,9 @@ class Door(HttpToolsProtocol):
             self._note(self.cycle, ClientGoneError.status, request_id_of(self.cycle.headers))
         elif self._work is not None:
             self._work.cancel()
+        if self._in_turn is not None:
+            self._in_turn.disconnected = True
+            self._in_turn.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -175,6 +179,11 @@ class Door(HttpToolsProtocol):
         self.url, self.headers, self.expect_100_continue = head
         self.scope["headers"] = self.headers
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Remember which is answered: of pipelined requests uvicorn tells but the last that the client is gone."""
+        self._in_turn = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         """Keep it. What belongs to a request that has its answer is read and forgotten, up to a limit."""
