@@ -12,6 +12,7 @@ import uvicorn
 
 from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
+from tuneserve.serving.batcher import Batcher
 from tuneserve.serving.door import open_door
 from tuneserve.serving.inference import Inference
 from tuneserve.serving.middleware import Journal
@@ -85,3 +86,41 @@ def served(settings: Settings, slot: Slot, *, door_answers: bool = True, **optio
         finally:
             server.should_exit = True
             thread.join()
+
+
+class Full:
+    """A server whose queue is full until `go` is set."""
+
+    def __init__(self, slot: Slot, go: threading.Event, port: int, *headers: str) -> None:
+        self.slot, self.go = slot, go
+        self._port = port
+        self._clients: list[Client] = []
+        self._waiting: list[Client] = []
+        deadline = time.monotonic() + 30
+        while len(self._waiting) < 4 or self.batcher.tokens_waiting < 6:  # the first are taken at once
+            assert time.monotonic() < deadline
+            self._waiting.append(self.connect())
+            self._waiting[-1].send(write(BODY, *headers))
+            time.sleep(0.05)
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the model that answers."""
+        return self.slot.model().batcher
+
+    def connect(self) -> Client:
+        self._clients.append(Client(self._port))
+        return self._clients[-1]
+
+    def make_room(self) -> None:
+        """Let what waits be answered."""
+        self.go.set()
+        deadline = time.monotonic() + 10
+        while self.batcher.tokens_waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.go.set()
+        for client in self._clients:
+            client.close()

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from pydantic import SecretStr
+from wire import Full, served
 
 from tuneserve.artifact import Version, read_version, write_json
 from tuneserve.graph import Prepared
@@ -94,3 +96,22 @@ def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Sl
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings.from_environ({"MODEL_PATH": str(tmp_path / "models"), "MAX_BODY_KB": "4"})
+
+
+@pytest.fixture
+def fill(settings: Settings, held: tuple[Slot, threading.Event]) -> Iterator[Callable[..., Full]]:
+    ends: list[Any] = []
+
+    def start(*headers: str, key: str = "", access_log: bool = False, **options: Any) -> Full:
+        slot, go = held
+        changed = settings.model_copy(update={"api_key": SecretStr(key), "access_log": access_log})
+        context = served(changed, slot, **options)
+        port = context.__enter__()
+        ends.append(context)
+        full = Full(slot, go, port, *headers)
+        ends.append(full)
+        return full
+
+    yield start
+    for one in reversed(ends):
+        one.close() if isinstance(one, Full) else one.__exit__(None, None, None)

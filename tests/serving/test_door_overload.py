@@ -1,0 +1,263 @@
+"""The door while the queue is full, on real sockets: what a client sees of a refusal, and of what comes after it."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from wire import BODY, LIVEZ, Client, Full, served, write
+
+from tuneserve.serving import door
+from tuneserve.serving.inference import Inference
+from tuneserve.serving.pauses import PAUSE_S
+from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
+
+
+def test_a_refusal_says_why_and_when_to_come_back_in_the_shape_of_every_error(fill: Callable[..., Full]) -> None:
+    client = fill().connect()
+    for path in ("/inference", "/inference/", "/inference/batch", "/inference/batch/"):
+        status, headers, body = client.ask(write(BODY, "X-Request-Id: mine", path=path))
+        assert status == 429
+        assert int(headers["retry-after"]) > 0
+        assert headers["x-request-id"] == "mine"
+        assert headers["content-type"] == "application/json"
+        assert {"date", "server"} <= set(headers)
+        assert "tokens are waiting" in json.loads(body)["detail"]
+
+
+def test_a_refusal_never_reaches_the_application(fill: Callable[..., Full], monkeypatch: pytest.MonkeyPatch) -> None:
+    full = fill()
+    monkeypatch.setattr(uvicorn.protocols.http.httptools_impl, "RequestResponseCycle", None)
+    assert full.connect().ask(write())[0] == 429
+
+
+def test_a_refused_client_may_ask_again_at_once_on_the_same_connection_and_is_answered_when_there_is_room(
+    fill: Callable[..., Full],
+) -> None:
+    full = fill()
+    client = full.connect()
+    for _ in range(20):
+        assert client.ask(write())[0] == 429
+    assert client.ask(LIVEZ)[0] == 200
+    full.make_room()
+    status, _, body = client.ask(write())
+    assert status == 200, body
+    assert client.ask(LIVEZ)[0] == 200
+
+
+def ask_again_and_again(clients: list[Client], seconds: float = 1) -> float:
+    """How often each was refused that asked again as soon as it was."""
+    began, refused = time.monotonic(), 0
+    while time.monotonic() - began < seconds:
+        for client in clients:
+            client.send(write())
+        refused += sum(client.read()[0] == 429 for client in clients)
+    return refused / len(clients)
+
+
+def test_clients_that_ask_again_at_once_cannot_keep_the_server_busy(fill: Callable[..., Full]) -> None:
+    full = fill()
+    clients = [full.connect() for _ in range(8)]
+    full.batcher.tokens_per_s = 1
+    assert 1 <= ask_again_and_again(clients) <= 1.1 / PAUSE_S
+    full.batcher.tokens_per_s = full.batcher.tokens_waiting / (PAUSE_S / 2)  # it would run dry in a whole pause
+    assert ask_again_and_again(clients) >= 1.5 / PAUSE_S
+
+
+def test_who_is_refused_at_a_glance_is_told_the_same(
+    fill: Callable[..., Full], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see, seen = door.see_whole_request, []
+
+    def note(data: bytes) -> Any:
+        seen.append(see(data))
+        return seen[-1]
+
+    monkeypatch.setattr(door, "see_whole_request", note)
+    full = fill("X-API-Key: open sesame", key="open sesame", timeout_keep_alive=1)
+    count = full.slot.metrics.requests.labels("/inference", "429")._value
+    before = count.get()
+    clients = [full.connect() for _ in range(12)]
+    answers = []
+    for _ in range(3):
+        for place, client in enumerate(clients):
+            client.send(write(BODY, "X-API-Key: open sesame", f"X-Request-Id: id-{place}"))
+        answers += [client.read() for client in clients]
+    assert len([one for one in seen if one is not None]) > len(answers) / 2
+    assert [headers.pop("x-request-id") for _, headers, _ in answers] == [f"id-{place}" for place in range(12)] * 3
+    dates = {headers.pop("date") for _, headers, _ in answers}
+    assert len(dates) <= 3
+    assert all(one == answers[0] for one in answers)
+    assert answers[0][0] == 429
+    for client in clients:
+        client.send(write(BODY, "X-API-Key: another"))
+    assert {client.read()[0] for client in clients} == {401}
+    assert count.get() - before == len(answers)
+    full.make_room()
+    assert clients[1].ask(write(BODY, "X-API-Key: open sesame"))[0] == 200
+    assert {client.read()[0] for client in clients[1:]} == {0}  # closed after a second without a request
+
+
+def test_requests_that_are_read_together_do_not_overfill_the_queue(
+    settings: Settings, held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot, go = held
+    slot.model().batcher.tokens_per_request = 3  # of 6 that may wait
+    answer, let_in, others_sent = Inference.answer, [], threading.Event()
+
+    async def answer_slowly(inference: Inference, *about: Any) -> Any:
+        let_in.append(about)
+        assert others_sent.wait(10)  # the loop finds them all at once
+        return await answer(inference, *about)
+
+    monkeypatch.setattr(Inference, "answer", answer_slowly)
+    with served(settings, slot) as port:
+        first, *others = clients = [Client(port) for _ in range(20)]
+        assert {client.ask(LIVEZ)[0] for client in clients} == {200}
+        first.send(write())
+        for client in others:
+            client.send(write())
+        others_sent.set()
+        refused = [client for client in others if client.is_answered_within(0.5)]
+        assert len(refused) >= 16  # one is computed, one laid out, two wait
+        assert {client.read()[0] for client in refused} == {429}
+        go.set()
+        assert {client.read()[0] for client in (first, *others) if client not in refused} == {200}
+        for client in clients:
+            client.close()
+    assert len(let_in) == 20 - len(refused)  # none of these came as far as to be parsed
+
+
+def test_newcomers_do_not_wait_a_pause_each(fill: Callable[..., Full]) -> None:
+    full = fill()
+    full.batcher.tokens_per_s = 1
+    done = threading.Event()
+    busy = full.connect()
+
+    def ask_without_end() -> None:
+        while not done.is_set():
+            busy.ask(write())
+
+    asking = threading.Thread(target=ask_without_end)
+    asking.start()
+    try:
+        began = time.monotonic()
+        newcomers = [full.connect() for _ in range(60)]
+        for newcomer in newcomers:
+            newcomer.send(LIVEZ)
+        assert {newcomer.read()[0] for newcomer in newcomers} == {200}
+        assert time.monotonic() - began < 60 * PAUSE_S / 2
+    finally:
+        done.set()
+        asking.join()
+
+
+def test_pipelined_requests_are_answered_in_their_order(fill: Callable[..., Full]) -> None:
+    client = fill().connect()
+    wrong = b"GET /inference HTTP/1.1\r\nHost: a\r\n\r\n"
+    client.send(write() + LIVEZ + write(b"x" * 500) + wrong + write() + write())
+    assert [client.read()[0] for _ in range(6)] == [429, 200, 429, 405, 429, 429]
+
+
+def test_a_pipelined_request_waits_for_the_answer_of_the_one_before(fill: Callable[..., Full]) -> None:
+    full = fill()
+    client = full.connect()
+    model = full.slot.model()
+    room, model.batcher._max_queue_tokens = model.batcher._max_queue_tokens, 1000
+    waiting, deadline = model.batcher.tokens_waiting, time.monotonic() + 30
+    client.send(write())
+    while model.batcher.tokens_waiting == waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    model.batcher._max_queue_tokens = room
+    client.send(write() + LIVEZ)
+    client.socket.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.socket.recv(1, socket.MSG_PEEK)
+    client.socket.settimeout(10)
+    full.go.set()
+    assert client.read()[0] == 200
+    assert client.read()[0] in (200, 429)
+    assert client.read()[0] == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_comes_late_is_forgotten_and_the_connection_goes_on(
+    fill: Callable[..., Full], chunked: bool
+) -> None:
+    client = fill().connect()
+    size = "Transfer-Encoding: chunked" if chunked else "Content-Length: 30"
+    client.send(f"POST /inference HTTP/1.1\r\nHost: a\r\n{size}\r\n\r\n".encode())
+    assert client.read()[0] == 429
+    body = [b"5\r\n", b"abc", b"de\r\n", b"0\r\n\r\n"] if chunked else [b"GET / HTTP", b"x" * 15, b"y" * 5]
+    for part in body:
+        client.send(part)
+        time.sleep(0.02)
+    assert client.ask(LIVEZ)[0] == 200
+    assert client.ask(write())[0] == 429
+
+
+@pytest.mark.parametrize(
+    ("headers", "http"),
+    [(["Connection: close"], "1.1"), (["Connection: keep-alive"], "1.0"), (["Expect: 100-continue"], "1.1")],
+)
+def test_who_wants_no_more_or_may_send_no_body_finds_the_connection_closed(
+    fill: Callable[..., Full], headers: list[str], http: str
+) -> None:
+    client = fill().connect()
+    request = write(BODY, *headers, http=http)
+    status, found, body = client.ask(request.removesuffix(BODY) if "Expect: 100-continue" in headers else request)
+    assert status == 429
+    assert found["connection"] == "close"
+    assert json.loads(body)
+    assert client.read()[0] == 0
+
+
+def test_a_connection_that_was_refused_and_then_says_nothing_is_closed(fill: Callable[..., Full]) -> None:
+    client = fill(timeout_keep_alive=1).connect()
+    assert client.ask(write())[0] == 429
+    began = time.monotonic()
+    assert client.read()[0] == 0
+    assert 0.5 < time.monotonic() - began < 5
+
+
+def test_connections_that_are_refused_and_refused_stay_open(fill: Callable[..., Full]) -> None:
+    full = fill(timeout_keep_alive=1)
+    full.batcher.tokens_per_s = 1
+    clients = [full.connect() for _ in range(8)]
+    assert ask_again_and_again(clients, seconds=2.5) > 20
+    began = time.monotonic()
+    assert {client.read()[0] for client in clients} == {0}
+    assert 0.5 < time.monotonic() - began < 5
+
+
+def test_whoever_does_not_show_the_key_is_not_told_how_much_waits(fill: Callable[..., Full]) -> None:
+    client = fill("X-API-Key: open sesame", key="open sesame").connect()
+    assert client.ask(write())[0] == 401
+    assert client.ask(write(BODY, "X-API-Key: wrong"))[0] == 401
+    assert client.ask(write(BODY, "X-API-Key: open sesame"))[0] == 429
+    assert client.ask(write(BODY, "Authorization: Bearer open sesame"))[0] == 429
+
+
+def test_refusals_are_counted_and_logged_like_all_answers(
+    fill: Callable[..., Full], caplog: pytest.LogCaptureFixture
+) -> None:
+    client = fill(access_log=True).connect()
+    with caplog.at_level(logging.INFO, "tuneserve"):
+        client.ask(write(BODY, "X-Request-Id: one", path="/inference/batch/"))
+        client.ask(write(BODY, "X-Request-Id: two", path="/inference/batch?why=not"))  # which the middleware refuses
+        metrics = client.ask(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")[2].decode()
+    assert 'tuneserve_requests_total{route="/inference/batch",status="429"} 2.0' in metrics
+    # They are not timed, or there would hardly be an answer as slow as most are.
+    assert 'tuneserve_request_seconds_count{route="/inference/batch"} 0.0' in metrics
+    requests = [record.request for record in caplog.records if hasattr(record, "request")]
+    assert [(one["route"], one["status"], one["id"]) for one in requests if one["status"] == 429] == [
+        ("/inference/batch", 429, "one"),
+        ("/inference/batch", 429, "two"),
+    ]
