@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import overload
 import pytest
 import soak
 from client import LOST, Answer, Connection, write_request
-from overload import WARM_UP_S, offer, tabulate
+from overload import WARM_UP_S, offer, parse, run, tabulate
 from soak import KINDS, Soak
 from soak import tabulate as tabulate_soak
 
@@ -134,13 +135,15 @@ def test_connections_that_end_are_counted(tmp_path: Path) -> None:
     assert figures["others"] >= 60  # wrk opens them anew and asks at once
 
 
-def test_the_table_compares_with_the_peak() -> None:
+def test_each_rate_is_compared_with_the_peak_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     one = dict.fromkeys(
         ["sent_per_s", "refused_share", "without_retry", "retry_s", "p50_ms", "p99_ms", "others", "client_share"], 1.0
     )
-    peak, rate = one | {"goodput_per_s": 200.0}, one | {"goodput_per_s": 150.0, "times": 4}
-    table = tabulate({"peaks": [peak], "rates": [rate]})
-    assert [line.split("|")[4].strip() for line in table.splitlines()[2:]] == ["100.0", "75.0"]
+    offered = iter([200.0, 150.0, 300.0, 240.0])
+    monkeypatch.setattr(overload, "offer", lambda *_, **__: one | {"goodput_per_s": next(offered)})
+    monkeypatch.setattr(overload, "PAUSE_S", 0)
+    table = tabulate(run("", Path(), parse(["--times", "4", "--rounds", "2"])))  # 75% of one peak and 80 of the other
+    assert [line.split("|")[4].strip() for line in table.splitlines()[2:]] == ["100.0 ± 0.0", "77.5 ± 3.5"]
 
 
 GOOD = {"label": "a", "scores": {"a": 0.75, "b": 0.25}}

@@ -161,6 +161,27 @@ def test_of_many_processes_one_at_a_time_holds_it_though_some_are_killed(path: P
     assert turns == 4 * 5 + 4 * 3
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_living_owners_file_that_has_a_dead_ones_number_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    pretend(path, started=1)
+    dead = lock._look(path)
+    assert dead is not None
+
+    def change_hands(*_: Any) -> None:
+        path.write_text(json.dumps(lock._myself()))  # in the same file, and so under the same number
+
+    if late:
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda self, to: [change_hands(), rename(self, to)][1])
+    else:
+        change_hands()
+    lock._set_aside(path, dead)
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_lock_that_says_nothing_is_taken_over_after_a_while(path: Path) -> None:
     path.write_bytes(b"\0\0")
     with hold(path, patience_s=0.3):

@@ -198,8 +198,9 @@ def test_a_client_may_wait_less(
         assert answer.status_code == status
 
 
+@pytest.mark.parametrize("batch", [False, True])
 def test_an_engine_that_dies_is_seen_by_all_and_the_server_is_told(
-    settings: Settings, version: Version, make_engine: Callable[..., Any]
+    settings: Settings, version: Version, make_engine: Callable[..., Any], batch: bool
 ) -> None:
     def die(engine: Any) -> None:
         raise SystemExit("gone")
@@ -209,7 +210,9 @@ def test_an_engine_that_dies_is_seen_by_all_and_the_server_is_told(
     slot.on_failure = told.set
     with TestClient(create_app(settings, slot)) as client:
         assert client.get("/livez").status_code == 200
-        assert client.post("/inference", json={"text": "film"}).status_code == 503
+        # A batch is told so as a whole: it is no fault of its texts.
+        path, wanted = ("/inference/batch", {"texts": ["film"]}) if batch else ("/inference", {"text": "film"})
+        assert client.post(path, json=wanted).status_code == 503
         assert told.wait(5)
         assert client.get("/livez").status_code == 503
         assert client.get("/readyz").status_code == 503

@@ -190,6 +190,25 @@ def test_work_whose_client_hung_up_costs_nothing(make: Callable[..., Any], held:
     assert batcher.tokens_waiting == 0
 
 
+def test_what_nobody_waits_for_takes_no_room(make: Callable[..., Any], held: Held) -> None:
+    batcher, engine = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        stays, gone, last = [batcher.submit([text(tokens), text(1)], deadline=FAR) for tokens in (4, 40, 5)]
+        assert batcher.tokens_waiting == 52
+        gone.cancel()
+        await asyncio.sleep(0)
+        assert batcher.tokens_waiting == 11  # though it stands behind one that is waited for
+        held.free()
+        await asyncio.gather(first, stays, last)
+
+    asyncio.run(ask())
+    assert sorted(tokens for batch in engine.batches for tokens in batch) == [1, 1, 3, 4, 5]
+    assert batcher.tokens_waiting == 0
+
+
 def test_a_full_queue_says_when_there_is_room(make: Callable[..., Any], held: Held) -> None:
     batcher, _ = make(held, max_queue_tokens=50)
 

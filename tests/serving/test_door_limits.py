@@ -1,13 +1,14 @@
 """What the door reads and waits for has an end, on real sockets, and what is broken harms nothing before it."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
 from pydantic import SecretStr
-from wire import BODY, Client, served, write
+from wire import BODY, LIVEZ, Client, served, write
 
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
@@ -148,6 +149,26 @@ def test_what_is_no_http_is_told_so_and_counted(connect: Callable[[], Client], s
     assert json.loads(body) == {"detail": "Invalid HTTP request received."}
     assert client.read()[0] == 0
     assert slot.metrics.requests.labels("(none)", "400")._value.get() == 1
+
+
+@pytest.mark.parametrize("before", [write(BODY, "X-API-Key: secret"), LIVEZ + LIVEZ])
+def test_a_broken_request_does_not_take_the_answer_of_one_before_it(
+    connect: Callable[[], Client], before: bytes
+) -> None:
+    client = connect()
+    client.send(before + CHUNKED + b"no number\r\n")
+    assert client.read()[0] == 200
+    assert client.read()[0] in (0, 200)
+    assert client.read()[0] == 0
+
+
+def test_many_requests_in_one_piece_are_answered(connect: Callable[[], Client]) -> None:
+    client = connect()
+    request = LIVEZ[:-2] + b"X-Pad: " + b"a" * 100 + b"\r\n\r\n"
+    sending = threading.Thread(target=client.send, args=[request * 3000])
+    sending.start()
+    assert {client.read()[0] for _ in range(3000)} == {200}
+    sending.join()
 
 
 @pytest.mark.parametrize("first", ["1", r'"\ud800"'])

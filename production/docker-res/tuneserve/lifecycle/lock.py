@@ -104,7 +104,7 @@ def _acquire(path: Path, patience_s: float) -> Lock:
             owner = seen.owner
             who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "another process"
             raise BusyError(f"{who} has been training for this store since {owner.get('since', 'some time')} ({path}).")
-        _set_aside(path, seen.inode)
+        _set_aside(path, seen)
 
 
 def _create(path: Path) -> Lock | None:
@@ -170,17 +170,24 @@ def _lives(seen: _Seen, path: Path, patience_s: float) -> bool:
     return False
 
 
-def _set_aside(path: Path, inode: int) -> None:
-    """Take a dead owner's file away; should it be a living one's by now, put it back."""
+def _set_aside(path: Path, dead: _Seen) -> None:
+    """Take a dead owner's file away; should it be a living one's by now, leave it, or put it back."""
+    if not _is_same(_look(path), dead):
+        return
     aside = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
         path.rename(aside)
     except FileNotFoundError:
         return  # somebody else was faster
-    if aside.stat().st_ino != inode:
+    if not _is_same(_look(aside), dead):
         with suppress(OSError):
             os.link(aside, path)
     aside.unlink(missing_ok=True)
+
+
+def _is_same(now: _Seen | None, seen: _Seen) -> bool:
+    """Whether it is the same owner's file: its number alone may be that of a new one, for numbers are used again."""
+    return now is not None and (now.inode, now.owner) == (seen.inode, seen.owner)
 
 
 def _myself() -> dict[str, Any]:

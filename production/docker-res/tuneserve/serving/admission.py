@@ -10,6 +10,11 @@ from tuneserve.serving.middleware import ENGINE_PATHS, has_key
 from tuneserve.serving.problems import problem
 from tuneserve.serving.slot import Slot
 
+BYTES_A_TOKEN = 6
+MOST_TOKENS = 64
+"""Of a body that has just come, a token is counted for each 6 bytes, and at most 64. A text has hardly fewer, so that
+nobody is refused for want of room that there is; one for which there is none after all is refused a little later."""
+
 
 class Admission:
     """The rule, for whoever meets a request first.
@@ -23,14 +28,14 @@ class Admission:
         self._slot, self._key = slot, key
         self._coming = 0
 
-    def count(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Count a request that a task, made just now, will put into the queue: those behind it must not overfill it.
+    def count(self, num_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
+        """Count a body that a task, made just now, will put into the queue: those behind it must not overfill it.
 
         The task has its turn before the loop looks at another connection, and what is forgotten then waits by itself.
         """
         if not self._coming:
             loop.call_soon(self._forget)
-        self._coming += 1
+        self._coming += min(num_bytes // BYTES_A_TOKEN, MOST_TOKENS)
 
     def _forget(self) -> None:
         self._coming = 0

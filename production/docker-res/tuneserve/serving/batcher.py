@@ -39,7 +39,7 @@ LAYOUT_SHARE = 0.2
 FIRST_RATE = 5000.0
 """Tokens a second that are believed before anything was measured."""
 SMOOTHING = 0.1
-"""Weight of the newest batch in the measured rate, and of the newest request in the measured size."""
+"""Weight of the newest batch in the measured rate."""
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ class Job:
     outcomes: list[Outcome | None]
     answer: "asyncio.Future[list[Outcome]]"
     queued_at: float
+    tokens_waiting: int
     stages: Stages | None = None
     left: int = field(init=False)
 
@@ -99,7 +100,6 @@ class Batcher:
     ) -> None:
         self.tokens_waiting = 0
         self.tokens_per_s = FIRST_RATE
-        self.tokens_per_request = 0.0
         self.dead: BaseException | None = None
         self._engine = engine
         self._metrics = metrics
@@ -129,9 +129,9 @@ class Batcher:
 
         Args:
             wait_s: seconds that it may wait.
-            coming: requests that are on their way to the queue; each is counted as large as the latest were.
+            coming: tokens that are on their way to the queue.
         """
-        tokens = self.tokens_waiting + round(coming * self.tokens_per_request)
+        tokens = self.tokens_waiting + coming
         expected_s = tokens / self.tokens_per_s
         if tokens < self._max_queue_tokens and expected_s <= wait_s:
             return None
@@ -153,10 +153,9 @@ class Batcher:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[Outcome]] = loop.create_future()
         timer = loop.call_later(deadline - now, _end_late, answer)
-        answer.add_done_callback(lambda _: timer.cancel())
-        job = Job([None] * len(texts), answer, now, stages)
         tokens = sum(map(len, texts))
-        self.tokens_per_request += SMOOTHING * (tokens - self.tokens_per_request)
+        job = Job([None] * len(texts), answer, now, tokens, stages)
+        answer.add_done_callback(lambda _: self._settle(job, timer))
         if stages is not None:
             stages.queued_at = stages.queued_at or now
         with self._arrived:
@@ -278,7 +277,8 @@ class Batcher:
                     break
                 if not self._queue:
                     self._arrived.wait()
-            self.tokens_waiting -= sum(len(item.ids) for item in batch)
+            for item in batch:
+                self._uncount(item.job, len(item.ids))
         now = time.monotonic()
         for item in batch:
             if item.place == 0:
@@ -289,7 +289,20 @@ class Batcher:
 
     def _drop_forsaken(self) -> None:
         while self._queue and self._queue[0].job.forsaken:
-            self.tokens_waiting -= len(self._queue.popleft().ids)
+            item = self._queue.popleft()
+            self._uncount(item.job, len(item.ids))
+
+    def _uncount(self, job: Job, tokens: int) -> None:
+        tokens = min(tokens, job.tokens_waiting)  # none, if nobody waits for it any more
+        job.tokens_waiting -= tokens
+        self.tokens_waiting -= tokens
+
+    def _settle(self, job: Job, timer: asyncio.TimerHandle) -> None:
+        """A request has its answer, or wants none any more: what of it still waits keeps nobody out."""
+        timer.cancel()
+        if job.tokens_waiting:
+            with self._arrived:
+                self._uncount(job, job.tokens_waiting)
 
     def _choose(self) -> list[Item]:
         window: list[Item] = []
@@ -352,7 +365,8 @@ class Batcher:
             self.dead = error
             lost = [*taken, *self._queue]
             self._queue.clear()
-            self.tokens_waiting = 0
+            for item in lost:
+                self._uncount(item.job, len(item.ids))
         self._deliver(lost, [NoModelError("The engine has stopped.")] * len(lost))
         self._on_death(error)
 

@@ -89,9 +89,10 @@ class Door(HttpToolsProtocol):
         self._admission, self._inference, self._journal, self._pauses = admission, inference, journal, pauses
         self._wait_s, self._max_body_bytes = wait_s, max_body_bytes
         self._refused = self._in_head = self._upgrading = False
-        self._in_message = self._has_body = False
+        self._in_message = self._has_body = self._has_begun = False
         self._unread_bytes = self._bodiless_bytes = 0
         self._refused_at = 0.0
+        self._asked: Exchange | None = None
         self._work: asyncio.Task[None] | None = None
         self._in_turn: RequestResponseCycle | None = None
         self._hung_up = False
@@ -131,8 +132,9 @@ class Door(HttpToolsProtocol):
 
     def _bound(self, num_bytes: int) -> None:
         """See that a message which is not whole yet goes on, and is a body in the end."""
-        self._bodiless_bytes = 0 if self._has_body or not self._in_message else self._bodiless_bytes + num_bytes
-        self._has_body = False
+        in_one = self._in_message and not self._has_body and not self._has_begun
+        self._bodiless_bytes = self._bodiless_bytes + num_bytes if in_one else 0
+        self._has_body = self._has_begun = False
         if self._bodiless_bytes > HEAD_BYTES:
             self._end_early(HeadersTooLargeError())
         elif self._in_message and (self._in_head or self._is_answered()):
@@ -143,7 +145,7 @@ class Door(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins. The scope that uvicorn would make here is the application's, which gets few of them."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
-        self._in_head = self._in_message = True
+        self._in_head = self._in_message = self._has_begun = True
         self._unread_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -209,7 +211,8 @@ class Door(HttpToolsProtocol):
             self.on_response_complete()
         elif isinstance(self.cycle, Exchange) and self._body_is_missing():
             self.cycle.more_body = False
-            self._admission.count(self.loop)
+            self._admission.count(len(self.cycle.body), self.loop)
+            self._asked = self.cycle
             self._work = self.loop.create_task(self._answer(self.cycle))
             self.tasks.add(self._work)  # which uvicorn cancels if it must leave
             self._work.add_done_callback(self.tasks.discard)
@@ -265,12 +268,19 @@ class Door(HttpToolsProtocol):
         self._end_early(BodyTimeoutError(self._wait_s))
 
     def _give_up(self) -> None:
-        # A pipelined request must not be answered before the one that it waits for.
-        if self._body_is_missing() and not self.pipeline and not self.transport.is_closing():
+        if self._body_is_missing() and not self.transport.is_closing():
             self._end_early(LeavingError())
 
     def _end_early(self, error: TuneserveError) -> None:
         """Answer a request that is not whole and will not be, and close the connection."""
+        if any(cycle is self.cycle for cycle, _ in self.pipeline):  # one before it must be answered first
+            for cycle in (self._asked, self._in_turn):
+                if cycle is not None:
+                    cycle.keep_alive = False
+            return
+        if self._in_message and not self._in_head and self._is_answered():
+            self.transport.close()
+            return
         if isinstance(self.cycle, Exchange) and self._body_is_missing():
             self.cycle.keep_alive = False
             self._end(self.cycle, problem(error), request_id_of(self.cycle.headers))

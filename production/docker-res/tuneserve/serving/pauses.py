@@ -11,9 +11,8 @@ PAUSE_S = 0.05
 """Seconds after refusals in which the event loop looks at no connection. Clients that ask again at once would keep it
 busy, on the processor that answers those who were accepted."""
 
-
-WELCOMES = 32
-"""Most connections that are accepted between two pauses."""
+WELCOMES = 128
+"""Most connections that are accepted between two pauses; it takes the loop some 20 ms."""
 
 
 class Pauses:

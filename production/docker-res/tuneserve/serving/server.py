@@ -52,6 +52,8 @@ IDLE_S = 75
 LOAD_S = 0.5
 """Seconds that a model which is just being loaded is waited for."""
 
+ACCEPT_S = 0.25
+"""Seconds in which connections are accepted that were there when the server was told to leave."""
 READ_S = 0.02
 """Seconds in which a request that is there when the server is told to leave is found on its connection."""
 
@@ -88,9 +90,8 @@ class Server(uvicorn.Server):
         newcomers = select.poll()
         for listener in sockets or ():
             newcomers.register(listener, select.POLLIN)
-        for _ in range(self.config.backlog):
-            if not newcomers.poll(0):
-                break
+        end = time.monotonic() + ACCEPT_S
+        while time.monotonic() < end and newcomers.poll(0):
             await asyncio.sleep(0)
         await asyncio.sleep(READ_S)
         await super().shutdown(sockets)

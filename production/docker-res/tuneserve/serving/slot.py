@@ -88,6 +88,8 @@ class ServedModel:
             readings = self.classifier.read(texts)
         else:
             readings = await asyncio.to_thread(self.classifier.read, texts)
+            if refusal := self.batcher.refusal():  # others have filled the queue meanwhile
+                raise refusal
         tokenize_s = time.perf_counter() - began
         self.metrics.stages["tokenize"].observe(tokenize_s)
         ids = [window for one in readings if isinstance(one, Tokens) for window in one.windows]
@@ -128,6 +130,8 @@ class ServedModel:
             return reading
         logits = []
         for outcome in [next(outcomes) for _ in reading.windows]:
+            if isinstance(outcome, NoModelError):
+                raise NoModelError(str(outcome))  # it is no fault of this text
             if isinstance(outcome, TuneserveError):
                 return outcome
             logits.append(outcome)
