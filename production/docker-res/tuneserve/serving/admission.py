@@ -10,10 +10,10 @@ from tuneserve.serving.middleware import ENGINE_PATHS, has_key
 from tuneserve.serving.problems import problem
 from tuneserve.serving.slot import Slot
 
-BYTES_A_TOKEN = 6
+BYTES_A_TOKEN = 4
 MOST_TOKENS = 64
-"""Of a body that has just come, a token is counted for each 6 bytes, and at most 64. A text has hardly fewer, so that
-nobody is refused for want of room that there is; one for which there is none after all is refused a little later."""
+"""Of a body that has just come, a token is counted for each 4 bytes, which is about right for words, and at most 64:
+long texts may be cut, and one for which there is no room after all is refused a little later."""
 
 
 class Admission:
