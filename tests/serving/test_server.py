@@ -292,21 +292,40 @@ def test_a_version_without_a_graph_is_served_by_torch(
     assert answers[1] == pytest.approx(answers[0], abs=0.02)
 
 
-def test_who_has_connected_before_the_signal_is_answered(start: Start, environment: dict[str, str]) -> None:
-    server = start(environment)
+BUSY = """
+import sys, time
+import run
+from tuneserve.serving import server
+
+leave = server.Server.shutdown
+
+async def leave_late(*about):
+    print("it is busy", flush=True)
+    time.sleep(2)
+    await leave(*about)
+
+server.Server.shutdown = leave_late
+sys.exit(run.main(["serve"]))
+"""
+"""A server whose event loop is busy when it is told to leave, so that the system alone takes new connections."""
+
+
+def test_who_has_connected_before_a_busy_server_leaves_is_answered(start: Start, environment: dict[str, str]) -> None:
+    server = start(environment, "-c", BUSY)
     server.wait_until_ready()
-    server.process.send_signal(signal.SIGSTOP)  # so the system alone takes these connections
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.stdout is not None
+    assert any("it is busy" in line for line in server.process.stdout)
     clients = [socket.create_connection(("127.0.0.1", int(environment["PORT"])), timeout=10) for _ in range(40)]
     for client in clients:
         client.sendall(b"POST /inference HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n" + b'{"text": "film"}')
-    server.process.send_signal(signal.SIGTERM)
-    server.process.send_signal(signal.SIGCONT)
     answers = []
     for client in clients:
         with client:
             answers.append(client.recv(12))
     assert answers == [b"HTTP/1.1 200"] * 40
-    assert server.process.wait(timeout=15) == 0
+    server.process.communicate(timeout=15)
+    assert server.process.returncode == 0
 
 
 def test_a_port_that_is_taken_is_an_error(start: Start, environment: dict[str, str]) -> None:
