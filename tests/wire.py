@@ -6,18 +6,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
+from fastapi.telemetry import TelemetryConfig
 
-from tuneserve.serving.admission import Admission
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.api import create_app
 from tuneserve.serving.batcher import Batcher
-from tuneserve.serving.door import open_door
-from tuneserve.serving.inference import Inference
-from tuneserve.serving.middleware import Journal
-from tuneserve.serving.server import listen
+from tuneserve.serving.front import Drain
+from tuneserve.serving.protocol import Protocol
+from tuneserve.serving.request_log import RequestLog
+from tuneserve.serving.server import Server, listen
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import SILENT
 from tuneserve.settings import Settings
 
 BODY = b'{"text": "film"}'
@@ -63,20 +67,23 @@ class Client:
 
 
 @contextmanager
-def served(settings: Settings, slot: Slot, *, door_answers: bool = True, **options: Any) -> Iterator[int]:
-    """The port of a server over the slot, whose engine's routes are answered by the door or by the application."""
-    key = settings.api_key.get_secret_value().encode()
+def served(
+    settings: Settings,
+    slot: Slot,
+    *,
+    feedback: Feedback | None = None,
+    trainer: Trainer | None = None,
+    telemetry: TelemetryConfig = SILENT,
+    **options: Any,
+) -> Iterator[int]:
+    """The port of a server over the slot."""
     with listen("127.0.0.1", 0) as listener:
-        protocol = open_door(
-            listener,
-            Admission(slot, key=key),
-            Inference(settings, slot, None) if door_answers else None,
-            Journal(slot.metrics, logs=settings.access_log),
-            wait_s=settings.request_timeout_s,
-            max_body_bytes=settings.max_body_kb * 1024,
-        )
+        drain = Drain()
+        log = RequestLog(slot.metrics, logs=settings.access_log)
+        protocol = partial(Protocol, request_log=log, timeout_s=settings.request_timeout_s)
+        app = create_app(settings, slot, trainer, feedback, telemetry=telemetry, drain=drain, listener=listener)
         options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
-        server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
+        server = Server(uvicorn.Config(app, **options), drain)
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
         while not server.started:

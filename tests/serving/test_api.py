@@ -183,7 +183,8 @@ def test_a_refusal_reads_nothing_of_the_request_and_is_counted_by_its_route(
             assert answer.headers["X-Request-Id"]
             assert "tokens are waiting" in answer.json()["detail"]
         assert client.post("/inference", json={"text": "film"}).status_code == 401
-        assert client.get("/inference").status_code == 405
+        assert client.get("/inference").status_code == 401
+        assert client.get("/inference", headers=key).status_code == 405
         assert client.get("/livez").status_code == 200
         assert 'tuneserve_requests_total{route="/inference/batch",status="429"} 1.0' in client.get("/metrics").text
         go.set()

@@ -1,10 +1,11 @@
 """The HTTP API over a slot: its routes."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
+from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -13,15 +14,16 @@ from pydantic import BaseModel
 from starlette.types import Lifespan
 
 import tuneserve
-from tuneserve.errors import ClientGoneError, TuneserveError
+from tuneserve.errors import TuneserveError
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
-from tuneserve.serving.admission import Admission, AdmissionMiddleware
+from tuneserve.serving.backpressure import Backoff, Backpressure
 from tuneserve.serving.drift_api import drift_routes
 from tuneserve.serving.feedback_api import feedback_routes
+from tuneserve.serving.front import OPEN_PATHS, Drain, Front, Handler
 from tuneserve.serving.inference import Inference
-from tuneserve.serving.middleware import BodyLimit, Journal, Lock, Stopwatch
 from tuneserve.serving.problems import RETRY_AFTER_S, problem
+from tuneserve.serving.request_log import RequestLog
 from tuneserve.serving.schemas import (
     BatchRequest,
     BatchResponse,
@@ -39,11 +41,9 @@ from tuneserve.settings import Settings
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
 
-Answers = TypeVar("Answers")
-
 
 class Direct(APIRoute):
-    """A route whose function reads the request itself: FastAPI only describes it, for the rest costs time."""
+    """A route whose function reads the request itself: FastAPI finds and describes it, and does nothing else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The function as it is; its dependencies only stand in the description."""
@@ -59,6 +59,8 @@ def create_app(
     *,
     lifespan: Lifespan[FastAPI] | None = None,
     telemetry: TelemetryConfig = SILENT,
+    drain: Drain | None = None,
+    listener: socket.socket | None = None,
 ) -> FastAPI:
     """The ASGI application; it loads no model, whoever fills the slot does.
 
@@ -68,15 +70,13 @@ def create_app(
         trainer: that `POST /retrain` asks; None for a server that only serves.
         feedback: where answers are remembered and labels kept; None for nowhere.
         lifespan: of the application.
-        telemetry: FastAPI's.
+        telemetry: FastAPI's, which makes the spans of requests.
+        drain: told when the server shuts down.
+        listener: the socket on which connections arrive, if it is known.
     """
     metrics = slot.metrics
-    endpoints = Inference(settings, slot, feedback)
+    inference = Inference(settings, slot, feedback)
     key = settings.api_key.get_secret_value().encode()
-
-    async def authorize(request: Request) -> None:
-        endpoints.require_key(request.scope["headers"])
-
     problems: dict[int | str, dict[str, Any]] = {
         401: {"model": Problem, "description": "The API key is not there or not right, where one is wanted."},
         408: {"model": Problem, "description": "The body did not come in time."},
@@ -95,43 +95,34 @@ def create_app(
         telemetry=telemetry,
     )
 
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_kb * 1024, timeout_s=settings.request_timeout_s)
-    app.add_middleware(AdmissionMiddleware, admission=Admission(slot, key=key))
-    if key and settings.api_key_guards == "everything":
-        app.add_middleware(Lock, key=key)
-    app.add_middleware(Stopwatch, journal=Journal(metrics, logs=settings.access_log))
+    handlers: dict[str, Handler] = {}
+    backpressure = Backpressure(slot)
+    app.add_middleware(
+        Front,
+        # FastAPI's router names the spans, so where there are some it is FastAPI that finds the handlers.
+        handlers=handlers if telemetry == SILENT else {},
+        backpressure=backpressure,
+        backoff=Backoff(backpressure, listener),
+        request_log=RequestLog(metrics, logs=settings.access_log),
+        drain=drain or Drain(),
+        key=key,
+        open_paths=OPEN_PATHS if settings.api_key_guards == "api" else frozenset(),
+        max_body_bytes=settings.max_body_kb * 1024,
+        timeout_s=settings.request_timeout_s,
+    )
     _translate_errors(app)
-    guarded = [Depends(authorize), *KEYS]
-
     direct = APIRouter(route_class=Direct, tags=["inference"], dependencies=KEYS)
-
-    async def answer(route: str, request: Request) -> Response:
-        work = endpoints.answer(route, request.scope["headers"], await request.body(), request.state.request_id)
-        return await _unless_gone(asyncio.ensure_future(work), request)
-
-    @direct.post("/inference/", include_in_schema=False)
-    @direct.post(
-        "/inference",
-        responses={200: {"model": PredictionResponse}, **problems},
-        openapi_extra=_body(InferenceRequest),
-    )
-    async def inference(request: Request) -> Response:
-        """Classify one text."""
-        return await answer("/inference", request)
-
-    @direct.post("/inference/batch/", include_in_schema=False)
-    @direct.post(
-        "/inference/batch",
-        responses={200: {"model": BatchResponse}, **problems},
-        openapi_extra=_body(BatchRequest),
-    )
-    async def inference_batch(request: Request) -> Response:
-        """Classify several texts; the predictions come in their order, a bad text's being its error."""
-        return await answer("/inference/batch", request)
-
+    for path, handler, answer, schema in (
+        ("/inference", inference.one, PredictionResponse, InferenceRequest),
+        ("/inference/batch", inference.batch, BatchResponse, BatchRequest),
+    ):
+        about: dict[str, Any] = {"responses": {200: {"model": answer}, **problems}, "openapi_extra": _body(schema)}
+        direct.post(path, **about)(handler)
+        direct.post(f"{path}/", include_in_schema=False)(handler)
+        handlers |= {path: handler, f"{path}/": handler}
     app.include_router(direct)
 
-    @app.get("/model", tags=["model"], dependencies=guarded, responses={503: problems[503]})
+    @app.get("/model", tags=["model"], dependencies=KEYS, responses={503: problems[503]})
     async def model() -> dict[str, Any]:
         """The metadata of the version that answers: labels, settings, metrics, data, versions."""
         version = slot.model().classifier.version
@@ -156,10 +147,10 @@ def create_app(
         return Readiness(phase=slot.phase, model_version=slot.model().classifier.version.id)
 
     if feedback is not None:
-        app.include_router(feedback_routes(feedback, slot), dependencies=guarded)
-    app.include_router(drift_routes(slot), dependencies=guarded, responses={503: problems[503]})
+        app.include_router(feedback_routes(feedback, slot), dependencies=KEYS)
+    app.include_router(drift_routes(slot), dependencies=KEYS, responses={503: problems[503]})
     if trainer is not None:
-        app.include_router(training_routes(trainer, keyed=bool(key)), dependencies=guarded)
+        app.include_router(training_routes(trainer, keyed=bool(key)), dependencies=KEYS)
 
     @app.get("/metrics", tags=["operations"])
     async def prometheus() -> Response:
@@ -187,20 +178,6 @@ def create_app(
 def _body(schema: type[BaseModel]) -> dict[str, Any]:
     """What the API's description says of a body that the route reads itself."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}}
-
-
-async def _unless_gone(work: asyncio.Future[Answers], request: Request) -> Answers:
-    """Wait for the work, but stop it when the client hangs up."""
-    gone = asyncio.ensure_future(request.receive())
-    gone.add_done_callback(lambda _: work.cancel())
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if gone.done() and not gone.cancelled():
-            raise ClientGoneError("The client hung up.") from None
-        raise
-    finally:
-        gone.cancel()
 
 
 def _translate_errors(app: FastAPI) -> None:

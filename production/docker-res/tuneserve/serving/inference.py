@@ -1,4 +1,4 @@
-"""What `POST /inference` and `/inference/batch` answer, whoever brings the request: a FastAPI route, or the door."""
+"""What `POST /inference` and `POST /inference/batch` answer."""
 
 import json
 import math
@@ -10,20 +10,18 @@ from typing import Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 
-from tuneserve.errors import TextError, TuneserveError, UnauthorizedError
+from tuneserve.errors import TextError, TuneserveError
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.serving.classifier import Prediction
-from tuneserve.serving.middleware import NO_KEY, has_key
-from tuneserve.serving.problems import SHOWN_PROBLEMS, problem, unforeseen
+from tuneserve.serving.problems import SHOWN_PROBLEMS
+from tuneserve.serving.request_log import Headers
 from tuneserve.serving.schemas import BatchRequest, InferenceRequest
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
 Schema = TypeVar("Schema", bound=BaseModel)
-Headers = Sequence[tuple[bytes, bytes]]
-"""Names in lower case, and values."""
-
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 """Kept: `json.dumps` with options makes an encoder for each answer."""
@@ -41,29 +39,30 @@ class Inference:
     def __init__(self, settings: Settings, slot: Slot, feedback: Feedback | None) -> None:
         self._slot, self._feedback = slot, feedback
         self._timeout_s = settings.request_timeout_s
-        self._key = settings.api_key.get_secret_value().encode()
 
-    async def answer(self, route: str, headers: Headers, body: bytes | bytearray, request_id: str) -> Response:
-        """The response to a request of one of the two routes, whatever became of it; only a cancellation is raised."""
-        try:
-            self.require_key(headers)
-            return await (self._one if route == "/inference" else self._batch)(headers, body, request_id)
-        except (TuneserveError, RequestValidationError) as error:
-            return problem(error)
-        except Exception as error:
-            return unforeseen(error, request_id)
+    async def one(self, request: Request) -> Response:
+        """Classify one text.
 
-    async def _one(self, headers: Headers, body: bytes | bytearray, request_id: str) -> Response:
-        wanted = _parse(InferenceRequest, body)
-        [answer] = await self._predict([wanted.text], headers, request_id)
+        Raises:
+            RequestValidationError: the request is not as it should be.
+            TuneserveError: the text could not be classified.
+        """
+        wanted = _parse(InferenceRequest, await request.body())
+        [answer] = await self._predict([wanted.text], request)
         if isinstance(answer, TextError):
             raise RequestValidationError([{"loc": ("body", "text"), "msg": str(answer), "type": "value_error"}])
         if isinstance(answer, TuneserveError):
             raise answer
         return _json(_shown(answer))
 
-    async def _batch(self, headers: Headers, body: bytes | bytearray, request_id: str) -> Response:
-        wanted = _parse(BatchRequest, body)
+    async def batch(self, request: Request) -> Response:
+        """Classify several texts; the predictions come in their order, a bad text's being its error.
+
+        Raises:
+            RequestValidationError: the request is not as it should be.
+            TuneserveError: no text could be classified.
+        """
+        wanted = _parse(BatchRequest, await request.body())
         faults = (place for place, text in enumerate(wanted.texts) if not isinstance(text, str))
         if listed := list(islice(faults, SHOWN_PROBLEMS)):
             raise RequestValidationError(
@@ -72,26 +71,16 @@ class Inference:
                     for at in listed
                 ]
             )
-        answers = await self._predict(wanted.texts, headers, request_id)
+        answers = await self._predict(wanted.texts, request)
         return _json({"predictions": [_shown(one) for one in answers]})
 
-    def require_key(self, headers: Headers) -> None:
-        """Refuse whoever does not show the API key, where one is wanted.
-
-        Raises:
-            UnauthorizedError: the key is missing or another.
-        """
-        if self._key and not has_key(headers, self._key):
-            raise UnauthorizedError(NO_KEY)
-
-    async def _predict(
-        self, texts: Sequence[str], headers: Headers, request_id: str
-    ) -> list[Prediction | TuneserveError]:
+    async def _predict(self, texts: Sequence[str], request: Request) -> list[Prediction | TuneserveError]:
         began = time.perf_counter()
-        answers = await self._slot.model().predict(texts, timeout_s=self._wanted_s(headers))
+        answers = await self._slot.model().predict(texts, timeout_s=self._wanted_s(request.scope["headers"]))
         if self._slot.shadow is not None:
             self._slot.shadow(texts, answers, time.perf_counter() - began)
         if self._feedback is not None:
+            request_id = request.scope["state"]["request_id"]
             for place, (text, one) in enumerate(zip(texts, answers, strict=True)):
                 if isinstance(one, Prediction):
                     score = one.scores[one.label]
@@ -114,7 +103,7 @@ class Inference:
         return min(seconds, self._timeout_s)
 
 
-def _parse(schema: type[Schema], body: bytes | bytearray) -> Schema:
+def _parse(schema: type[Schema], body: bytes) -> Schema:
     try:
         try:
             return schema.model_validate_json(body)
@@ -127,7 +116,7 @@ def _parse(schema: type[Schema], body: bytes | bytearray) -> Schema:
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
 
 
-def _lenient(body: bytes | bytearray, error: ValidationError) -> Any:
+def _lenient(body: bytes, error: ValidationError) -> Any:
     """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
     try:
         return json.loads(body)

@@ -17,13 +17,13 @@ SHOWN_PROBLEMS = 20
 """Most problems that a 422 lists."""
 
 
-def problem(error: TuneserveError | RequestValidationError) -> Response:
-    """What a client is told of an error."""
+def problem(error: TuneserveError | RequestValidationError, *, close: bool = False) -> Response:
+    """What a client is told of an error; `close` ends the connection behind it."""
     if isinstance(error, RequestValidationError):
         # What was sent is left out: it may be private, and large.
         shown = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()[:SHOWN_PROBLEMS]]
         return JSONResponse({"detail": shown}, status_code=422)
-    headers = {}
+    headers = {"Connection": "close"} if close else {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(error.retry_after_s)
     elif error.status == 503:

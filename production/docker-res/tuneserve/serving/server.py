@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import uvicorn
 
@@ -26,13 +26,12 @@ from tuneserve.lifecycle.retraining import Retraining
 from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
-from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
 from tuneserve.serving.classifier import Classifier, load_classifier
-from tuneserve.serving.door import open_door
 from tuneserve.serving.follower import Follower
-from tuneserve.serving.inference import Inference
-from tuneserve.serving.middleware import Journal
+from tuneserve.serving.front import Drain
+from tuneserve.serving.protocol import Protocol
+from tuneserve.serving.request_log import RequestLog
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.serving.traces import Traces
@@ -71,9 +70,9 @@ BUSY_S = 15.0
 class Server(uvicorn.Server):
     """uvicorn's, which tells a training of the signal at once: its checkpoint is written while requests finish."""
 
-    def __init__(self, config: uvicorn.Config, trainer: Trainer | None) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Drain, trainer: Trainer | None = None) -> None:
         super().__init__(config)
-        self.trainer = trainer
+        self.drain, self.trainer = drain, trainer
         self._told = threading.Event()
         # Started before there is a signal: in its handler no thread can be started safely.
         threading.Thread(target=self._end_in_time, name="leave", daemon=True).start()
@@ -94,6 +93,7 @@ class Server(uvicorn.Server):
         while time.monotonic() < end and newcomers.poll(0):
             await asyncio.sleep(0)
         await asyncio.sleep(READ_S)
+        self.drain.begin()
         await super().shutdown(sockets)
 
     def _end_in_time(self) -> None:
@@ -127,27 +127,25 @@ def open_server(
     listener: socket.socket, settings: Settings, slot: Slot, feedback: Feedback, traces: Traces, trainer: Trainer | None
 ) -> Server:
     """The server behind the socket, not yet started."""
-    door = open_door(
-        listener,
-        Admission(slot, key=settings.api_key.get_secret_value().encode()),
-        # FastAPI makes the spans, and so it is the application that answers where there are some.
-        None if settings.otel_exporter_otlp_endpoint else Inference(settings, slot, feedback),
-        Journal(slot.metrics, logs=settings.access_log),
-        wait_s=settings.request_timeout_s,
-        max_body_bytes=settings.max_body_kb * 1024,
+    drain = Drain()
+    protocol = partial(
+        Protocol,
+        request_log=RequestLog(slot.metrics, logs=settings.access_log),
+        timeout_s=settings.request_timeout_s,
     )
     return Server(
         uvicorn.Config(
-            create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry),
+            create_app(settings, slot, trainer, feedback, telemetry=traces.telemetry, drain=drain, listener=listener),
             host=settings.host,
             port=settings.port,
-            http=door,
+            http=cast("type[asyncio.Protocol]", protocol),
             ws="none",
             log_config=None,
             access_log=False,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=DRAIN_S,
         ),
+        drain,
         trainer,
     )
 

@@ -1,4 +1,4 @@
-"""What the door answers itself is what the application would have answered, on real sockets."""
+"""The front of the application over real sockets: the table of handlers, cancellation, deadlines, errors."""
 
 import json
 import logging
@@ -8,17 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi.telemetry import TelemetryConfig
 from pydantic import SecretStr
 from wire import BODY, LIVEZ, Client, served, write
 
 from tuneserve.serving import inference
+from tuneserve.serving.api import Direct
 from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.middleware import Stopwatch
 from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import SILENT
 from tuneserve.settings import Settings
 
 BATCH = b'{"texts": ["film", " ", "good film"]}'
 CHUNKED = b"POST /inference HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+ROUTED: TelemetryConfig = {**SILENT, "operation_spans": False}
+"""As silent, but not the very configuration for which the front has its table."""
 
 REQUESTS = {
     "one": write(),
@@ -49,15 +54,15 @@ def shown(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, str
 
 
 @pytest.mark.parametrize("key", ["", "secret"])
-def test_the_door_and_the_application_give_the_same_answers(
+def test_the_table_of_handlers_and_fastapis_router_give_the_same_answers(
     settings: Settings, classifier: Classifier, key: str
 ) -> None:
     answers: list[dict[str, Any]] = []
-    for door_answers in (True, False):
+    for telemetry in (SILENT, ROUTED):
         slot = Slot()
         slot.take(classifier)
         changed = settings.model_copy(update={"api_key": SecretStr(key)})
-        with served(changed, slot, door_answers=door_answers) as port:
+        with served(changed, slot, telemetry=telemetry) as port:
             answers.append({})
             for name, request in REQUESTS.items():
                 client = Client(port)
@@ -73,17 +78,12 @@ def test_the_door_and_the_application_give_the_same_answers(
     assert {answer[0] for name, answer in answers[0].items() if name != "counted"} >= {200, 405, 413, 422}
 
 
-def test_the_door_answers_without_the_application(
+def test_requests_to_the_engine_do_not_pass_fastapis_router(
     settings: Settings, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-
-    async def look(self: Stopwatch, scope: Any, receive: Any, send: Any) -> None:
-        asked.append(scope["path"])
-
     slot = Slot()
     slot.take(classifier)
-    monkeypatch.setattr(Stopwatch, "__call__", look)
+    monkeypatch.setattr(Direct, "get_route_handler", lambda route: None)
     with served(settings, slot, lifespan="off") as port:
         client = Client(port)
         for path, body in (("/inference", BODY), ("/inference/batch", BATCH)):
@@ -91,7 +91,18 @@ def test_the_door_answers_without_the_application(
             assert status == 200, answer
             assert headers["x-request-id"] == "mine"
         client.close()
-    assert asked == []
+    slot.close()
+
+
+@pytest.mark.parametrize("path", ["/inference", "/feedback", "/nothing"])
+def test_the_key_is_asked_for_before_the_body_is_read(settings: Settings, classifier: Classifier, path: str) -> None:
+    slot = Slot()
+    slot.take(classifier)
+    with served(settings.model_copy(update={"api_key": SecretStr("secret")}), slot) as port:
+        client = Client(port)
+        client.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n".encode())
+        assert client.read()[0] == 401  # and not 413, nor 408 later
+        client.close()
     slot.close()
 
 
@@ -158,10 +169,10 @@ def test_who_hangs_up_behind_many_requests_is_nobodys_failure(
             client.send(write() * 30 + LIVEZ)
             wait(lambda: slot.model().in_flight > 0)
             client.close()
-        go.set()  # until the first has its answer, nobody reads what comes behind it, nor its end
-        wait(lambda: counted(slot, "200") == counted(slot, "499") == 5)
+        wait(lambda: counted(slot, "499") >= 4)
+        go.set()
     assert not caplog.records
-    assert counted(slot, "500") == 0
+    assert {status for _, status in counts(slot)} == {"200", "499"}
 
 
 def test_what_nobody_foresaw_is_a_500_and_the_connection_goes_on(
@@ -193,10 +204,8 @@ def test_a_request_that_takes_too_long_is_504_and_the_connection_goes_on(
     slot, go = held
     with served(settings, slot) as port:
         client = Client(port)
-        began = time.monotonic()
         status, _, body = client.ask(write(BODY, "X-Request-Timeout-S: 0.2"))
         assert (status, json.loads(body)["detail"]) == (504, "There was no answer in time.")
-        assert 0.15 < time.monotonic() - began < 5
         go.set()
         assert client.ask(write())[0] == 200
         client.close()

@@ -1,4 +1,4 @@
-"""What the door does with requests that it does not refuse, on real sockets: their limits, other protocols, the end."""
+"""Bodies and heads that do not come, other protocols, and the drain, on real sockets."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ from contextlib import suppress
 import pytest
 from wire import BODY, LIVEZ, Client, served, write
 
-from tuneserve.serving import door
+from tuneserve.serving import front
 from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.door import UNREAD_BYTES
+from tuneserve.serving.protocol import UNREAD_BYTES
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
@@ -22,11 +22,9 @@ def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, 
     slot.take(classifier)
     with served(settings.model_copy(update={"request_timeout_s": 0.3}), slot) as port:
         client = Client(port)
-        began = time.monotonic()
         status, headers, body = client.ask(write(BODY)[:-3])
         assert (status, headers["connection"]) == (408, "close")
         assert "0.3 s" in json.loads(body)["detail"]
-        assert 0.2 < time.monotonic() - began < 5
         client.close()
         large = Client(port)
         assert large.ask(write(b" " * 5000))[0] == 413
@@ -96,11 +94,9 @@ def test_headers_that_do_not_come_close_the_connection(settings: Settings, class
     with served(settings.model_copy(update={"request_timeout_s": 0.5}), slot, timeout_keep_alive=60) as port:
         client = Client(port)
         client.send(sent)
-        began = time.monotonic()
         if sent.startswith(LIVEZ):
             assert client.read()[0] == 200
         assert client.read()[0] == 0
-        assert 0.3 < time.monotonic() - began < 9
         kept = Client(port)  # while one whose headers came is kept
         assert kept.ask(LIVEZ)[0] == 200
         time.sleep(1)
@@ -131,7 +127,7 @@ def wait_until_it_computes(slot: Slot) -> None:
 def test_a_server_that_is_to_leave_waits_for_no_body_but_finishes_what_it_has(
     settings: Settings, held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "BODY_S", 0.3)
+    monkeypatch.setattr(front, "DRAIN_BODY_S", 0.3)
     slot, go = held
     context = served(settings, slot, timeout_graceful_shutdown=20)
     port = context.__enter__()
@@ -139,14 +135,12 @@ def test_a_server_that_is_to_leave_waits_for_no_body_but_finishes_what_it_has(
     whole.send(write())
     half.send(write(BODY, "X-Request-Id: half")[:-3])
     wait_until_it_computes(slot)
-    began = time.monotonic()
     ending = threading.Thread(target=context.__exit__, args=[None, None, None])
     ending.start()
     status, headers, body = half.read()
     assert (status, headers["connection"], headers["x-request-id"]) == (503, "close", "half")
     assert int(headers["retry-after"]) > 0
     assert "about to end" in json.loads(body)["detail"]
-    assert time.monotonic() - began < 9
     go.set()
     assert whole.read()[0] == 200
     ending.join()

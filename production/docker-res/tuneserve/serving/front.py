@@ -1,0 +1,259 @@
+"""The front of the HTTP application: what every request passes, whoever answers it.
+
+Pure ASGI around the FastAPI application: id, API key, backpressure, the body within its bounds, cancellation when the
+client disconnects, metrics and access log. Requests to the engine's routes are handed to their handlers from a table,
+without FastAPI's routing, which costs as much as the rest of a small request; without the table FastAPI finds the same
+handlers.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tuneserve.errors import (
+    BodyTimeoutError,
+    ClientGoneError,
+    LeavingError,
+    OverloadedError,
+    TooLargeError,
+    TuneserveError,
+    UnauthorizedError,
+)
+from tuneserve.serving.backpressure import Backoff, Backpressure
+from tuneserve.serving.problems import problem, unforeseen
+from tuneserve.serving.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
+
+Handler = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
+
+ENGINE_PATHS = {
+    "/inference": "/inference",
+    "/inference/": "/inference",
+    "/inference/batch": "/inference/batch",
+    "/inference/batch/": "/inference/batch",
+}
+"""The paths that the engine answers, and the route of each."""
+
+OPEN_PATHS = frozenset(
+    {"/", "/livez", "/readyz", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+)
+"""What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation."""
+
+DRAIN_BODY_S = 2.0
+"""Seconds that a body may still take once the server drains."""
+
+ENDING = (BodyTimeoutError, LeavingError)
+"""Errors after which the rest of a body may still come, so that the connection cannot be kept."""
+
+NO_KEY = "This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`."
+
+
+class Drain:
+    """Tells requests whose body is still on its way that the server is shutting down."""
+
+    def __init__(self) -> None:
+        self.began = False
+        self._timeouts: set[asyncio.Timeout] = set()
+
+    def begin(self) -> None:
+        """Wait for no body longer than DRAIN_BODY_S from now on; to be called on the event loop."""
+        self.began = True
+        ends = asyncio.get_running_loop().time() + DRAIN_BODY_S
+        for timeout in self._timeouts:
+            timeout.reschedule(min(ends, timeout.when() or ends))
+
+    @contextmanager
+    def bounding(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """Let the drain shorten this timeout while the block runs."""
+        self._timeouts.add(timeout)
+        try:
+            yield
+        finally:
+            self._timeouts.discard(timeout)
+
+
+class Front:
+    """ASGI middleware around the FastAPI application.
+
+    Args:
+        app: what answers requests that `handlers` does not.
+        handlers: path → handler of the engine's routes, POST alone.
+        backpressure: asked before a body is read, on the engine's routes.
+        backoff: of the event loop, after refusals.
+        request_log: told of every answer.
+        drain: tells when the server shuts down.
+        key: the API key; empty for none.
+        open_paths: what may be asked for without it.
+        max_body_bytes: largest body; beyond it 413.
+        timeout_s: seconds that a body may take; beyond them 408.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        handlers: Mapping[str, Handler],
+        backpressure: Backpressure,
+        backoff: Backoff,
+        request_log: RequestLog,
+        drain: Drain,
+        key: bytes,
+        open_paths: frozenset[str],
+        max_body_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        self.app = app
+        self._handlers, self._backpressure, self._backoff = handlers, backpressure, backoff
+        self._request_log, self._drain = request_log, drain
+        self._key, self._open_paths = key, open_paths
+        self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, whatever becomes of it. HEAD is answered as GET is; the server leaves the body out.
+
+        A client that disconnects is noted as 499, an error that nobody foresaw is a 500, and what the server cancels
+        because it must shut down is a 503.
+        """
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request_id = request_id_of(scope["headers"])
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        status = 0
+
+        async def respond(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+            await send(message)
+
+        try:
+            response = await self._answer(scope, receive, respond)
+            if response is not None:
+                await response(scope, receive, respond)
+        except ClientGoneError:
+            pass
+        except (TuneserveError, RequestValidationError) as error:
+            close = isinstance(error, ENDING) or _expects_continue(scope["headers"])
+            await problem(error, close=close)(scope, receive, respond)
+        except asyncio.CancelledError:
+            if status:
+                raise
+            await problem(LeavingError())(scope, receive, respond)
+        except Exception as error:
+            answer = unforeseen(error, request_id.decode())
+            if not status:
+                await answer(scope, receive, respond)
+        finally:
+            # Only routes that exist become labels: paths are the client's to invent.
+            found = ENGINE_PATHS.get(scope["path"]) or getattr(scope.get("route"), "path", None) or NO_ROUTE
+            status = status or scope["state"].get("status", ClientGoneError.status)
+            self._request_log.note(
+                found.rstrip("/") or "/", status, time.perf_counter() - began, scope["state"]["request_id"]
+            )
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """The response, or None if the application has sent it.
+
+        Raises:
+            TuneserveError: there is none, for a reason that the client is told.
+            RequestValidationError: the request is not as it should be.
+        """
+        path, headers = scope["path"], scope["headers"]
+        if self._key and path not in self._open_paths and not has_key(headers, self._key):
+            return problem(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
+        is_engines = path in ENGINE_PATHS and scope["method"] == "POST"
+        if is_engines and (refused := self._backpressure.refusal()) is not None:
+            self._backoff.request()
+            return _refusal(str(refused), refused.retry_after_s, _expects_continue(headers))
+        held = [await self._read_body(headers, receive)]
+
+        async def replay() -> Message:
+            return {"type": "http.request", "body": held.pop(), "more_body": False} if held else await receive()
+
+        if not is_engines:
+            await self.app(scope, replay, send)
+            return None
+        if (handler := self._handlers.get(path)) is None:
+            await unless_gone(self.app(scope, replay, send), receive)
+            return None
+        return await unless_gone(handler(Request(scope, replay)), receive)
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+        declared = next((value for name, value in headers if name == b"content-length"), b"0")
+        if int(declared) > self._max_body_bytes:
+            raise self._too_large()
+        body = b""
+        more = True
+        timeout_s = min(DRAIN_BODY_S, self._timeout_s) if self._drain.began else self._timeout_s
+        try:
+            async with asyncio.timeout(timeout_s) as timeout:
+                with self._drain.bounding(timeout):
+                    while more:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise ClientGoneError("The client hung up.")
+                        body += message.get("body", b"")
+                        more = message.get("more_body", False)
+                        if len(body) > self._max_body_bytes:
+                            raise self._too_large()
+        except TimeoutError:
+            raise (LeavingError() if self._drain.began else BodyTimeoutError(self._timeout_s)) from None
+        return body
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"The body is larger than {self._max_body_bytes // 1024} KiB, the most this server takes.")
+
+
+def has_key(headers: Headers, key: bytes) -> bool:
+    """Whether one of a request's headers is the key; how long it takes tells nothing of the key."""
+    shown = []
+    for name, value in headers:
+        if name == b"x-api-key":
+            shown.append(value)
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            shown.append(value[7:].strip())
+    return any(hmac.compare_digest(one, key) for one in shown)
+
+
+async def unless_gone(work: Awaitable[Result], receive: Receive) -> Result:
+    """The work's result; it is cancelled when the client disconnects.
+
+    Raises:
+        ClientGoneError: the client disconnected.
+    """
+    task = asyncio.current_task()
+    watch = asyncio.ensure_future(receive())
+    watch.add_done_callback(lambda done: done.cancelled() or task is None or task.cancel())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if watch.done() and not watch.cancelled() and task is not None and not task.uncancel():
+            raise ClientGoneError("The client hung up.") from None
+        raise
+    finally:
+        watch.cancel()
+
+
+def _expects_continue(headers: Headers) -> bool:
+    """Whether the client asks before it sends the body: once refused, what comes next may be the body or a request."""
+    return any(name == b"expect" for name, _ in headers)
+
+
+@lru_cache(maxsize=32)
+def _refusal(words: str, retry_after_s: int, close: bool) -> Response:
+    """Kept: many refusals in a row find the same number of tokens waiting."""
+    return problem(OverloadedError(words, retry_after_s=retry_after_s), close=close)
