@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.admission import Admission
 from tuneserve.serving.api import create_app
 from tuneserve.serving.batcher import Batcher
@@ -63,20 +65,28 @@ class Client:
 
 
 @contextmanager
-def served(settings: Settings, slot: Slot, *, door_answers: bool = True, **options: Any) -> Iterator[int]:
+def served(
+    settings: Settings,
+    slot: Slot,
+    *,
+    feedback: Feedback | None = None,
+    trainer: Trainer | None = None,
+    door_answers: bool = True,
+    **options: Any,
+) -> Iterator[int]:
     """The port of a server over the slot, whose engine's routes are answered by the door or by the application."""
     key = settings.api_key.get_secret_value().encode()
     with listen("127.0.0.1", 0) as listener:
         protocol = open_door(
             listener,
             Admission(slot, key=key),
-            Inference(settings, slot, None) if door_answers else None,
+            Inference(settings, slot, feedback) if door_answers else None,
             Journal(slot.metrics, logs=settings.access_log),
             wait_s=settings.request_timeout_s,
             max_body_bytes=settings.max_body_kb * 1024,
         )
         options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
-        server = uvicorn.Server(uvicorn.Config(create_app(settings, slot), **options))
+        server = uvicorn.Server(uvicorn.Config(create_app(settings, slot, trainer, feedback), **options))
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
         while not server.started:
