@@ -64,7 +64,7 @@ VOLATILE = {
 
 
 class Servers:
-    """Servers by kind. One is started for each kind when it is first asked for, and for each exchange if it is fresh."""
+    """Servers by kind: one of each, started when it is first asked for; of the fresh kinds, one for each exchange."""
 
     def __init__(self, version: Version, make_engine: Callable[..., Any], folder: Path) -> None:
         self._version, self._make_engine, self._folder = version, make_engine, folder
