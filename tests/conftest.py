@@ -20,6 +20,10 @@ from tuneserve.settings import PROJECT
 PACKAGE = PROJECT / "production" / "docker-res"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write the server's transcript anew instead of checking it")
+
+
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Run a Python of its own that finds the package and nothing of this process's environment."""

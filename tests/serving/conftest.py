@@ -64,7 +64,7 @@ def classifier(version: Version, engine: EchoEngine) -> Classifier:
     return Classifier(version, engine)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine() -> Callable[..., EchoEngine]:
     """An echo engine whose `result` first does something else; what that returns, if anything, is the result."""
 
