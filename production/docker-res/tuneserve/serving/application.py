@@ -1,0 +1,182 @@
+"""The composition root: everything that a server consists of, put together once, for `run.py serve` and `app.py`."""
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+from fastapi import FastAPI
+
+from tuneserve.artifact import Version
+from tuneserve.errors import BusyError, StoreError
+from tuneserve.lifecycle.drift import Window
+from tuneserve.lifecycle.feedback import FILE, Feedback
+from tuneserve.lifecycle.retraining import Retraining
+from tuneserve.lifecycle.schedule import Schedule
+from tuneserve.lifecycle.store import Store
+from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
+from tuneserve.serving.api import create_app
+from tuneserve.serving.classifier import Classifier, load_classifier
+from tuneserve.serving.follower import Follower
+from tuneserve.serving.front import Drain
+from tuneserve.serving.shadow import Shadowing
+from tuneserve.serving.slot import Slot
+from tuneserve.serving.traces import Traces
+from tuneserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LOAD_S = 0.5
+"""Seconds that a model which is just being loaded is waited for."""
+
+BUSY_S = 15.0
+"""Seconds after which a first training is tried again that another process's training kept away."""
+
+
+class Application:
+    """The ASGI application `asgi` and the threads behind it, which its lifespan starts and ends.
+
+    Args:
+        settings: of the server.
+        threads: CPU threads to compute with.
+        training: the command that trains as a child, at the start and when asked; empty for a server that only serves.
+        environ: that command's environment variables; None for this process's own.
+        listener: the socket on which connections arrive, if it is known.
+
+    Raises:
+        SettingsError: traces cannot be sent.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        threads: int,
+        training: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
+        self.was_loading = False
+        """Whether a model was still being loaded when all else had been closed."""
+        self.drain = Drain()
+        self._settings, self._threads = settings, threads
+        self._traces = Traces(settings.otel_exporter_otlp_endpoint)
+        self._store = store = Store(settings.model_path)
+        self.slot = slot = Slot(
+            max_queue_tokens=settings.max_queue_tokens,
+            new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours),
+        )
+        self._feedback = Feedback(
+            settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts
+        )
+        self.trainer = self._retraining = None
+        if training:
+            self.trainer = Trainer(
+                training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ
+            )
+            drift = partial(_drifted, slot) if settings.retrain_on_drift else lambda: None
+            self._retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
+        self._follower = Follower(
+            store,
+            slot,
+            self._load,
+            required=lambda: self.trainer is None or self.trainer.running is None,
+            shadowing=Shadowing(store, slot, self._load, wanted=settings.shadow_requests),
+        )
+        self.asgi = create_app(
+            settings,
+            slot,
+            self.trainer,
+            self._feedback,
+            lifespan=self._lifespan,
+            telemetry=self._traces.telemetry,
+            drain=self.drain,
+            listener=listener,
+        )
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def start(self) -> None:
+        """Train, if that is wanted, and load the model; neither is waited for."""
+        if self.trainer is not None and self._retraining is not None:
+            self._train_first(self.trainer)
+            self._retraining.start()
+        self._follower.start()
+        self._feedback.start()
+
+    def close(self) -> None:
+        """Answer what waits, let a training write its checkpoint, and end the threads; a second time does nothing."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self.was_loading = not self._follower.close(wait_s=LOAD_S)
+            if self._retraining is not None:
+                self._retraining.close()
+            if self.trainer is not None:
+                self.trainer.close()
+            self.slot.close()
+            self._feedback.close()
+            self._traces.close()
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.start()
+        yield
+        await asyncio.to_thread(self.close)
+
+    def _load(self, version: Version) -> Classifier:
+        return load_classifier(version, self._settings, threads=self._threads)
+
+    def _train_first(self, trainer: Trainer) -> None:
+        """Train at the start, which finds out by itself what is to be done; without a model a failure is the end."""
+
+        def look(job: Job) -> None:
+            if job.exit_code == BusyError.exit_code:
+                again = threading.Timer(BUSY_S, start)
+                again.daemon = True
+                again.start()
+            elif job.state != "finished":
+                self._follower.filled.wait()  # it may fail before what is in the store has been loaded
+                if self.slot.empty:
+                    self.slot.fail(FailedTrainingError(job))
+
+        def start() -> None:
+            with suppress(BusyError):
+                trainer.start("the container's start, once more")
+
+        trainer.on_end = look
+        trainer.start("the container's start")
+
+
+def prepare(store: Store) -> None:
+    """Make the store's folders. One that cannot be written to is no reason not to serve what is in it."""
+    try:
+        store.prepare()
+    except StoreError as error:
+        if not store.versions():
+            raise
+        logger.error("%s; nothing can be trained, and what is in the store answers", error)
+
+
+def _schedule(settings: Settings, store: Store) -> Schedule | None:
+    if not settings.retrain_schedule:
+        return None
+    return Schedule(
+        settings.retrain_schedule,
+        settings.retrain_time_zone,
+        jitter_s=settings.retrain_jitter_s,
+        memory=store.root / "schedule.json",
+        host=socket.gethostname(),
+    )
+
+
+def _drifted(slot: Slot) -> str | None:
+    """What has drifted, in words."""
+    if slot.phase != "ready":
+        return None
+    report = slot.model().monitor.report()
+    return report.sentence if report.drifted else None
