@@ -1,14 +1,13 @@
-"""One trainer a store, among real processes that are killed, stopped, and on machines of their own."""
+"""One trainer a store, among real processes that are killed."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from tuneserve.lifecycle import lock
 from tuneserve.lifecycle.lock import hold
 
 HOLDER = """
-import sys, time
+import subprocess, sys, time
 from pathlib import Path
 from tuneserve.lifecycle.lock import hold
 with hold(Path(sys.argv[1])):
-    print("held", flush=True)
+    child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    print(child.pid, flush=True)
     time.sleep(60)
 """
 RIVAL = """
@@ -45,6 +45,30 @@ while done < 5:
     except BusyError:
         time.sleep(0.001)
 """
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from tuneserve.lifecycle.lock import hold
+path = Path(sys.argv[1])
+try:
+    with hold(path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        raise ValueError
+except ValueError:
+    pass
+try:
+    with hold(path):
+        pass
+finally:
+    os.kill(child, signal.SIGKILL)
+"""
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lock.__file__).parents[2])}
+OF_THE_PREVIOUS_RELEASE = (
+    b'{"host": "elsewhere", "boot": "1", "pids": "pid:[1]", "pid": 1, "started": 1, "since": "2026"}'
+)
 
 
 @pytest.fixture
@@ -54,137 +78,105 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock, and that has started another program meanwhile."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(lock.__file__).parents[2])},
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    child = int(process.stdout.readline())
     yield process
     process.kill()
-    process.communicate()
+    process.wait()
+    process.stdout.close()
+    os.kill(child, signal.SIGKILL)
 
 
-def pretend(path: Path, **changed: Any) -> None:
-    """Write a lock as another owner would have."""
-    path.write_text(json.dumps({**lock._myself(), **changed}))
+def refuse(number: int) -> Callable[..., None]:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
 
 
-@contextmanager
-def touching(path: Path) -> Iterator[None]:
-    ended = threading.Event()
-
-    def touch() -> None:
-        while not ended.wait(0.05):
-            os.utime(path)
-
-    thread = threading.Thread(target=touch)
-    thread.start()
-    yield
-    ended.set()
-    thread.join()
-
-
-def test_the_second_is_told_who_is_first_and_comes_in_after_it(path: Path, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(BusyError, match=rf"process {holder.pid} on .+ since 20"), hold(path):
+def test_the_second_is_told_who_is_first(path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(BusyError, match=rf"process {holder.pid} on .+ since 20.+trainer\.lock"), hold(path):
         pass
-    holder.terminate()
+
+
+def test_a_killed_owner_holds_nothing_though_a_program_it_started_lives_on(
+    path: Path, holder: subprocess.Popen[str]
+) -> None:
+    holder.kill()
     holder.wait()
     with hold(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert not path.exists()
 
 
-def test_what_a_killed_process_left_is_taken_over_at_once(path: Path, holder: subprocess.Popen[str]) -> None:
-    holder.kill()
-    holder.wait()
-    assert path.exists()
-    began = time.monotonic()
-    with hold(path):
-        assert time.monotonic() - began < 1
-
-
-def test_a_process_number_that_is_used_again_is_no_owner(path: Path) -> None:
-    pretend(path, started=1)
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_the_lock_is_released_when_the_block_fails(path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), hold(path):
+        raise error
     with hold(path):
         pass
 
 
-@pytest.mark.parametrize("changed", [{"host": "elsewhere"}, {"boot": "another"}, {"pids": "pid:[1]"}])
-def test_an_owner_elsewhere_lives_while_the_file_is_touched(path: Path, changed: dict[str, str]) -> None:
-    pretend(path, **changed)
-    with touching(path), pytest.raises(BusyError), hold(path, patience_s=5):
-        pass
-    with hold(path, patience_s=0.4):
-        pass
-
-
-def test_a_holder_that_slept_too_long_is_told_and_revives_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_S", 0.05)
-    with hold(path) as first:
-        first.require()
-        path.unlink()  # as a rival does who takes it for dead
-        with hold(path) as second:
-            time.sleep(0.2)
-            second.require()
-            with pytest.raises(StoreError, match="taken over"):
-                first.require()
-        assert not path.exists()
-
-
-def test_it_is_given_up_when_the_block_fails_or_a_signal_ends_it(path: Path) -> None:
-    for error in (ValueError, SystemExit, KeyboardInterrupt):
-        with pytest.raises(error), hold(path):
-            raise error
-        assert not path.exists()
+def test_the_lock_is_released_though_a_forked_child_lives_on(path: Path, python: Python) -> None:
+    done = python("-c", FORKED, path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_of_many_processes_one_at_a_time_holds_it_though_some_are_killed(path: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    environment = os.environ | {"PYTHONPATH": str(Path(lock.__file__).parents[2])}
     rivals = [
-        subprocess.Popen([sys.executable, "-c", RIVAL, path, log, *(["die"] if number % 2 else [])], env=environment)
+        subprocess.Popen([sys.executable, "-c", RIVAL, path, log, *(["die"] if number % 2 else [])], env=ENVIRONMENT)
         for number in range(8)
     ]
-    codes = [rival.wait(60) for rival in rivals]
-    assert codes == [0, -signal.SIGKILL] * 4
-    inside, turns = None, 0
-    for line in log.read_text().split():
-        if line[0] == "+":
-            assert inside is None
-            inside = line[1:]
-        else:
-            assert inside == line[1:]
-            inside, turns = None, turns + 1
-    assert turns == 4 * 5 + 4 * 3
+    assert [rival.wait(60) for rival in rivals] == [0, -signal.SIGKILL] * 4
+    lines = log.read_text().split()
+    entries, exits = lines[::2], lines[1::2]
+    assert [line[1:] for line in entries] == [line[1:] for line in exits]
+    assert ({line[0] for line in entries}, {line[0] for line in exits}) == ({"+"}, {"-"})
+    assert len(entries) == 4 * 5 + 4 * 3
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_living_owners_file_that_has_a_dead_ones_number_stays(
-    path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+@pytest.mark.parametrize(
+    "content", [b"", OF_THE_PREVIOUS_RELEASE, b"\0\xff", b"[1]", b"[" * 9000, b'{"pid": 1}'], ids=range(6)
+)
+def test_what_a_file_says_neither_blocks_nor_breaks_anything(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with hold(path):
+        assert set(json.loads(path.read_bytes())) == {"host", "pid", "since"}
+        if content != OF_THE_PREVIOUS_RELEASE:
+            path.write_bytes(content)
+            with pytest.raises(BusyError, match="another process is training"), hold(path):
+                pass
+
+
+def test_a_holder_is_told_that_its_file_was_removed(path: Path) -> None:
+    with hold(path) as first:
+        first.require()
+        path.unlink()
+        with pytest.raises(StoreError, match="removed or replaced"):
+            first.require()
+        with hold(path) as second:
+            second.require()
+            with pytest.raises(StoreError, match="removed or replaced"):
+                first.require()
+
+
+@pytest.mark.parametrize("number", lock.REFUSALS)
+def test_a_file_system_without_locks_is_trained_on_with_a_warning(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    pretend(path, started=1)
-    dead = lock._look(path)
-    assert dead is not None
-
-    def change_hands(*_: Any) -> None:
-        path.write_text(json.dumps(lock._myself()))  # in the same file, and so under the same number
-
-    if late:
-        rename = Path.rename
-        monkeypatch.setattr(Path, "rename", lambda self, to: [change_hands(), rename(self, to)][1])
-    else:
-        change_hands()
-    lock._set_aside(path, dead)
-    assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert list(path.parent.iterdir()) == [path]
+    monkeypatch.setattr(fcntl, "flock", refuse(number))
+    with hold(path) as held:
+        held.require()
+    assert "only one trainer" in caplog.text
 
 
-def test_a_lock_that_says_nothing_is_taken_over_after_a_while(path: Path) -> None:
-    path.write_bytes(b"\0\0")
-    with hold(path, patience_s=0.3):
+def test_a_lock_that_fails_for_another_reason_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
+    with pytest.raises(StoreError, match="cannot be locked"), hold(path):
         pass
 
 
@@ -193,13 +185,3 @@ def test_a_disk_that_refuses_is_a_clear_error(disk: Any, fail: str) -> None:
     getattr(disk, fail)()
     with pytest.raises(StoreError, match=r"trainer\.lock cannot be written"), hold(disk.path / "trainer.lock"):
         pass
-
-
-def test_where_there_are_no_hard_links_the_file_is_made_directly(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> None:
-        raise OSError(lock.NO_LINKS[0], "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    with hold(path), pytest.raises(BusyError), hold(path):
-        pass
-    assert not path.exists()
