@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.forward import choose_forward
+from tuneserve.network.forward import choose_forward
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.training import features, job

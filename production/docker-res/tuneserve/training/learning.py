@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuneserve.forward import Forward, cast, choose_forward
 from tuneserve.hardware import Precision
+from tuneserve.network.forward import Forward, cast, choose_forward
 from tuneserve.settings import Settings
 from tuneserve.training import features
 from tuneserve.training.checkpoint import Checkpoints, Position

@@ -18,7 +18,7 @@ import numpy as np
 
 from tuneserve.artifact import sync_tree
 from tuneserve.errors import StoreError
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 from tuneserve.training.checks import Split
 from tuneserve.training.rows import in_batches
 
