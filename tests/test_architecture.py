@@ -21,7 +21,19 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
-GROUND = ("artifact", "columns", "errors", "hardware", "logs", "network", "settings", "signals", "text", "yielding")
+GROUND = (
+    "artifact",
+    "code",
+    "columns",
+    "errors",
+    "hardware",
+    "logs",
+    "network",
+    "settings",
+    "signals",
+    "text",
+    "yielding",
+)
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
