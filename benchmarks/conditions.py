@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from tuneserve.errors import BaseModelError, TuneserveError
-from tuneserve.forward import NUMBER_FORMAT
-from tuneserve.tokenization import plain
+from tuneserve.network.forward import NUMBER_FORMAT
+from tuneserve.text import plain
 from tuneserve.training import base_model, checks
 from tuneserve.training.data import read
 from tuneserve.training.rows import Columns

@@ -32,7 +32,7 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
 from tuneserve.serving.monitor import Monitor
 from tuneserve.settings import Settings
-from tuneserve.tokenization import Tokens
+from tuneserve.text import Tokens
 
 Row = tuple[str, str]
 

@@ -21,7 +21,7 @@ THREADS = set_threads("auto")
 from tuneserve.artifact import read_version
 from tuneserve.errors import TuneserveError
 from tuneserve.settings import Settings
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 
 Texts = dict[str, list[str]]
 BATCHES = (1, 32, 256)

@@ -26,12 +26,12 @@ THREADS = set_threads("auto")
 
 import torch
 
-from tuneserve.forward import Padded
+from tuneserve.network.forward import Padded
 from tuneserve.serving.classifier import _batches
 from tuneserve.serving.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, infer
 from tuneserve.serving.torch_engine import TorchEngine
 from tuneserve.settings import Settings
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, model
 
 Ids = list[list[int]]

@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 
 from tuneserve.settings import Settings
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.learning import Run

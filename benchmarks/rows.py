@@ -67,7 +67,7 @@ def prepare(path: Path, base_model: str, cache: Path) -> Iterator[str]:
     import numpy as np
     import torch
 
-    from tuneserve.tokenization import TextEncoder
+    from tuneserve.text import TextEncoder
     from tuneserve.training import base_model as bases
     from tuneserve.training import batches, checks, data, evaluation
     from tuneserve.training.rows import Columns

@@ -22,8 +22,17 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
 GROUND = (
-    *("artifact", "attention", "columns", "errors", "forward", "graph", "hardware", "logs", "settings", "signals"),
-    *("tokenization", "yielding"),
+    "artifact",
+    "code",
+    "columns",
+    "errors",
+    "hardware",
+    "logs",
+    "network",
+    "settings",
+    "signals",
+    "text",
+    "yielding",
 )
 
 
@@ -141,14 +150,15 @@ def imports_of_its_own(tree: ast.AST) -> Iterator[str]:
             yield from imports_of_its_own(node)
 
 
-def test_outside_training_three_modules_load_torch_and_one_function_asks_for_them() -> None:
+def test_outside_training_the_network_and_one_engine_load_torch_and_one_function_asks_for_it() -> None:
     of_torch = {
         name
         for name, tree in MODULES.items()
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    assert apart == {"tuneserve.attention", "tuneserve.forward", "tuneserve.serving.torch_engine"}
+    fast = {"tuneserve.network.attention", "tuneserve.network.forward", "tuneserve.network.optimizer"}
+    assert apart == {*fast, "tuneserve.serving.torch_engine"}
     askers = {
         (name, other)
         for name, tree in MODULES.items()
@@ -156,9 +166,10 @@ def test_outside_training_three_modules_load_torch_and_one_function_asks_for_the
         for other in apart & set(imports(tree))
     }
     assert askers == {
-        ("tuneserve.forward", "tuneserve.attention"),
-        ("tuneserve.serving.torch_engine", "tuneserve.attention"),
-        ("tuneserve.serving.torch_engine", "tuneserve.forward"),
+        ("tuneserve.network.forward", "tuneserve.network.attention"),
+        ("tuneserve.network.optimizer", "tuneserve.network.forward"),
+        ("tuneserve.serving.torch_engine", "tuneserve.network.attention"),
+        ("tuneserve.serving.torch_engine", "tuneserve.network.forward"),
         ("tuneserve.serving.engine", "tuneserve.serving.torch_engine"),
     }
     assert "tuneserve.serving.torch_engine" not in set(imports_of_its_own(MODULES["tuneserve.serving.engine"]))
@@ -179,6 +190,10 @@ def test_settings_and_errors_load_nothing_heavy(python: Python) -> None:
     found = loaded(python, "tuneserve.settings", "tuneserve.errors", "tuneserve.signals", "tuneserve.hardware", "run")
     assert "pydantic" in found
     assert not found & (HEAVY | {"numpy", "tokenizers", "safetensors", "fastapi", "uvicorn", "huggingface_hub"})
+
+
+def test_the_name_of_the_network_loads_nothing(python: Python) -> None:
+    assert loaded(python, "tuneserve.network") == loaded(python, "tuneserve")
 
 
 def test_what_both_wings_stand_on_loads_neither_torch_nor_numpy(python: Python) -> None:

@@ -332,8 +332,8 @@ def test_a_disk_too_small_for_the_model_is_a_clear_error(save: Callable[[Path], 
 def test_a_disk_too_small_for_a_checkpoint_is_a_clear_error(disk: Any) -> None:
     import torch
 
+    from tuneserve.network.optimizer import Optimizer
     from tuneserve.training.checkpoint import Checkpoints, Position
-    from tuneserve.training.optimizer import Optimizer
     from tuneserve.training.world import ALONE
 
     checkpoints = Checkpoints(disk.path / "run", every_minutes=10)

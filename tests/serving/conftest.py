@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from wire import Full, served
 
 from tuneserve.artifact import Version, read_version, write_json
-from tuneserve.graph import Prepared
+from tuneserve.network.graph import Prepared
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings

@@ -19,7 +19,7 @@ from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.monitor import Monitor
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tokenization import Tokens
+from tuneserve.text import Tokens
 
 TEXTS = ["a great film", "it was very good", "the food was cold and awful", "not bad"]
 STRANGE = "zzz zzz zzz zzz zzz zzz"

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
-from tuneserve.attention import Spans
 from tuneserve.errors import StoreError
+from tuneserve.network.attention import Spans
 from tuneserve.serving.batcher import Batcher
 from tuneserve.serving.engine import infer
 from tuneserve.serving.metrics import Metrics

@@ -11,9 +11,9 @@ import torch
 
 from tuneserve.errors import StoreError
 from tuneserve.lifecycle.status import Status
+from tuneserve.network.optimizer import Optimizer
 from tuneserve.training import checkpoint
 from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.world import ALONE
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from tuneserve.graph import Graph
+from tuneserve.network.graph import Graph
 from tuneserve.training import export
 from tuneserve.training.tokens import TokenizedSplit
 

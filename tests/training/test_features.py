@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.forward import choose_forward
+from tuneserve.network.forward import choose_forward
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.training import features, job
+from tuneserve.training import features, job, learning
 from tuneserve.training.tokens import TokenizedSplit
 
 
@@ -186,6 +186,17 @@ def test_another_base_model_is_encoded_anew(head_only: dict[str, str], encoded: 
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
     train(head_only, BASE_MODEL=str(base))
+    assert sum(encoded) > 150
+
+
+def test_edited_code_encodes_anew(
+    head_only: dict[str, str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {"network", "training/features.py", "training/model.py"} < set(learning.FEATURES_CODE)
+    train(head_only)
+    encoded.clear()
+    monkeypatch.setattr(learning, "code_hash", lambda *names: f"edited {names}")
+    train(head_only, LR="3e-3")
     assert sum(encoded) > 150
 
 

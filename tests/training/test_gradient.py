@@ -20,10 +20,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tuneserve.errors import TrainingError
-from tuneserve.forward import Forward, Packed, Padded, choose_forward
+from tuneserve.network.forward import Forward, Packed, Padded, choose_forward
+from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.batches import Batch, collate
 from tuneserve.training.gradient import Gradient, Step, is_out_of_memory
-from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.recipe import Recipe
 from tuneserve.training.world import ALONE, World
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tuneserve.errors import TrainingError
-from tuneserve.forward import choose_forward
+from tuneserve.network.forward import choose_forward
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.loop import fit, warm_up_and_fall
 from tuneserve.training.recipe import Recipe

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from tuneserve.errors import StoreError
-from tuneserve.tokenization import TextEncoder, Tokens
+from tuneserve.text import TextEncoder, Tokens
 from tuneserve.training.checks import Split
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 
@@ -120,7 +120,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from datasets import Dataset
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 from tuneserve.training.checks import Split
 from tuneserve.training.tokens import tokenize
 

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from tuneserve.errors import StoreError
-from tuneserve.tokenization import plain
+from tuneserve.text import plain
 
 logger = logging.getLogger(__name__)
 

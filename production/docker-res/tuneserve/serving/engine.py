@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tuneserve.artifact import Version
-from tuneserve.graph import DESCRIPTION, FOLDER, Graph, Prepared
 from tuneserve.hardware import Precision, choose_device, cpu_has_bf16, gpu_may_be_there
+from tuneserve.network.graph import DESCRIPTION, FOLDER, Graph, Prepared
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)

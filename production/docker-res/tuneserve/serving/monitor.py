@@ -10,7 +10,7 @@ from typing import Any
 from tuneserve.errors import StoreError
 from tuneserve.lifecycle.drift import DECIMALS, Answers, Reference, Report, Window, compare, read_reference, utc
 from tuneserve.serving.classifier import Classifier, Prediction
-from tuneserve.tokenization import Tokens
+from tuneserve.text import Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from tuneserve.serving.batcher import Batcher, Outcome, Stages
 from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.monitor import Monitor
-from tuneserve.tokenization import Tokens
+from tuneserve.text import Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The version's own weights, run by torch: on a GPU, and on a CPU where there is no graph.
 
-Texts go through without padding where the model can (see `tuneserve.forward`). On a GPU nothing is waited for but a
+Texts go through without padding where the model can (see `network.forward`). On a GPU nothing is waited for but a
 batch's result: while one batch is computed the next is laid out, and its copies are queued behind it.
 """
 
@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
-from tuneserve.attention import upload
 from tuneserve.errors import StoreError
-from tuneserve.forward import Packed, Padded, Texts, cast, choose_forward, probe
-from tuneserve.graph import Prepared
 from tuneserve.hardware import choose_device, choose_precision
+from tuneserve.network.attention import upload
+from tuneserve.network.forward import Packed, Padded, Texts, cast, choose_forward, probe
+from tuneserve.network.graph import Prepared
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)

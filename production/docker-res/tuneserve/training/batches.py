@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuneserve.forward import Texts
+from tuneserve.network.forward import Texts
 from tuneserve.training.tokens import TokenizedSplit
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from tuneserve.artifact import is_disk_error, sync
 from tuneserve.errors import StoreError
+from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.gradient import Step
-from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.world import World
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
-from tuneserve.tokenization import plain
+from tuneserve.text import plain
 from tuneserve.training.data import Source
 from tuneserve.training.rows import BATCH_ROWS
 

@@ -17,10 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tuneserve.artifact import write_json
-from tuneserve.attention import MASKED
-from tuneserve.forward import Packed, choose_forward
-from tuneserve.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
 from tuneserve.hardware import Precision, cpu_has_bf16
+from tuneserve.network.attention import MASKED
+from tuneserve.network.forward import Packed, choose_forward
+from tuneserve.network.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
 from tuneserve.training.tokens import TokenizedSplit
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tuneserve.errors import StoreError
-from tuneserve.forward import PROBE_TOLERANCE, Forward, Texts, probe
+from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, probe
 from tuneserve.training.batches import Array, collate, sorted_batches
 from tuneserve.training.progress import counted
 from tuneserve.training.tokens import TokenizedSplit

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 from tuneserve.errors import TrainingError
-from tuneserve.forward import Forward
+from tuneserve.network.forward import Forward
+from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.batches import Array, Batch, collate, split_by_tokens
-from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 import tuneserve
 from tuneserve.artifact import Version
+from tuneserve.code import code_hash
 from tuneserve.hardware import Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
@@ -27,7 +28,7 @@ from tuneserve.lifecycle.status import Status
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.learning import Run
@@ -248,13 +249,14 @@ def read_tokens(
 
 
 def fingerprint_run(settings: Settings, base: base_model.BaseModel, splits: checks.Splits) -> str:
-    """What names a run: equal fingerprints mean equal settings, data and base model."""
+    """What names a run: equal fingerprints mean equal settings, data, base model and code."""
     decisive = settings.model_dump(mode="json", include=DECISIVE)
     content: dict[str, Any] = {
         "settings": decisive,
         "data": splits.fingerprints,
         "base_model": base.content,
         "recipe": tuneserve.__version__,
+        "code": code_hash("text.py", "training", "network"),
     }
     if settings.precision == "int8":  # a version is never changed, so one without that graph cannot be given it
         content["int8"] = True

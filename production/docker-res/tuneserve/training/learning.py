@@ -11,8 +11,9 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuneserve.forward import Forward, cast, choose_forward
+from tuneserve.code import code_hash
 from tuneserve.hardware import Precision
+from tuneserve.network.forward import Forward, cast, choose_forward
 from tuneserve.settings import Settings
 from tuneserve.training import features
 from tuneserve.training.checkpoint import Checkpoints, Position
@@ -25,6 +26,12 @@ from tuneserve.training.world import World
 
 logger = logging.getLogger(__name__)
 
+FEATURES_CODE = (
+    "text.py",
+    "network",
+    *(f"training/{name}.py" for name in ("batches", "features", "learning", "model")),
+)
+"""What makes a frozen body's features; an edit in it makes them anew."""
 HEAD_PASSES = 100
 """Most passes over a frozen body's features; N_EPOCHS may ask for more."""
 HEAD_PATIENCE = 5
@@ -139,7 +146,7 @@ class Run:
         )
 
     def _key(self, base: str, split: TokenizedSplit) -> str:
-        key = hashlib.sha256(f"{base} {self.precision}".encode())
+        key = hashlib.sha256(f"{base} {self.precision} {code_hash(*FEATURES_CODE)}".encode())
         for array in (split.starts, split.ids):
             key.update(np.ascontiguousarray(array).view(np.uint8).data)
         return key.hexdigest()[:32]

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from tuneserve.errors import BaseModelError
+from tuneserve.network.optimizer import body_parameters
 
 DROPOUTS = {
     "hidden_dropout_prob",
@@ -86,16 +87,6 @@ def load_classifier(
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
     return model
-
-
-def body_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """What leads up to the last hidden state, by the model's names; pooler and classifier come after it."""
-    prefix = f"{model.base_model_prefix}."
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
-    ]
 
 
 def freeze_body(model: PreTrainedModel) -> None:

@@ -26,11 +26,11 @@ from tuneserve.artifact import (
     write_golden,
     write_json,
 )
-from tuneserve.forward import cast, choose_forward
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
-from tuneserve.tokenization import TextEncoder, unknown_id
+from tuneserve.network.forward import cast, choose_forward
+from tuneserve.text import TextEncoder, unknown_id
 from tuneserve.training import calibration
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
 from tuneserve.training.export import export

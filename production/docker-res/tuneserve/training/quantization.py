@@ -20,8 +20,8 @@ from scipy.special import softmax
 
 from tuneserve.artifact import write_json
 from tuneserve.errors import SettingsError
-from tuneserve.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
 from tuneserve.hardware import Precision, cpu_has_bf16
+from tuneserve.network.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
 from tuneserve.training.export import MOST_ACCURACY_LOST
 from tuneserve.training.tokens import TokenizedSplit
 

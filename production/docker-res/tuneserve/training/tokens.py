@@ -17,8 +17,9 @@ from uuid import uuid4
 import numpy as np
 
 from tuneserve.artifact import sync_tree
+from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
-from tuneserve.tokenization import TextEncoder
+from tuneserve.text import TextEncoder
 from tuneserve.training.checks import Split
 from tuneserve.training.rows import in_batches
 
@@ -54,12 +55,12 @@ class TokenizedSplit:
 
 
 def tokenize(split: Split, encoder: TextEncoder, *, cache: Path) -> TokenizedSplit:
-    """Tokenize a split, or find it done before with the same texts, tokenizer and limit.
+    """Tokenize a split, or find it done before with the same texts, tokenizer, limit and code.
 
     Raises:
         StoreError: the cache cannot be written.
     """
-    key = hashlib.sha256(encoder.to_json().encode())
+    key = hashlib.sha256(f"{code_hash('text.py', 'training/tokens.py')} {encoder.to_json()}".encode())
     for text in split:
         key.update(hashlib.sha256(text.encode()).digest())
     folder = cache / "tokens" / key.hexdigest()[:32]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.attention import IMPLEMENTATION, Array, Layout, Spans, upload
 from tuneserve.hardware import Precision
+from tuneserve.network.attention import IMPLEMENTATION, Array, Layout, Spans, upload
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from tuneserve.forward import NUMBER_FORMAT
 from tuneserve.hardware import Precision
-from tuneserve.training.model import body_parameters
+from tuneserve.network.forward import NUMBER_FORMAT
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -265,6 +264,16 @@ class Rows(nn.Module):
         """Put the embedding back in its place."""
         self.weight.requires_grad = True
         model.set_input_embeddings(self.embedding)
+
+
+def body_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """What leads up to the last hidden state, by the model's names; pooler and classifier come after it."""
+    prefix = f"{model.base_model_prefix}."
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
+    ]
 
 
 def _group(model: nn.Module, learning_rate: float) -> dict[tuple[float, float], list[nn.Parameter]]:

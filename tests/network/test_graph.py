@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tuneserve import graph
+from tuneserve.network import graph
 
 
 @pytest.mark.parametrize("max_tokens", [8, 32, 64, 100, 256, 512])

@@ -11,10 +11,10 @@ from torch.nn import functional
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from tuneserve.forward import choose_forward
+from tuneserve.network.forward import choose_forward
+from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.batches import Batch, collate
 from tuneserve.training.model import freeze_body
-from tuneserve.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 WORDS, STEPS, TEXTS = 60, 30, 10

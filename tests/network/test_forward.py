@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve import attention
-from tuneserve.forward import Forward, Packed, Padded, cast, choose_forward
+from tuneserve.network import attention
+from tuneserve.network.forward import Forward, Packed, Padded, cast, choose_forward
 from tuneserve.training.batches import Batch, collate
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tuneserve.tokenization import TextEncoder, Tokens, plain
+from tuneserve.text import TextEncoder, Tokens, plain
 
 FIRST, LAST, UNKNOWN = 1, 2, 3
 WORDS = {"[PAD]": 0, "[CLS]": FIRST, "[SEP]": LAST, "[UNK]": UNKNOWN, "a": 4, "good": 5, "film": 6}

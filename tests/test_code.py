@@ -1,0 +1,183 @@
+"""An edit of what makes a result makes it anew; an edit of the words around it does not."""
+
+import itertools
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from tuneserve.code import code_hash
+from tuneserve.settings import PROJECT
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+CODE = '''"""A module."""
+
+RATE = 0.1
+
+
+class Loss:
+    def of(self, logits):
+        return logits.mean() * RATE
+'''
+
+
+def hash_of(tmp_path: Path, code: str, name: str = "loss.py") -> str:
+    folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+    (folder / "training").mkdir(parents=True)
+    (folder / "training" / name).write_text(code)
+    return code_hash("training", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("RATE = 0.1\n", "RATE = 0.1  # a comment\n"),
+        ("RATE = 0.1\n", 'RATE = 0.1\n"""What it is."""\n'),
+        ('"""A module."""\n', ""),
+        ("    def of", '    """A class."""\n\n    def of'),
+        ("        return", '        """A function."""\n        return'),
+        ("logits.mean() * RATE", "(\n            logits.mean() * RATE\n        )"),
+    ],
+    ids=["comment", "attribute", "module", "class", "function", "format"],
+)
+def test_comments_docstrings_and_formatting_do_not_count(tmp_path: Path, old: str, new: str) -> None:
+    assert CODE.count(old) == 1
+    assert hash_of(tmp_path, CODE.replace(old, new)) == hash_of(tmp_path, CODE)
+
+
+def test_everything_else_counts(tmp_path: Path) -> None:
+    edits = [
+        CODE,
+        CODE.replace("0.1", "0.2"),
+        CODE.replace("mean", "sum"),
+        CODE.replace("return logits", "return 'logits'"),
+        CODE + "RATE = 0.1\n",
+    ]
+    hashes = [hash_of(tmp_path, code) for code in edits]
+    assert len({*hashes, hash_of(tmp_path, CODE, "other.py")}) == 6
+
+
+def test_only_what_is_named_counts_and_hidden_folders_do_not(tmp_path: Path) -> None:
+    (tmp_path / "training" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "text.py").write_text(CODE)
+    (tmp_path / "training" / "loss.py").write_text(CODE)
+    text, training = code_hash("text.py", folder=tmp_path), code_hash("training", folder=tmp_path)
+    (tmp_path / "training" / "own.py").write_text("RATE = 1\n")
+    (tmp_path / "training" / ".ipynb_checkpoints" / "own.py").write_text("what a person was about to")
+    code_hash.cache_clear()
+    assert code_hash("text.py", folder=tmp_path) == text
+    assert code_hash("training", folder=tmp_path) != training
+
+
+def test_every_process_finds_the_same_hash(python: Python) -> None:
+    named = 'code_hash("text.py", "training", "network")'
+    done = python("-c", f"from tuneserve.code import code_hash; print({named})", PYTHONHASHSEED="1")
+    assert done.stdout.strip() == code_hash("text.py", "training", "network"), done.stderr
+
+
+def test_code_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        code_hash("text.py", folder=tmp_path)
+
+
+READ_LIKE_A_SERVER = """
+import csv, json, sys
+from pathlib import Path
+from tuneserve.text import TextEncoder
+
+version, data = map(Path, sys.argv[1:])
+texts = []
+for path in data.iterdir():
+    with path.open() as file:
+        texts += [row["text"] for row in csv.DictReader(file)]
+settings = json.loads((version / "metadata.json").read_text())["settings"]
+encoder = TextEncoder.from_folder(version, max_tokens=settings["num_max_positions"])
+print(json.dumps([one.ids for one in encoder.encode(texts)]))
+"""
+
+
+class Tree:
+    """A copy of what goes into the image, to edit and to run."""
+
+    def __init__(self, folder: Path, python: Python) -> None:
+        self.folder, self.python = folder / "docker-res", python
+        shutil.copytree(
+            PROJECT / "production" / "docker-res", self.folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        self.models, self.data = folder / "models", folder / "data"
+        self.texts = folder / "texts"
+        for first, name in enumerate(("train", "valid", "test")):  # split by hand: cleaning does not move a text
+            tiny.write_csv(self.texts / f"{name}.csv", tiny.sentences(80, first=80 * first))
+        self.environment = {
+            "PYTHONPATH": str(self.folder),
+            "DATASET": str(self.texts),
+            "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
+            "MODEL_PATH": str(self.models),
+            "DATA_PATH": str(self.data),
+            "LOG_PATH": str(folder / "logs"),
+            "NUM_MAX_POSITIONS": "32",
+            "N_EPOCHS": "1",
+            "BATCH_SIZE": "16",
+            "MAX_ACCURACY_DROP": "1",
+            "DEVICE": "cpu",
+            "PRECISION": "fp32",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        path = self.folder / "tuneserve" / name
+        code = path.read_text()
+        assert code.count(old) == 1, (name, old)
+        path.write_text(code.replace(old, new))
+
+    def train(self) -> tuple[set[Path], set[Path]]:
+        """The versions and the cached tokens that this run has made."""
+        before = self.made()
+        done = self.python(self.folder / "run.py", "train", timeout_s=120, **self.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        versions, tokens = (now - old for now, old in zip(self.made(), before, strict=True))
+        assert ("nothing to train" in done.stdout + done.stderr) == (not versions)
+        return versions, tokens
+
+    def made(self) -> tuple[set[Path], set[Path]]:
+        return set(self.models.glob("versions/*")), set(self.data.glob("tokens/*"))
+
+    def served_ids(self, version: Path) -> list[list[int]]:
+        done = self.python("-c", READ_LIKE_A_SERVER, version, self.texts, **self.environment)
+        assert done.returncode == 0, done.stderr
+        return sorted(json.loads(done.stdout))
+
+
+def trained_ids(tokens: set[Path]) -> list[list[int]]:
+    found = []
+    for folder in tokens:
+        ids, starts = np.fromfile(folder / "ids.i32", dtype=np.int32), np.load(folder / "starts.npy")
+        found += [ids[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
+    return sorted(found)
+
+
+def test_an_edit_trains_anew_and_a_comment_does_not(tmp_path: Path, python: Python) -> None:
+    tree = Tree(tmp_path, python)
+    versions, tokens = tree.train()
+    assert (len(versions), len(tokens)) == (1, 3)
+    assert trained_ids(tokens) == tree.served_ids(versions.pop())
+
+    tree.edit("text.py", 'LINE_BREAK_TAG.sub(" ", text)\n', 'LINE_BREAK_TAG.sub(" ", text)  # one space\n')
+    tree.edit("training/loop.py", '"""The training loop, written out."""', '"""The loop."""')
+    assert tree.train() == (set(), set())
+
+    tree.edit("training/gradient.py", "loss = losses / whole", "loss = 2 * losses / whole")
+    versions, tokens = tree.train()
+    assert (len(versions), len(tokens)) == (1, 0)
+
+    before = tree.served_ids(versions.pop())
+    tree.edit("text.py", 'LINE_BREAK_TAG.sub(" ", text)', 'LINE_BREAK_TAG.sub(" ", text).replace("film", "")')
+    versions, tokens = tree.train()
+    assert (len(versions), len(tokens)) == (1, 3)
+    served = tree.served_ids(versions.pop())
+    assert trained_ids(tokens) == served != before
