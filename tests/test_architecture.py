@@ -23,7 +23,7 @@ MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path i
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
 GROUND = (
     *("artifact", "attention", "columns", "errors", "forward", "graph", "hardware", "logs", "settings", "signals"),
-    *("tokenization", "yielding"),
+    *("settings_docs", "tokenization", "yielding"),
 )
 
 
