@@ -60,8 +60,8 @@ format: .venv/.dev ## let ruff put everything in order
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format .
 
-docs: .venv/.setup ## write config.env and README's table of variables from settings.py
-	cd $(RES) && ../../$(BIN)/python -m tuneserve.settings
+docs: .venv/.setup ## write config.env and the table in docs/configuration.md from settings.py
+	cd $(RES) && ../../$(BIN)/python -m tuneserve.settings_docs
 
 image: .venv/.dev ## build the container image
 	$(BIN)/python production/build.py

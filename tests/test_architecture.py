@@ -30,6 +30,7 @@ GROUND = (
     "logs",
     "network",
     "settings",
+    "settings_docs",
     "signals",
     "text",
     "yielding",

@@ -1,4 +1,4 @@
-"""README's shell blocks, run from the first to the last in a copy of the project, as a newcomer would.
+"""The shell blocks of README and docs/, run from the first to the last in a copy of the project; and their links.
 
 A comment above a block says when it is not run here: `<!-- needs Docker -->`. `<!-- background -->` starts a server
 that the blocks after it talk to.
@@ -21,9 +21,37 @@ import pytest
 from tuneserve.artifact import read_version
 from tuneserve.settings import PROJECT
 
+README, DOCS = PROJECT / "README.md", PROJECT / "docs"
+LINK = re.compile(r"\]\(([^()\s]+)\)")
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```sh\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [(found["mark"] or "", found["code"]) for found in BLOCK.finditer((PROJECT / "README.md").read_text())]
+FENCED = re.compile(r"^```(?P<language>\S*)\n.*?^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store)")
+OTHERS = {"sh", "text", "json", "yaml", "ini", "python", "mermaid"}
+
+
+def linked(page: Path) -> list[Path]:
+    """The files that a page links to, each once, in its order."""
+    targets = (target.partition("#")[0] for target in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))))
+    return list(dict.fromkeys((page.parent / one).resolve() for one in targets if one and "://" not in one))
+
+
+def slugs(page: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: dict[str, int] = {}
+    anchors = set()
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", FENCED.sub("", page), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        number = found[slug] = found.get(slug, -1) + 1
+        anchors.add(f"{slug}-{number}" if number else slug)
+    return anchors
+
+
+PAGES = [README, *(page for page in linked(README) if page.parent == DOCS)]
+"""In the order in which a reader meets them: a block may use what an earlier page has made."""
+BLOCKS = [
+    (found["mark"] or "", found["code"]) for page in PAGES for found in BLOCK.finditer(page.read_text(encoding="utf-8"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +78,46 @@ def test_every_mark_is_one_that_is_known() -> None:
     assert [mark for mark, _ in BLOCKS].count("background") == 1
 
 
+def test_every_shell_block_is_one_that_is_found_here() -> None:
+    for page in [*PAGES, PROJECT / "CONTRIBUTING.md"]:
+        content = page.read_text(encoding="utf-8")
+        languages = [found["language"] for found in FENCED.finditer(content)]
+        assert set(languages) <= OTHERS, f"{page.name}: shell blocks are marked `sh`"
+        assert languages.count("sh") == len(BLOCK.findall(content)), page.name
+
+
+def test_the_readme_links_every_page() -> None:
+    assert set(PAGES) == {README, *DOCS.glob("*.md")}
+
+
+def test_the_readme_has_fewer_than_200_lines() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 200
+
+
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_anchors_to_headings(page: Path) -> None:
+    for link in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link} leads to no file"
+        assert target.is_relative_to(PROJECT), f"{page.name}: {link} leads out of the project"
+        if anchor:
+            assert anchor in slugs(target.read_text(encoding="utf-8")), f"{page.name}: {link} leads to no heading"
+
+
+def test_slugs_are_those_of_github() -> None:
+    page = "# A `b-c`: d_e, f!\n## Twice\n### Twice\n```sh\n# a comment\n```\n## [Link](x.md) and more\n"
+    assert slugs(page) == {"a-b-c-d_e-f", "twice", "twice-1", "link-and-more"}
+
+
 def test_the_blocks_work_in_their_order(clone: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = os.environ | {"PORT": port, "HOST": "127.0.0.1"}
-    answers = []
+    answers: dict[str, str] = {}
     server: subprocess.Popen[bytes] | None = None
     try:
         for mark, code in BLOCKS:
@@ -68,17 +130,25 @@ def test_the_blocks_work_in_their_order(clone: Path) -> None:
                     ["bash", "-ec", script], cwd=clone, env=environment, capture_output=True, text=True
                 )
                 assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
-                answers.append(done.stdout)
+                answers[code] = done.stdout
     finally:
         if server is not None:
             os.killpg(server.pid, signal.SIGINT)
             assert server.wait(timeout=10) in (0, 130, -signal.SIGINT)
-    assert json.loads(answers[0])["label"] == "positive"
-    assert [one["label"] for one in json.loads(answers[1])["predictions"]] == ["positive", "negative"]
-    assert "validation_accuracy=" in answers[2]
-    assert re.search(r"encoded \d+ of \d+ texts", answers[3])
-    assert answers[4].splitlines()[-3].startswith("text,label,predicted_label,score,scores,tokens,truncated,error,")
-    assert "'label': 'negative'" in answers[5]
+
+    def answer(part: str, number: int = 0) -> str:
+        """What the block that holds `part` has printed; where several do, the one of this number."""
+        return [output for code, output in answers.items() if part in code][number]
+
+    assert json.loads(answer("/inference "))["label"] == "positive"
+    assert [one["label"] for one in json.loads(answer("/inference/batch"))["predictions"]] == ["positive", "negative"]
+    assert "validation_accuracy=" in answer("train.csv <<")
+    assert "nothing to train" in answer("DATASET=/tmp/tickets N_EPOCHS=1", 1)
+    assert re.search(r"encoded \d+ of \d+ texts", answer("TRAIN_BODY=0"))
+    scored = answer("run.py predict").splitlines()
+    assert scored[-3].startswith("text,label,predicted_label,score,scores,tokens,truncated,error,")
+    assert "'label': 'negative'" in answer("transformers import pipeline")
+    assert "tuneserve_requests_total" in answer("/metrics")
 
     champion = (clone / "models" / "champion").read_text().strip()
     metadata = read_version(clone / "models" / "versions" / champion).metadata

@@ -11,15 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from tuneserve.errors import SettingsError
-from tuneserve.settings import (
-    PROJECT,
-    TABLE_MARKS,
-    Settings,
-    fill_table,
-    render_config_env,
-    render_table,
-    without_password,
-)
+from tuneserve.settings import PROJECT, Settings, without_password
+from tuneserve.settings_docs import TABLE_MARKS, fill_table, render_config_env, render_table
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 NAMES = [name.upper() for name in Settings.model_fields]
@@ -195,10 +188,10 @@ def test_config_env_as_docker_reads_it_gives_the_defaults() -> None:
     assert Settings.from_environ(environment) == Settings()
 
 
-def test_the_readmes_table_is_what_the_settings_render() -> None:
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    assert all(readme.count(mark) == 1 for mark in TABLE_MARKS), "README.md lacks the marks around its table"
-    assert fill_table(readme) == readme
+def test_the_table_in_the_docs_is_what_the_settings_render() -> None:
+    page = (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert all(page.count(mark) == 1 for mark in TABLE_MARKS), "configuration.md lacks the marks around its table"
+    assert fill_table(page) == page
 
 
 def test_a_table_that_drifted_is_filled_anew() -> None:
@@ -212,14 +205,15 @@ def test_a_table_that_drifted_is_filled_anew() -> None:
 def test_the_module_writes_config_env_and_the_table(tmp_path: Path, python: Python) -> None:
     package = tmp_path / "clone" / "production" / "docker-res" / "tuneserve"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "settings.py", "errors.py"):
+    for name in ("__init__.py", "settings.py", "settings_docs.py", "errors.py"):
         shutil.copy(RUN.parent / "tuneserve" / name, package)
-    readme = tmp_path / "clone" / "README.md"
-    readme.write_text("".join(TABLE_MARKS), encoding="utf-8")
-    done = python("-m", "tuneserve.settings", PYTHONPATH=str(package.parent))
+    page = tmp_path / "clone" / "docs" / "configuration.md"
+    page.parent.mkdir()
+    page.write_text("".join(TABLE_MARKS), encoding="utf-8")
+    done = python("-m", "tuneserve.settings_docs", PYTHONPATH=str(package.parent))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "clone" / "config.env").read_text(encoding="utf-8") == render_config_env()
-    assert render_table() in readme.read_text(encoding="utf-8")
+    assert render_table() in page.read_text(encoding="utf-8")
 
 
 def test_a_bad_value_ends_the_job_at_once_before_anything_heavy_is_imported(python: Python) -> None:
