@@ -47,8 +47,9 @@ def slugs(page: str) -> set[str]:
     return anchors
 
 
-PAGES = [README, *(page for page in linked(README) if page.parent == DOCS)]
+PAGES = [README, *(page for page in linked(README) if page.parent == DOCS and page.exists())]
 """In the order in which a reader meets them: a block may use what an earlier page has made."""
+LINKING = [README, *(PROJECT / name for name in ("CONTRIBUTING.md", "research/README.md")), *sorted(DOCS.rglob("*.md"))]
 BLOCKS = [
     (found["mark"] or "", found["code"]) for page in PAGES for found in BLOCK.finditer(page.read_text(encoding="utf-8"))
 ]
@@ -94,7 +95,7 @@ def test_the_readme_has_fewer_than_200_lines() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) < 200
 
 
-@pytest.mark.parametrize("page", [*PAGES, PROJECT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_links_lead_to_files_and_anchors_to_headings(page: Path) -> None:
     for link in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
         if "://" in link:
