@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
-from tuneserve.settings import PROJECT
+from tuneserve.settings import PROJECT, Settings
+from tuneserve.signals import Stop
 
 PACKAGE = PROJECT / "production" / "docker-res"
 
@@ -156,3 +158,22 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         pytest.skip(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
     yield Disk(path)
     subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with one small trained model."""
+    from tuneserve.training import job
+
+    folder = tmp_path_factory.mktemp("trained")
+    environment = {
+        "DATASET": str(tiny.write_csv(folder / "reviews.csv", tiny.sentences(160))),
+        "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
+        "NUM_MAX_POSITIONS": "32",
+        "LR": "5e-3",
+        "BATCH_SIZE": "16",
+        "N_EPOCHS": "12",
+        **{f"{name}_PATH": str(folder / name) for name in ("MODEL", "DATA", "LOG")},
+    }
+    job.train(Settings.from_environ(environment), Stop(), threads=1)
+    return folder / "MODEL"

@@ -16,11 +16,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import tiny
 from conftest import Disk
 
-from tuneserve.settings import PROJECT, Settings
-from tuneserve.signals import Stop
+from tuneserve.settings import PROJECT
 
 FOLDER = PROJECT / "production" / "docker-res"
 Start = Callable[..., "Server"]
@@ -52,25 +50,6 @@ class Server:
         self.process.send_signal(number)
         output, _ = self.process.communicate(timeout=15)
         return self.process.returncode, output
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with one small trained model."""
-    from tuneserve.training import job
-
-    folder = tmp_path_factory.mktemp("trained")
-    environment = {
-        "DATASET": str(tiny.write_csv(folder / "reviews.csv", tiny.sentences(160))),
-        "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
-        "NUM_MAX_POSITIONS": "32",
-        "LR": "5e-3",
-        "BATCH_SIZE": "16",
-        "N_EPOCHS": "12",
-        **{f"{name}_PATH": str(folder / name) for name in ("MODEL", "DATA", "LOG")},
-    }
-    job.train(Settings.from_environ(environment), Stop(), threads=1)
-    return folder / "MODEL"
 
 
 @pytest.fixture

@@ -5,4 +5,35 @@ Two wings, `training` and `serving`, stand on `lifecycle`, `artifact`, `text`, `
 `settings`; they never import each other: what passes between them is a folder.
 """
 
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuneserve.model import Model
+
 __version__ = "0.1.0"
+
+
+def load(folder: str | os.PathLike[str], **settings: object) -> "Model":
+    """A trained model from disk, for notebooks and scripts: `load("models").predict(["..."])`.
+
+    Args:
+        folder: a store (`MODEL_PATH`), of which the champion is loaded, or the folder of one version.
+        settings: variables of the job in lower case, such as `device="cpu"` or `long_text="window"`, where their
+            defaults are not right; the environment is not read.
+
+    Raises:
+        NoModelError: the store has no champion.
+        StoreError: there is no such version, or it is damaged.
+        DeviceError: the device asked for cannot be had.
+    """
+    from pathlib import Path
+
+    from tuneserve.artifact import METADATA, read_version
+    from tuneserve.lifecycle.store import Store
+    from tuneserve.model import Model
+    from tuneserve.settings import Settings
+
+    path = Path(folder).expanduser()
+    version = read_version(path) if (path / METADATA).exists() else Store(path).champion()
+    return Model(version, Settings.model_validate(settings))
