@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = base_model.resolve(base_model.PACKAGED, revision="", cache=Path(folder)).folder
         cpu = torch.device("cpu")
-        model.load_classifier(base, ["bad", "good"], dropout=0.0, seed=0, device=cpu).save_pretrained(folder)
+        model.build_model(base, ["bad", "good"], dropout=0.0, seed=0, device=cpu).save_pretrained(folder)
         engines = {layout: load(Path(folder), layout, options) for layout in ("packed", "padded")}
     encoder = TextEncoder.from_folder(base, max_tokens=MAX_TOKENS)
     texts = {kind: read(getattr(options, kind), encoder, options.texts) for kind in ("short", "long")}

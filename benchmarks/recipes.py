@@ -27,8 +27,8 @@ from tuneserve.settings import Settings
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.learning import Run
-from tuneserve.training.model import load_classifier, load_tokenizer
+from tuneserve.training.model import build_model, load_tokenizer
+from tuneserve.training.recipe import Run
 from tuneserve.training.rows import Columns
 from tuneserve.training.tokens import tokenize
 from tuneserve.training.world import ALONE
@@ -113,7 +113,7 @@ def main() -> None:
     for start, rate, dropout in RECIPES:
         accuracies, speeds = [], []
         for seed in range(options.seeds):
-            model = load_classifier(base.folder, splits.labels, dropout=dropout, seed=seed, device=device)
+            model = build_model(base.folder, splits.labels, dropout=dropout, seed=seed, device=device)
             start(model.base_model.pooler.dense)
             settings = Settings.from_environ({"N_EPOCHS": str(options.epochs), "LR": str(rate), "SEED": str(seed)})
             splits_read = {"train": train, "valid": valid}

@@ -24,7 +24,7 @@ from tuneserve.network.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.batches import Batch, collate
 from tuneserve.training.gradient import Gradient, Step, is_out_of_memory
-from tuneserve.training.recipe import Recipe
+from tuneserve.training.loop import Learner, Recipe
 from tuneserve.training.world import ALONE, World
 
 CPU = torch.device("cpu")
@@ -66,7 +66,8 @@ def a_gradient(
 ) -> Iterator[Gradient]:
     classifier = tiny.make_classifier(**model).train()
     with Optimizer(classifier, learning_rate=1e-3, max_norm=1.0, precision="fp32") as optimizer:
-        gradient = Gradient(forward(classifier), optimizer, SPLIT, recipe, stopping=stopping, world=world)
+        learn = Learner(forward(classifier), recipe, CPU)
+        gradient = Gradient(learn, optimizer, SPLIT, seed=recipe.seed, stopping=stopping, world=world)
         gradient.part_tokens = part_tokens
         yield gradient
 
@@ -91,7 +92,7 @@ def plain(model: PreTrainedModel, recipe: Recipe) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize(("weights", "tokens"), [(1, 4096), (10_800_000, 4096), (86_000_000, 930), (1 << 30, 256)])
 def test_a_large_model_gets_smaller_parts_for_signals_are_looked_at_between_them(weights: int, tokens: int) -> None:
     optimizer = SimpleNamespace(gradient=torch.zeros(1).expand(weights))
-    gradient = Gradient(Padded, optimizer, SPLIT, RECIPE, stopping=lambda: False, world=ALONE)  # type: ignore[arg-type]
+    gradient = Gradient(Padded, optimizer, SPLIT, seed=1, stopping=lambda: False, world=ALONE)  # type: ignore[arg-type]
     assert gradient.part_tokens == tokens
 
 
@@ -123,12 +124,12 @@ def test_out_of_memory_the_step_is_made_in_smaller_parts_and_stays_the_same(capl
         assert [record.getMessage() for record in caplog.records] == [
             f"out of memory: going on with at most {tokens} tokens at a time" for tokens in (300, 150)
         ]
-        tried = gradient.forward.tried
+        tried = gradient.learn.forward.tried
         refused, parts = tried[:2], tried[2:]
         assert min(refused) > 100 >= max(parts)
         assert sum(parts) == sum(LENGTHS)
         gradient.of(ROWS, 1)
-        assert gradient.forward.tried == [*refused, *parts, *parts]  # it does not try in vain again
+        assert gradient.learn.forward.tried == [*refused, *parts, *parts]  # it does not try in vain again
     assert step.loss == pytest.approx(wanted[0].loss, rel=1e-5)
     assert step.places == wanted[0].places
     torch.testing.assert_close(found, wanted[1], rtol=1e-4, atol=1e-6)
@@ -144,7 +145,7 @@ def test_when_memory_does_not_hold_the_smallest_part_the_run_ends_and_says_so() 
 
 def test_other_errors_are_no_want_of_memory() -> None:
     with a_gradient() as gradient:
-        gradient.forward = lambda batch: (_ for _ in ()).throw(RuntimeError("of another kind"))
+        gradient.learn.forward = lambda batch: (_ for _ in ()).throw(RuntimeError("of another kind"))
         with pytest.raises(RuntimeError, match="of another kind"):
             gradient.of(ROWS, 0)
 
@@ -238,9 +239,9 @@ CHILD = """
 import logging, os, resource, sys
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.training import gradient, job, learning
+from tuneserve.training import gradient, job, recipe
 
-fit = learning.fit
+fit = recipe.fit
 def fit_in_little_memory(*arguments, **named):
     pages = int(open("/proc/self/statm").read().split()[0])
     limit = pages * resource.getpagesize() + (400 << 20)
@@ -252,7 +253,7 @@ def fit_in_little_memory(*arguments, **named):
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 gradient.PART_TOKENS["cpu"] = 1 << 30
-learning.fit = fit_in_little_memory
+recipe.fit = fit_in_little_memory
 version = job.train(Settings.from_environ(os.environ), Stop(), threads=1)
 print("accuracy", version.metadata["metrics"]["test"]["accuracy"])
 """

@@ -24,7 +24,7 @@ from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import Stop
-from tuneserve.training import job, learning
+from tuneserve.training import job, recipe
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 
@@ -77,8 +77,8 @@ def test_what_is_saved_gives_the_logits_of_what_was_trained(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[Any] = []
-    load = job.load_classifier
-    monkeypatch.setattr(job, "load_classifier", lambda *a, **k: trained.append(load(*a, **k)) or trained[-1])
+    load = job.build_model
+    monkeypatch.setattr(job, "build_model", lambda *a, **k: trained.append(load(*a, **k)) or trained[-1])
     version = train(environment)
     attention = trained[0].config._attn_implementation  # kinds of attention differ in their last bit
     saved = AutoModelForSequenceClassification.from_pretrained(version.folder, attn_implementation=attention).eval()
@@ -135,6 +135,8 @@ def test_the_same_settings_and_data_are_not_trained_twice(
     assert "nothing to train" in caplog.text
     other = train(environment, LR="1e-3")
     assert other.id != first.id
+    assert train(environment, LR="1e-3", SELECT_BY="loss").id not in (first.id, other.id)
+    assert train(environment, LR="1e-3").id == other.id
     assert Store(Path(environment["MODEL_PATH"])).champion().id == other.id
     assert train(environment).id == first.id
     assert Store(Path(environment["MODEL_PATH"])).champion().id == first.id
@@ -250,7 +252,7 @@ def weights(version: Version) -> bytes:
 
 def interrupt(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, after_looks: int) -> None:
     """Run the job and let a signal come, as far as the loop can see; it looks before and after each gradient."""
-    stop, fit, asked = Stop(), learning.fit, 0
+    stop, fit, asked = Stop(), recipe.fit, 0
 
     def interrupted_fit(*arguments: Any, stopping: Any, **named: Any) -> Any:
         def counting() -> bool:
@@ -263,7 +265,7 @@ def interrupt(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, a
         return fit(*arguments, stopping=counting, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning, "fit", interrupted_fit)
+        patch.setattr(recipe, "fit", interrupted_fit)
         with pytest.raises(SystemExit) as end:
             job.train(Settings.from_environ(environment), stop, threads=1)
     assert end.value.code == 143

@@ -1,6 +1,6 @@
 """The loop: its schedule, which epoch it keeps, and when it gives up."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import choose_forward
 from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.loop import fit, warm_up_and_fall
-from tuneserve.training.recipe import Recipe
+from tuneserve.training.loop import Recipe, fit, warm_up_and_fall
 
 LENGTHS = [5, 9, 12, 4, 7, 7, 20, 3]
 STEPS = 3
@@ -37,19 +36,19 @@ def test_the_rate_rises_to_its_peak_in_the_first_tenth_and_falls_to_nearly_nothi
 class Exam:
     """Validation figures that were decided beforehand, and the weights that were there when they were asked for."""
 
-    def __init__(self, model: PreTrainedModel, scores: list[tuple[float, float]]) -> None:
+    def __init__(self, model: PreTrainedModel, scores: Sequence[tuple[float, ...]]) -> None:
         self.model, self.scores = model, scores
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def __call__(self) -> dict[str, float]:
-        f1, loss = self.scores[len(self.weights)]
+        f1, *accuracy, loss = self.scores[len(self.weights)]
         self.weights.append({name: one.detach().clone() for name, one in self.model.state_dict().items()})
-        return {"validation_loss": loss, "validation_accuracy": f1, "validation_macro_f1": f1}
+        return {"validation_loss": loss, "validation_accuracy": (accuracy or [f1])[0], "validation_macro_f1": f1}
 
 
 def run(
     folder: Path,
-    scores: list[tuple[float, float]],
+    scores: Sequence[tuple[float, ...]],
     *,
     model: PreTrainedModel | None = None,
     every_minutes: float = 10.0,
@@ -93,6 +92,30 @@ def test_the_best_epochs_weights_are_kept(tmp_path: Path, scores: list[tuple[flo
     model, exam, position = run(tmp_path, scores)
     assert position.best_epoch == best
     assert [same(model, weights) for weights in exam.weights] == [epoch == best for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("select_by", "best"), [("macro_f1", 1), ("accuracy", 2), ("loss", 3)])
+def test_the_metric_that_is_selected_by_chooses_the_epoch(tmp_path: Path, select_by: str, best: int) -> None:
+    figures = [(0.9, 0.6, 0.5), (0.7, 0.8, 0.5), (0.8, 0.7, 0.4)]  # macro F1, accuracy, loss
+    model, exam, position = run(tmp_path, figures, select_by=select_by)
+    assert position.best_epoch == best
+    assert [same(model, weights) for weights in exam.weights] == [epoch == best for epoch in (1, 2, 3)]
+
+
+def test_an_interrupted_run_still_selects_by_its_metric(tmp_path: Path) -> None:
+    figures = [(0.7, 0.8, 0.5), (0.9, 0.6, 0.5)]
+    named: dict[str, Any] = {"epochs": 2, "select_by": "accuracy"}
+    seen: list[int] = []
+    _, _, first = run(
+        tmp_path,
+        figures[:1],
+        stopping=lambda: STEPS + 1 in seen,
+        record=lambda step, _: seen.append(step),
+        **named,
+    )
+    assert (first.epoch, first.step) == (1, 1)
+    _, _, position = run(tmp_path, figures[1:], **named)
+    assert (position.best_epoch, position.epoch) == (1, 2)
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ class Settings(BaseModel):
     patience: int = Field(default=0, ge=0)
     """Epochs without a better validation after which training ends. 0: never. The best epoch is kept either way."""
 
+    select_by: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
+    """Validation metric that chooses the best epoch; of equally good epochs the one with the lower loss is taken."""
+
     seed: int = Field(default=1337, ge=0, lt=2**32)
     """Seed of every random choice: splits, order, new weights, dropout."""
 

@@ -65,20 +65,19 @@ class Position:
         self.fit_s += seconds
         self.loss_sum += step.loss * texts
 
-    def count_epoch(self, figures: dict[str, float], *, epochs: int, patience: int) -> bool:
-        """One more epoch is validated; answer whether it is the best so far."""
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The figures of the best epoch so far."""
+        return self.history[self.best_epoch - 1] if self.best_epoch else None
 
-        def rank(seen: dict[str, float]) -> tuple[float, float]:
-            return seen["validation_macro_f1"], -seen["validation_loss"]
-
-        better = self.best_epoch == 0 or rank(figures) > rank(self.history[self.best_epoch - 1])
+    def count_epoch(self, figures: dict[str, float], *, better: bool, epochs: int, patience: int) -> None:
+        """One more epoch is validated; `better`: it is the best so far."""
         moved = better or figures["validation_loss"] < min(one["validation_loss"] for one in self.history)
         self.history.append(figures)
         self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
         self.best_epoch = self.epoch if better else self.best_epoch
         self.idle_epochs = 0 if moved else self.idle_epochs + 1
         self.finished = self.epoch >= epochs or (patience > 0 and self.idle_epochs >= patience)
-        return better
 
 
 class Checkpoints:

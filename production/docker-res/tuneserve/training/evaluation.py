@@ -1,4 +1,8 @@
-"""How good a model is: its logits on a split, and the figures that follow from them."""
+"""How good a model is: its logits on a split, and the metrics that follow from them.
+
+The place for a metric of your own: `score` is what a test reports, `score_epoch` what the validation of an epoch does,
+by which SELECT_BY chooses the best one. No other module of training defines metrics.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,6 +72,16 @@ def score(logits: Array, label_ids: Array, labels: Sequence[str]) -> dict[str, A
             for name, p, r, f, n in zip(labels, precision, recall, f1, texts, strict=True)
         },
         "confusion_matrix": confusion_matrix(label_ids, predicted, labels=ids).tolist(),
+    }
+
+
+def score_epoch(logits: Array, label_ids: Array, labels: Sequence[str]) -> dict[str, float]:
+    """The metrics of an epoch's validation, by the names that SELECT_BY knows behind `validation_`; see `score`."""
+    figures = score(logits, label_ids, labels)
+    return {
+        "validation_loss": figures["log_loss"],
+        "validation_accuracy": figures["accuracy"],
+        "validation_macro_f1": figures["macro_f1"],
     }
 
 

@@ -4,16 +4,15 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.batches import Array, Batch, collate, split_by_tokens
-from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World
 
@@ -34,6 +33,17 @@ SHORT_OF_MEMORY = re.compile(
     r"|could not (create a primitive$|execute a primitive|create a mem)"
 )
 """How torch's allocator, C++, cuBLAS and oneDNN say it; the last has these words for other failures too, rarely."""
+
+
+class ForwardBackward(Protocol):
+    """What the training loop does with the texts of a part; it leaves their gradient in the model."""
+
+    forward: Forward
+    class_weights: torch.Tensor | None
+
+    def __call__(self, batch: Batch, total_weight: torch.Tensor | int) -> torch.Tensor:
+        """Return the loss of the part, as a share of the mean over the step, whose texts weigh `total_weight`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,23 +69,21 @@ class Gradient:
 
     def __init__(
         self,
-        forward: Forward,
+        learn: ForwardBackward,
         optimizer: Optimizer,
         train: TokenizedSplit,
-        recipe: Recipe,
         *,
+        seed: int,
         stopping: Callable[[], bool],
         world: World,
     ) -> None:
-        self.forward, self.optimizer, self.train, self.recipe = forward, optimizer, train, recipe
+        self.learn, self.optimizer, self.train, self.seed = learn, optimizer, train, seed
         self.stopping, self.world, self.lengths = stopping, world, train.lengths
         self.device = optimizer.gradient.device
         self.part_tokens = PART_TOKENS[self.device.type]
         if self.device.type == "cpu":
             bearable = int(PART_WORK / max(1, optimizer.gradient.numel()))
             self.part_tokens = min(self.part_tokens, max(LEAST_TOKENS, bearable))
-        weights = recipe.class_weights
-        self.class_weights = None if weights is None else torch.tensor(weights, device=self.device)
 
     def of(self, rows: Array, number: int) -> Step:
         """Leave this process' share of the gradient of step `number`, over these rows, in the optimizer.
@@ -85,7 +93,7 @@ class Gradient:
         """
         step = None
         while step is None:
-            seed = np.random.SeedSequence([self.recipe.seed, number, self.world.rank]).generate_state(1)[0]
+            seed = np.random.SeedSequence([self.seed, number, self.world.rank]).generate_state(1)[0]
             torch.manual_seed(int(seed))
             try:
                 step = self._in_parts(rows)
@@ -111,7 +119,8 @@ class Gradient:
     def _in_parts(self, rows: Array) -> Step:
         train = self.train
         label_ids = torch.from_numpy(train.label_ids[rows]).to(self.device)
-        whole = len(rows) if self.class_weights is None else self.class_weights[label_ids].sum()
+        weights = self.learn.class_weights
+        total_weight = len(rows) if weights is None else weights[label_ids].sum()
         words = np.unique(np.concatenate([train.text_ids(row) for row in rows])).astype(np.int64)
         self.optimizer.begin(torch.from_numpy(words).to(self.device))
         loss, places = torch.zeros((), device=self.device), 0
@@ -119,23 +128,10 @@ class Gradient:
             if self.world.size == 1 and self.stopping():
                 return Step(whole=False)
             batch = collate(train, part, self.device)
-            loss += self._of_part(batch, whole)
+            loss += self.learn(batch, total_weight)
             self.optimizer.collect()
-            places += len(part) * int(batch.lengths.max()) if self.forward.pads else int(batch.lengths.sum())
+            places += len(part) * int(batch.lengths.max()) if self.learn.forward.pads else int(batch.lengths.sum())
         return Step(places=places, loss=float(loss))
-
-    def _of_part(self, batch: Batch, whole: torch.Tensor | int) -> torch.Tensor:
-        """Leave the gradient in the model and return the loss; all else is freed with this function's names."""
-        losses = functional.cross_entropy(
-            self.forward(batch).float(),
-            batch.label_ids,
-            self.class_weights,
-            reduction="sum",
-            label_smoothing=self.recipe.label_smoothing,
-        )
-        loss = losses / whole
-        loss.backward()
-        return loss.detach()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -31,10 +31,10 @@ from tuneserve.signals import Stop
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
-from tuneserve.training.learning import Run
-from tuneserve.training.model import load_classifier, load_tokenizer
+from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.publication import publish
 from tuneserve.training.quantization import require_nncf
+from tuneserve.training.recipe import Run
 from tuneserve.training.rows import Columns
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 DECISIVE = {
     *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
-    *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "seed"),
+    *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
 }
 """The settings that, with the data and the base model, decide what training ends with."""
 
@@ -137,7 +137,7 @@ def _find_or_learn(
     shares = ", ".join(f"{share:.1%} of {name}" for name, share in truncated.items())
     logger.info("texts cut at %d tokens: %s", settings.num_max_positions, shares)
 
-    model = load_classifier(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
+    model = build_model(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
     checkpoints = Checkpoints(store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes)
     with _trackers(settings, fingerprint, checkpoints, world) as trackers:
         trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})

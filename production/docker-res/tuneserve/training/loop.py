@@ -3,20 +3,23 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from tuneserve.errors import TrainingError
 from tuneserve.hardware import Precision
 from tuneserve.network.forward import Forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.batches import shuffled_batches
+from tuneserve.training.batches import Batch, shuffled_batches
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.gradient import Gradient
+from tuneserve.training.model import loss_of
 from tuneserve.training.progress import Progress
-from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import ALONE, World
 
@@ -28,6 +31,25 @@ EXPLODED = 4.0
 back."""
 
 INTERRUPTED = "interrupted in epoch %d after batch %d of %d; the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; `learning_rate` is the body's peak, `class_weights` go by label id.
+
+    `patience` counts epochs without a better validation after which training ends; 0 is never. `select_by` names the
+    validation metric that chooses the best epoch.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    max_norm: float
+    seed: int
+    class_weights: Sequence[float] | None = None
+    label_smoothing: float = 0.0
+    patience: int = 0
+    select_by: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
 
 
 def fit(
@@ -54,8 +76,8 @@ def fit(
         train: the texts; every epoch sees each once.
         recipe: epochs, rates, seed.
         precision: of the model's products; master weights, word embeddings and the optimizer stay fp32.
-        validate: figures at the end of an epoch, the model being in evaluation mode; the epoch with the highest
-            `validation_macro_f1` is the best, of equal ones that with the lowest `validation_loss`.
+        validate: figures at the end of an epoch, the model being in evaluation mode: `validation_loss` and the metric
+            that the recipe selects by.
         checkpoints: where this run's are kept.
         stopping: asked after each step and, in one process, between the parts of a step.
         record: told the figures of each step and epoch.
@@ -73,7 +95,8 @@ def fit(
         position = checkpoints.restore(optimizer, world)
         if position.texts:
             logger.info("resuming in epoch %d after batch %d of %d", position.epoch + 1, position.step, steps)
-        gradient = Gradient(forward, optimizer, train, recipe, stopping=stopping, world=world)
+        learn = Learner(forward, recipe, optimizer.gradient.device)
+        gradient = Gradient(learn, optimizer, train, seed=recipe.seed, stopping=stopping, world=world)
         gradient.part_tokens = position.part_tokens or gradient.part_tokens
 
         while not position.finished:
@@ -109,7 +132,8 @@ def fit(
                 return position
             logger.info("epoch=%d; %s", position.epoch + 1, " ".join(f"{k}={v:.4f};" for k, v in figures.items()))
             record(position.epoch * steps + steps, figures)
-            better = position.count_epoch(figures, epochs=recipe.epochs, patience=recipe.patience)
+            better = position.best is None or rank(figures, recipe.select_by) > rank(position.best, recipe.select_by)
+            position.count_epoch(figures, better=better, epochs=recipe.epochs, patience=recipe.patience)
             if better and not position.finished:
                 checkpoints.save_best(optimizer, world)
             checkpoints.save(position, optimizer, world)
@@ -117,6 +141,31 @@ def fit(
             logger.info("epoch %d was the best: its weights are taken", position.best_epoch)
             checkpoints.load_best(optimizer, world)
     return position
+
+
+class Learner:
+    """Forward, loss and backward of a step, or of so many of its texts as memory holds at once."""
+
+    def __init__(self, forward: Forward, recipe: Recipe, device: torch.device) -> None:
+        self.forward, self.label_smoothing = forward, recipe.label_smoothing
+        weights = recipe.class_weights
+        self.class_weights = None if weights is None else torch.tensor(weights, device=device)
+
+    def __call__(self, batch: Batch, total_weight: torch.Tensor | int) -> torch.Tensor:
+        """Leave the gradient in the model, and return the loss; `total_weight` is that of all texts of the step."""
+        logits = self.forward(batch).float()
+        losses = loss_of(
+            logits, batch.label_ids, class_weights=self.class_weights, label_smoothing=self.label_smoothing
+        )
+        loss = losses.sum() / total_weight
+        loss.backward()
+        return loss.detach()  # all else is freed with the names of this function, before the next part
+
+
+def rank(figures: Mapping[str, float], select_by: str) -> tuple[float, float]:
+    """What makes one epoch better than another: a higher metric or a lower loss, and a lower loss at equal metrics."""
+    loss = figures["validation_loss"]
+    return (-loss if select_by == "loss" else figures[f"validation_{select_by}"]), -loss
 
 
 def warm_up_and_fall(step: int, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""A base model made into a classifier with transformers' own head, and the tokenizer that goes with it."""
+"""The model, its loss and its tokenizer: `build_model` is the place for a head of your own, `loss_of` for a loss."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -58,10 +59,13 @@ def load_tokenizer(folder: Path, *, max_tokens: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(
+def build_model(
     folder: Path, labels: Sequence[str], *, dropout: float, seed: int, device: torch.device
 ) -> PreTrainedModel:
     """The base model with a new classification head, in fp32 on the device; `seed` decides the new weights.
+
+    The place for a head of your own: change what is returned here. What is saved must load again with transformers'
+    `AutoModelForSequenceClassification.from_pretrained`, which is how a version is exported and served.
 
     Raises:
         BaseModelError: transformers cannot classify with this model, or memory does not hold it.
@@ -87,6 +91,22 @@ def load_classifier(
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
     return model
+
+
+def loss_of(
+    logits: torch.Tensor, label_ids: torch.Tensor, *, class_weights: torch.Tensor | None, label_smoothing: float
+) -> torch.Tensor:
+    """The loss of each text, float [texts]: cross-entropy. The place for a loss of your own.
+
+    The training loop sums it and divides by the total class weight of the batch, which makes it a mean.
+
+    Args:
+        logits: float32 [texts, labels].
+        label_ids: int64 [texts].
+        class_weights: float [labels], by label id; None: all count alike.
+        label_smoothing: share of each text's weight that is spread over all labels.
+    """
+    return functional.cross_entropy(logits, label_ids, class_weights, reduction="none", label_smoothing=label_smoothing)
 
 
 def freeze_body(model: PreTrainedModel) -> None:
