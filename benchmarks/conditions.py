@@ -24,10 +24,10 @@ import transformers
 
 from tuneserve.errors import BaseModelError, TuneserveError
 from tuneserve.forward import NUMBER_FORMAT
+from tuneserve.tables.rows import Columns
 from tuneserve.tokenization import plain
 from tuneserve.training import base_model, checks
 from tuneserve.training.data import read
-from tuneserve.training.rows import Columns
 
 CACHE = PROJECT / "data"
 HUB = {"sst2": "stanfordnlp/sst2", "imdb": "stanfordnlp/imdb"}

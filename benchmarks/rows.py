@@ -67,10 +67,10 @@ def prepare(path: Path, base_model: str, cache: Path) -> Iterator[str]:
     import numpy as np
     import torch
 
+    from tuneserve.tables.rows import Columns
     from tuneserve.tokenization import TextEncoder
     from tuneserve.training import base_model as bases
     from tuneserve.training import batches, checks, data, evaluation
-    from tuneserve.training.rows import Columns
     from tuneserve.training.tokens import tokenize
 
     cpu = torch.device("cpu")

@@ -19,9 +19,9 @@ from datasets import Dataset
 
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
+from tuneserve.tables.rows import BATCH_ROWS
 from tuneserve.tokenization import plain
 from tuneserve.training.data import Source
-from tuneserve.training.rows import BATCH_ROWS
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from tuneserve.lifecycle.status import Status
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
+from tuneserve.tables.rows import Columns
 from tuneserve.tokenization import TextEncoder
 from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
@@ -34,7 +35,6 @@ from tuneserve.training.learning import Run
 from tuneserve.training.model import load_classifier, load_tokenizer
 from tuneserve.training.publication import publish
 from tuneserve.training.quantization import require_nncf
-from tuneserve.training.rows import Columns
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
 from tuneserve.training.world import World

@@ -18,9 +18,9 @@ import numpy as np
 
 from tuneserve.artifact import sync_tree
 from tuneserve.errors import StoreError
+from tuneserve.tables.rows import in_batches
 from tuneserve.tokenization import TextEncoder
 from tuneserve.training.checks import Split
-from tuneserve.training.rows import in_batches
 
 logger = logging.getLogger(__name__)
 
