@@ -25,9 +25,9 @@ import transformers
 from tuneserve.errors import BaseModelError, TuneserveError
 from tuneserve.network.forward import NUMBER_FORMAT
 from tuneserve.text import plain
+from tuneserve.tables.rows import Columns
 from tuneserve.training import base_model, checks
 from tuneserve.training.data import read
-from tuneserve.training.rows import Columns
 
 CACHE = PROJECT / "data"
 HUB = {"sst2": "stanfordnlp/sst2", "imdb": "stanfordnlp/imdb"}

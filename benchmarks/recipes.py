@@ -29,7 +29,7 @@ from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.recipe import Run
-from tuneserve.training.rows import Columns
+from tuneserve.tables.rows import Columns
 from tuneserve.training.tokens import tokenize
 from tuneserve.training.world import ALONE
 

@@ -68,9 +68,9 @@ def prepare(path: Path, base_model: str, cache: Path) -> Iterator[str]:
     import torch
 
     from tuneserve.text import TextEncoder
+    from tuneserve.tables.rows import Columns
     from tuneserve.training import base_model as bases
     from tuneserve.training import batches, checks, data, evaluation
-    from tuneserve.training.rows import Columns
     from tuneserve.training.tokens import tokenize
 
     cpu = torch.device("cpu")

@@ -14,8 +14,8 @@ from tuneserve.hardware import set_threads
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.classifier import Prediction, load_classifier
 from tuneserve.settings import Settings
+from tuneserve.tables.rows import Columns
 from tuneserve.training import data
-from tuneserve.training.rows import Columns
 
 
 def main(file: str) -> None:

@@ -24,7 +24,6 @@ ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in so
 GROUND = (
     "artifact",
     "code",
-    "columns",
     "errors",
     "hardware",
     "logs",
@@ -63,10 +62,12 @@ def test_the_modules_are_found_and_their_imports_seen() -> None:
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("training", ["serving"]),
-        ("serving", ["training"]),
-        ("lifecycle", ["training", "serving"]),
-        *[(room, ["training", "serving", "lifecycle"]) for room in GROUND],
+        ("training", ["serving", "scoring"]),
+        ("serving", ["training", "scoring"]),
+        ("scoring", ["training"]),
+        ("lifecycle", ["training", "serving", "scoring", "tables"]),
+        ("tables", ["training", "serving", "scoring", "lifecycle"]),
+        *[(room, ["training", "serving", "scoring", "lifecycle", "tables"]) for room in GROUND],
         ("errors", [""]),
     ],
 )
@@ -203,7 +204,9 @@ def test_what_both_wings_stand_on_loads_neither_torch_nor_numpy(python: Python) 
 
 
 def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(python: Python) -> None:
-    modules = [name for name in MODULES if within(name, "serving") and name != "tuneserve.serving.torch_engine"]
+    rooms = ("serving", "scoring", "tables")
+    modules = [name for name in MODULES if any(within(name, room) for room in rooms)]
+    modules.remove("tuneserve.serving.torch_engine")
     assert len(modules) > 5
     found = loaded(python, *modules, "app")
     assert "fastapi" in found

@@ -93,9 +93,9 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
 
 def predict(settings: "Settings", stop: Stop, threads: int) -> None:
     """Score a file, or this process's share of it; a signal ends it at once, and what is finished stays."""
-    from tuneserve.serving import scoring
+    from tuneserve.scoring import job
 
-    scoring.score(settings, threads=threads, environ=os.environ)
+    job.score(settings, threads=threads, environ=os.environ)
 
 
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:

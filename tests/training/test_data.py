@@ -17,8 +17,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from tuneserve.errors import DataError, StoreError
+from tuneserve.tables.rows import Columns
 from tuneserve.training.data import read
-from tuneserve.training.rows import Columns
 
 Rows = list[tuple[str, str]]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -257,7 +257,7 @@ UNREADABLE = {
     "half a record": ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label":\n', "line 2: Expecting value"),
     "no record": ("a.jsonl", '{"text": "a", "label": 1}\nwords\n{"text": "b", "label": 2}\n', "line 2"),
     "no record in an array": ("a.json", '[\n{"text": "a", "label": 1},\nwords\n]', "line 3"),
-    "half a surrogate pair": ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1: half a surrogate pair"),
+    "half a surrogate pair": ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "row 1: half a surrogate pair"),
     "numbers": ("a.jsonl", "1\n2\n", "line 1: 1 is no record with named fields"),
     "no Parquet": ("a.parquet", "words, and no table", "not a parquet file"),
     "another kind of file": ("a.txt", "words", "cannot read .txt; use .csv, .tsv, .jsonl, .json, .parquet"),
@@ -440,7 +440,7 @@ import json, sys
 from pathlib import Path
 from tuneserve.errors import DataError, StoreError
 from tuneserve.training.data import read
-from tuneserve.training.rows import Columns
+from tuneserve.tables.rows import Columns
 for name in sys.argv[1:]:
     try:
         sources = read(name, Columns(), cache=Path("cache"))

@@ -9,8 +9,8 @@ import tiny
 from tuneserve.lifecycle.evidence import key_of
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.settings import Settings
+from tuneserve.tables.rows import Columns
 from tuneserve.training import data, job, labelled
-from tuneserve.training.rows import Columns
 from tuneserve.training.world import ALONE
 
 Rows = list[tuple[str, str]]

@@ -20,8 +20,8 @@ from datasets import Dataset
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
 from tuneserve.text import plain
+from tuneserve.tables.rows import BATCH_ROWS
 from tuneserve.training.data import Source
-from tuneserve.training.rows import BATCH_ROWS
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,12 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from tuneserve.columns import find_columns
 from tuneserve.errors import DataError, StoreError
 from tuneserve.settings import SAMPLE, without_password
+from tuneserve.tables.columns import find_columns, format_value
+from tuneserve.tables.formats import file_type, is_known, known_endings
+from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, in_batches, read_file
 from tuneserve.training import hub
-from tuneserve.training.rows import BATCH_ROWS, ENDINGS, Columns, Row, in_batches, read_file, spell
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
             files = _find_files(_fetch(dataset, shown, cache / "downloads"), shown)
         elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
             files, shown = _find_files(path, str(path)), ""
-        elif dataset.startswith(("/", ".", "~")) or path.suffix.lower() in ENDINGS:
+        elif dataset.startswith(("/", ".", "~")) or is_known(path.name):
             raise DataError(f"DATASET={dataset}: there is no such file or folder.")
         else:
             return _read_hub(dataset, columns, cache)
@@ -84,10 +85,10 @@ def _fetch(url: str, shown: str, folder: Path) -> Path:
         found = files.ls(remote, detail=False) if is_folder else [remote]
         for name in found:
             target = incoming / Path(name.split("?")[0]).name
-            if target.suffix.lower() in ENDINGS:
+            if not is_folder:
+                file_type(target.name, f"DATASET={shown}")
+            if is_known(target.name):
                 files.get_file(name, str(target))
-            elif not is_folder:
-                raise DataError(f"DATASET={shown}: cannot read {target.suffix or 'this'}; use {', '.join(ENDINGS)}.")
     except DataError:
         raise
     except Exception as error:  # each file system of fsspec raises exceptions of its own library
@@ -115,15 +116,15 @@ def _find_files(path: Path, shown: str) -> dict[str, list[Path]]:
         split = STEMS.get(stem.split("-")[0])
         if split is None or not file.is_file():
             continue
-        if file.suffix.lower() not in ENDINGS:
-            raise DataError(f"{shown}: {file.name} looks like the {split} split; use one of {', '.join(ENDINGS)}.")
+        if not is_known(file.name):
+            raise DataError(f"{shown}: {file.name} looks like the {split} split; use one of {known_endings()}.")
         for other in found.setdefault(split, []):
             name = other.name.split(".")[0]
             if name == stem or name.split("-")[0] != stem.split("-")[0]:
                 raise DataError(f"{shown}: {other.name} and {file.name} are both the {split} split; keep one.")
         found[split].append(file)
     if "train" not in found:
-        raise DataError(f"DATASET={shown} is a folder without a train file (train with one of {', '.join(ENDINGS)}).")
+        raise DataError(f"DATASET={shown} is a folder without a train file (train with one of {known_endings()}).")
     return found
 
 
@@ -169,7 +170,9 @@ def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
     for batch in data.select_columns([columns.text, columns.label]).iter(batch_size=BATCH_ROWS):
         for text, label in zip(batch[columns.text], batch[columns.label], strict=True):
             row += 1
-            yield row, spell(text), spell(label, feature).strip()
+            if isinstance(feature, ClassLabel) and label is not None:
+                label = None if label == -1 else feature.int2str(label)
+            yield row, format_value(text), format_value(label).strip()
 
 
 def _is_unlabelled(data: Dataset) -> bool:

@@ -29,13 +29,13 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.text import TextEncoder
+from tuneserve.tables.rows import Columns
 from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.publication import publish
 from tuneserve.training.quantization import require_nncf
 from tuneserve.training.recipe import Run
-from tuneserve.training.rows import Columns
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
 from tuneserve.training.world import World

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from tuneserve.lifecycle.evidence import key_of
+from tuneserve.tables.rows import BATCH_ROWS
 from tuneserve.training.data import Source, memory_map
-from tuneserve.training.rows import BATCH_ROWS
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from tuneserve.artifact import sync_tree
 from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
 from tuneserve.text import TextEncoder
+from tuneserve.tables.rows import in_batches
 from tuneserve.training.checks import Split
-from tuneserve.training.rows import in_batches
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,20 @@
 """Which columns hold the text and the label, and what a value says: one rule for training and for scoring files."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from tuneserve.errors import DataError
+
 TEXT_NAMES = {"text", "sentence", "review", "content", "comment", "message", "document", "body", "tweet", "question"}
 LABEL_NAMES = {"label", "labels", "sentiment", "category", "class", "target", "intent", "coarse_label"}
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON can spell and which is not Unicode text."""
+
+NO_TEXTS = ("binary", "large_binary", "fixed_size_binary", "list", "large_list", "fixed_size_list", "struct", "map")
+"""How the names of Parquet's types begin that cannot be read as a text."""
 
 
 def find_columns(names: Sequence[str], *, text: str = "", label: str = "") -> tuple[str, str]:
@@ -25,8 +34,18 @@ def _only(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ""
 
 
-def spell(value: Any) -> str:
-    """A value as words; a missing one as none."""
+def check_type(name: str, kind: str, where: str) -> None:
+    """Refuse a column whose type is not one text or number a row.
+
+    Raises:
+        DataError: it is not.
+    """
+    if kind.startswith(NO_TEXTS):
+        raise DataError(f"{where}: the column {name!r} holds {kind}, not one text or number a row.")
+
+
+def format_value(value: Any) -> str:
+    """A value as text; a missing one as an empty text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     # A column with gaps turns whole numbers into floats; that is undone.

@@ -13,14 +13,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tuneserve.columns import spell
 from tuneserve.errors import SettingsError, TextError, TuneserveError
 from tuneserve.lifecycle.store import Store
+from tuneserve.scoring.parts import Parts
+from tuneserve.scoring.source import Source
 from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
-from tuneserve.serving.format import Answer
-from tuneserve.serving.parts import Parts
-from tuneserve.serving.source import Source
 from tuneserve.settings import Settings
+from tuneserve.tables.columns import HALF_PAIR, format_value
+from tuneserve.tables.format import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ CHUNK_ROWS = 4096
 
 LINE_S = 15.0
 """Seconds between two lines of progress where there is no terminal for a bar."""
-
-HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Predict = Callable[[Sequence[str]], Sequence[Prediction | TextError]]
 
@@ -121,7 +119,7 @@ def score_rows(
         ):
             if chunk.rows is not None:
                 answers = answer(source.texts(chunk.rows), predict, model_version)
-                parts.write(chunk.number, source.format.write(chunk.rows, source.columns, answers))
+                parts.write(chunk.number, source.write(chunk.rows, answers))
                 rows += len(answers)
                 errors += sum(one.error is not None for one in answers)
             elif chunk.number % shards == shard:
@@ -129,7 +127,7 @@ def score_rows(
             count += 1
             progress.show(rows, chunk.share_read)
     if parts.is_file:
-        parts.join(count, source.columns)
+        parts.join(count)
     again = f"; {kept} parts were there already" if kept else ""
     logger.info("scored %d rows with version %s, %d of them with an error%s", rows, model_version, errors, again)
     logger.info("they are in %s", parts.where)
@@ -138,7 +136,7 @@ def score_rows(
 def answer(values: Sequence[Any], predict: Predict, model_version: str) -> list[Answer]:
     """The answer to each value of the text column; one that is no text, or that the model fails on, gets its error."""
     problems = [_problem(value) for value in values]
-    texts = [spell(value) for value, problem in zip(values, problems, strict=True) if not problem]
+    texts = [format_value(value) for value, problem in zip(values, problems, strict=True) if not problem]
     outcomes = iter(_predict_each(texts, predict))
     answers = []
     for problem in problems:
@@ -164,7 +162,7 @@ def _problem(value: Any) -> str:
     """Why a value cannot be classified; nothing, if it can."""
     if isinstance(value, dict | list):
         return "This is a list or record and no text."
-    text = spell(value)
+    text = format_value(value)
     if HALF_PAIR.search(text):
         return "The text holds half a surrogate pair, which is not Unicode text."
     return "" if text.strip() else "The text is empty."

@@ -7,16 +7,16 @@ When OUTPUT is a file, the folder is `<OUTPUT>.parts` until the file is there.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tuneserve.artifact import sync
 from tuneserve.errors import SettingsError, StoreError
-from tuneserve.serving.places import Place, locate, refused_as, shown
-from tuneserve.serving.source import Source
-from tuneserve.serving.tables import FORMATS
+from tuneserve.scoring.locations import Location, locate, refused_as, shown
+from tuneserve.scoring.source import Source
+from tuneserve.tables.formats import file_type, is_known
 
 MANIFEST = "manifest.json"
 JOINED = ".joined"
@@ -27,16 +27,18 @@ class Parts:
 
     Raises:
         SettingsError: OUTPUT does not go with INPUT or with the number of shards.
-        StoreError: the place cannot be written to.
+        StoreError: it cannot be written to.
     """
 
-    def __init__(self, place: str, source: Source, *, shard: int, shards: int) -> None:
-        self.where = f"OUTPUT={shown(place)}"
+    def __init__(self, location: str, source: Source, *, shard: int, shards: int) -> None:
+        self.where = f"OUTPUT={shown(location)}"
         self._source, self._shard = source, shard
         with self._writing():
-            self.place = locate(place)
-            self.is_file = self.place.ending in FORMATS
-            self.folder = Place(self.place.files, f"{self.place.path}.parts") if self.is_file else self.place
+            self.location = locate(location)
+            self.is_file = is_known(self.location.name)
+            self.folder = (
+                Location(self.location.files, f"{self.location.path}.parts") if self.is_file else self.location
+            )
             self._check(shards)
             self.folder.files.makedirs(self.folder.path, exist_ok=True)
             self._clear_leftovers()
@@ -72,7 +74,7 @@ class Parts:
         return self._name(number) in self._finished
 
     def write(self, number: int, content: bytes) -> None:
-        """Put a chunk's part in its place.
+        """Put a chunk's part where it belongs.
 
         Raises:
             StoreError: it cannot be written.
@@ -81,7 +83,7 @@ class Parts:
             (self.folder / self._name(number)).put(content)
         self._finished.add(self._name(number))
 
-    def join(self, count: int, columns: Sequence[str]) -> None:
+    def join(self, count: int) -> None:
         """Make one file of the first `count` parts and remove the folder.
 
         Raises:
@@ -89,36 +91,38 @@ class Parts:
         """
         with self._writing():
             with self._whole_file() as file:
-                self._source.format.join((self._read(number) for number in range(count)), columns, file)
+                self._source.join(((self.folder / self._name(number)).open() for number in range(count)), file)
             self.folder.files.rm(self.folder.path, recursive=True)
 
     @contextmanager
     def _whole_file(self) -> Iterator[BinaryIO]:
         """OUTPUT to be written from its beginning; nobody sees it before it is whole."""
-        if self.place.is_local:
+        if self.location.is_local:
             incoming = Path(self.folder.path) / JOINED
             with incoming.open("wb") as file:
                 yield file
             sync(incoming)
-            incoming.replace(self.place.path)
-            sync(Path(self.place.path).parent)
+            incoming.replace(self.location.path)
+            sync(Path(self.location.path).parent)
         else:
-            with self.place.files.transaction, self.place.files.open(self.place.path, "wb") as file:
+            with self.location.files.transaction, self.location.files.open(self.location.path, "wb") as file:
                 yield file
 
     def _check(self, shards: int) -> None:
-        place, source = self.place, self._source
-        if self.is_file and place.ending != source.ending:
+        location, source = self.location, self._source
+        if self.is_file and file_type(location.name, self.where).ending != source.type.ending:
             raise SettingsError(
-                f"{self.where} should end with {source.ending}, as the rows of INPUT are, or be a folder."
+                f"{self.where} should end with {source.type.ending}, as the rows of INPUT are, or be a folder."
             )
         if self.is_file and shards > 1:
             raise SettingsError(f"{self.where} is one file, but SHARDS={shards} write at once; name a folder.")
-        if self.is_file and place.files.isdir(place.path):
-            raise SettingsError(f"{self.where} is a folder; a name that ends with {place.ending} should be a file.")
-        inside = {source.place.real, *(file.real for file in source.files)}
-        if place.real in inside or (source.is_folder and place.real.parent in inside):
-            raise SettingsError(f"{self.where} is in INPUT, which would change what is scored; choose another place.")
+        if self.is_file and location.files.isdir(location.path):
+            raise SettingsError(
+                f"{self.where} is a folder; a name that ends with {source.type.ending} should be a file."
+            )
+        inside = {source.location.real, *(file.real for file in source.files)}
+        if location.real in inside or (source.is_folder and location.real.parent in inside):
+            raise SettingsError(f"{self.where} is in INPUT, which would change what is scored; choose another.")
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed process of this shard left half-written."""
@@ -126,12 +130,8 @@ class Parts:
             for path in Path(self.folder.path).glob(f".{self._name(0).rpartition('-')[0]}-*"):
                 path.unlink(missing_ok=True)
 
-    def _read(self, number: int) -> bytes:
-        with (self.folder / self._name(number)).open() as file:
-            return file.read()
-
     def _name(self, number: int) -> str:
-        return f"part-{self._shard:05}-{number:08}{self._source.ending}"
+        return f"part-{self._shard:05}-{number:08}{self._source.type.ending}"
 
     def _writing(self) -> Any:
         return refused_as(StoreError, f"{self.where} cannot be written to")

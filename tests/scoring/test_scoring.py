@@ -21,10 +21,10 @@ import tiny
 
 from tuneserve.artifact import Golden, Version, write_golden, write_json
 from tuneserve.errors import DataError, SettingsError, StoreError, TuneserveError
+from tuneserve.scoring.job import CHUNK_ROWS, choose_shard, score, score_rows
+from tuneserve.scoring.parts import MANIFEST, Parts
+from tuneserve.scoring.source import Source
 from tuneserve.serving.classifier import Classifier, Prediction
-from tuneserve.serving.parts import MANIFEST, Parts
-from tuneserve.serving.scoring import CHUNK_ROWS, choose_shard, score, score_rows
-from tuneserve.serving.source import Source
 from tuneserve.settings import PROJECT, Settings
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
@@ -329,7 +329,7 @@ def test_a_file_from_the_web_is_scored(classifier: Classifier, tmp_path: Path, w
         ("in.csv", b'text,b\n"1,2\n', "quote missing"),
         ("in.csv", b"text,b\n1,2\n\xff,2\n", "not UTF-8"),
         ("in.jsonl", b'{"text": "a"}\n{"text": \n', "line 2"),
-        ("in.jsonl", b'[{"text": "a"}]\n', "no record"),
+        ("in.jsonl", b'[["a"]]\n', "no record"),
         ("in.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
         ("in.parquet", b"PAR1 no", "cannot be read"),
         ("in.txt", b"film\n", "cannot read .txt"),
@@ -487,9 +487,9 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from tuneserve.serving.classifier import Prediction
-from tuneserve.serving.parts import Parts
-from tuneserve.serving.scoring import score_rows
-from tuneserve.serving.source import Source
+from tuneserve.scoring.parts import Parts
+from tuneserve.scoring.job import score_rows
+from tuneserve.scoring.source import Source
 
 def predict(texts):
     return [Prediction("good", {"bad": 0.25, "good": 0.75}, len(text), False, "v") for text in texts]

@@ -1,4 +1,4 @@
-"""Where files are: a path or an fsspec URL, and what to do when such a place refuses."""
+"""Where files are: a path or an fsspec URL, and what to do when such a location refuses."""
 
 import os
 import re
@@ -21,7 +21,7 @@ QUESTION = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A file or folder of a file system; two that are equal are one."""
 
     files: fsspec.AbstractFileSystem
@@ -33,27 +33,22 @@ class Place:
         return PurePosixPath(self.path if self.is_local else self.path.partition("?")[0]).name
 
     @property
-    def ending(self) -> str:
-        """The name's suffix, in small letters."""
-        return PurePosixPath(self.name).suffix.lower()
-
-    @property
-    def parent(self) -> "Place":
+    def parent(self) -> "Location":
         """The folder it is in."""
-        return Place(self.files, str(PurePosixPath(self.path).parent))
+        return Location(self.files, str(PurePosixPath(self.path).parent))
 
     @property
-    def real(self) -> "Place":
-        """The place without `..` and links, to be compared."""
-        return Place(self.files, os.path.realpath(self.path)) if self.is_local else self
+    def real(self) -> "Location":
+        """The location without `..` and links, to be compared."""
+        return Location(self.files, os.path.realpath(self.path)) if self.is_local else self
 
     @property
     def is_local(self) -> bool:
         """Whether it is on a disk of this machine."""
         return isinstance(self.files, LocalFileSystem)
 
-    def __truediv__(self, name: str) -> "Place":
-        return Place(self.files, f"{self.path.rstrip('/')}/{name}")
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.files, f"{self.path.rstrip('/')}/{name}")
 
     def open(self) -> BinaryIO:
         """The file, to be read."""
@@ -75,20 +70,20 @@ class Place:
         return sorted(PurePosixPath(path).name for path in listed)
 
 
-def locate(place: str) -> Place:
-    """The place that a path or URL names; whether something is there is not looked at.
+def locate(location: str) -> Location:
+    """The location that a path or URL names; whether something is there is not looked at.
 
     Raises:
         ValueError, ImportError: there is no such kind of URL, or its library is not installed.
     """
-    url = place if "://" in place else str(Path(place).expanduser().absolute())
+    url = location if "://" in location else str(Path(location).expanduser().absolute())
     files, path = fsspec.core.url_to_fs(url)
-    return Place(files, path.rstrip("/") or "/")
+    return Location(files, path.rstrip("/") or "/")
 
 
-def shown(place: str) -> str:
+def shown(location: str) -> str:
     """A path or URL as messages may say it: without password, without the signature in its question."""
-    return without_password(place).partition("?")[0] if "://" in place else place
+    return without_password(location).partition("?")[0] if "://" in location else location
 
 
 @contextmanager

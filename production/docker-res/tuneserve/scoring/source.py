@@ -1,0 +1,142 @@
+"""The rows to be scored: a file or the files of a folder, cut into numbered chunks."""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+from tuneserve.errors import DataError
+from tuneserve.scoring.locations import Location, locate, refused_as, shown
+from tuneserve.tables.columns import check_type, find_columns
+from tuneserve.tables.format import Answer, Chunk
+from tuneserve.tables.formats import file_type, is_known, known_endings
+
+STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call that which changes with a file's content; the first one found counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceChunk:
+    """A chunk by its number in the whole input; its rows are None where they were not wanted."""
+
+    number: int
+    rows: Chunk | None
+    share_read: float
+
+
+class Source:
+    """What INPUT names.
+
+    Raises:
+        DataError: it cannot be reached or read, or does not say which column holds the text.
+    """
+
+    def __init__(self, location: str, *, text_column: str = "", label_column: str = "") -> None:
+        self.where = f"INPUT={shown(location)}"
+        with self._reading():
+            self.location = locate(location)
+            self.files, self.is_folder = self._find_files()
+            infos = [file.files.info(file.path) for file in self.files]
+            self._sizes = [int(info.get("size") or 0) for info in infos]
+            self.identity = [
+                [file.name, size, next((str(info[stamp]) for stamp in STAMPS if info.get(stamp)), "")]
+                for file, size, info in zip(self.files, self._sizes, infos, strict=True)
+            ]
+            self.type = file_type(self.files[0].name, self.where)
+            self._types = self._read_columns()
+        self.columns = [name for name, _ in self._types]
+        self.text_column = self._find_text(text_column, label_column) if self.columns else ""
+
+    def chunks(self, *, chunk_rows: int, wanted: Callable[[int], bool]) -> Iterator[SourceChunk]:
+        """All chunks in order. One never holds rows of two files.
+
+        Raises:
+            DataError: naming the file and row that cannot be read.
+        """
+        number, before, total = 0, 0, sum(self._sizes) or 1
+        for file, n_bytes in zip(self.files, self._sizes, strict=True):
+            name = self._name(file)
+            with self._reading(), file.open() as raw, self.type.reading(raw, name) as stream:
+                for chunk in self.type.format.read_chunks(
+                    stream, name, chunk_rows=chunk_rows, wanted=partial(_wants, wanted, number)
+                ):
+                    here = raw.tell() if chunk.share_read is None else chunk.share_read * n_bytes
+                    share = min(1.0, (before + here) / total)
+                    yield SourceChunk(number, None if chunk.rows is None else chunk, share)
+                    number += 1
+            before += n_bytes
+
+    def texts(self, chunk: Chunk) -> list[Any]:
+        """The values of a chunk's text column, whatever they are."""
+        return self.type.format.values(chunk, self.columns, self.text_column) if self.columns else []
+
+    def write(self, chunk: Chunk, answers: Sequence[Answer]) -> bytes:
+        """A file like those of the input, with these rows and their answers."""
+        content = io.BytesIO()
+        with self.type.writing(content) as file:
+            file.write(self.type.format.write(chunk, self.columns, answers))
+        return content.getvalue()
+
+    def join(self, parts: Iterable[BinaryIO], file: BinaryIO) -> None:
+        """Write what such files hold as one file."""
+        with self.type.writing(file) as whole:
+            self.type.format.join(map(self._content, parts), self.columns, whole)
+
+    def _content(self, part: BinaryIO) -> bytes:
+        with part, self.type.reading(part, self.where) as file:
+            return file.read()
+
+    def _find_files(self) -> tuple[list[Location], bool]:
+        if self.location.files.info(self.location.path)["type"] != "directory":
+            return [self.location], False
+        names = [name for name in self.location.names() if not name.startswith((".", "_"))]
+        files = [self.location / name for name in names if is_known(name)]
+        endings = {file_type(file.name, self.where).ending for file in files}
+        if len(endings) != 1:
+            found = (
+                f"files of several kinds ({', '.join(sorted(endings))}); keep one"
+                if endings
+                else f"no {known_endings()} file"
+            )
+            raise DataError(f"{self.where} is a folder with {found}.")
+        return files, True
+
+    def _read_columns(self) -> list[tuple[str, str]]:
+        """The columns of the first file that has any; tables must all have the same, records need not."""
+        columns: list[tuple[str, str]] = []
+        for file in self.files:
+            if columns and columns[0][1] == "JSON":
+                break
+            with file.open() as raw, self.type.reading(raw, self._name(file)) as stream:
+                found = self.type.format.read_columns(stream, self._name(file))
+            if columns and found != columns:
+                raise DataError(
+                    f"{self._name(file)} has the columns {_list(found)}; {self._name(self.files[0])} has "
+                    f"{_list(columns)}. All files must have the same."
+                )
+            columns = found
+        return columns
+
+    def _find_text(self, text_column: str, label_column: str) -> str:
+        text, _ = find_columns(self.columns, text=text_column, label=label_column)
+        text = text or (self.columns[0] if len(self.columns) == 1 else "")
+        if text not in self.columns:
+            missing = f"has no column {text!r}" if text else "does not say which column holds the text"
+            raise DataError(f"{self.where} {missing}; its columns are {', '.join(self.columns)}. Set TEXT_COLUMN.")
+        check_type(text, dict(self._types)[text], self.where)
+        return text
+
+    def _name(self, file: Location) -> str:
+        return f"{self.where}, {file.name}" if self.is_folder else self.where
+
+    def _reading(self) -> Any:
+        return refused_as(DataError, f"{self.where} cannot be read")
+
+
+def _wants(wanted: Callable[[int], bool], first: int, index: int) -> bool:
+    return wanted(first + index)
+
+
+def _list(columns: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns)

@@ -1,0 +1,101 @@
+"""Compressed files, read and written as a stream: memory does not grow with the file."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from tuneserve.errors import DataError
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+BLOCK_BYTES = 1 << 20
+"""Bytes that are read or decompressed at once."""
+
+
+class Decompressed(io.RawIOBase):
+    """The content of an archive, from its beginning; it cannot be sought in, and closing it leaves the archive open."""
+
+    def __init__(self, raw: BinaryIO, compression: str, where: str) -> None:
+        self._where = where
+        self._stream: Any
+        if compression == ".gz":
+            self._stream = gzip.GzipFile(fileobj=raw, mode="rb")
+        elif compression == ".bz2":
+            self._stream = bz2.BZ2File(raw)
+        elif compression == ".xz":
+            self._stream = lzma.LZMAFile(raw)  # noqa: SIM115  (closed with this)
+        else:
+            self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end.
+
+        Raises:
+            DataError: the archive is damaged or ends too early.
+        """
+        try:
+            content = self._stream.read(len(buffer))
+        except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk or network, not the content
+                raise
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self._where}: the archive is damaged: {reason}") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class ZstdWriter(io.RawIOBase):
+    """Each write becomes one frame; a Zstandard file may hold any number of them."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._written = raw, 0
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, content: Any) -> int:
+        """Compress and pass on all of the content."""
+        content = bytes(content)
+        if content:
+            self._raw.write(pa.compress(content, "zstd", asbytes=True))
+        self._written += len(content)
+        return len(content)
+
+    def tell(self) -> int:
+        """The number of bytes written, before compression."""
+        return self._written
+
+
+@contextmanager
+def decompressed(raw: BinaryIO, compression: str, where: str) -> Iterator[BinaryIO]:
+    """The content of the archive `raw`, to be read from its beginning to its end."""
+    with Decompressed(raw, compression, where) as file:
+        yield cast(BinaryIO, file)
+
+
+@contextmanager
+def compressing(raw: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+    """A file that compresses into `raw`; the same content gives the same bytes."""
+    stream: Any
+    if compression == ".gz":
+        stream = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
+    elif compression == ".bz2":
+        stream = bz2.BZ2File(raw, "wb")
+    elif compression == ".xz":
+        stream = lzma.LZMAFile(raw, "wb")  # noqa: SIM115  (closed below)
+    else:
+        stream = ZstdWriter(raw)
+    with stream:
+        yield stream

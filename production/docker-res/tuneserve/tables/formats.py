@@ -1,0 +1,79 @@
+"""The list of formats, and which of them a file name stands for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import BinaryIO
+
+from tuneserve.errors import DataError
+from tuneserve.tables.compression import COMPRESSIONS, compressing, decompressed
+from tuneserve.tables.delimited import Delimited
+from tuneserve.tables.format import Format
+from tuneserve.tables.parquet import Parquet
+from tuneserve.tables.records import Records
+
+FORMATS: dict[str, Format] = {
+    ".csv": Delimited(","),
+    ".tsv": Delimited("\t"),
+    ".jsonl": Records(is_array=False),
+    ".json": Records(is_array=True),
+    ".parquet": Parquet(),
+}
+"""The formats by their endings, in the order in which messages list them."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileType:
+    """A format and a compression; both are known by the whole ending, such as `.csv.gz`."""
+
+    format: Format
+    ending: str
+    compression: str = ""
+
+    @contextmanager
+    def reading(self, raw: BinaryIO, where: str) -> Iterator[BinaryIO]:
+        """The table's bytes; raises DataError while they are read if the archive is damaged."""
+        if self.compression:
+            with decompressed(raw, self.compression, where) as file:
+                yield file
+        else:
+            yield raw
+
+    @contextmanager
+    def writing(self, raw: BinaryIO) -> Iterator[BinaryIO]:
+        """A file whose bytes arrive compressed in `raw`."""
+        if self.compression:
+            with compressing(raw, self.compression) as file:
+                yield file
+        else:
+            yield raw
+
+
+def is_known(name: str) -> bool:
+    """Whether the name of a file ends as one of the formats does."""
+    return _split(name)[0] in FORMATS
+
+
+def file_type(name: str, where: str) -> FileType:
+    """The type of a file by its name.
+
+    Raises:
+        DataError: there is no such format.
+    """
+    ending, compression = _split(name)
+    if ending not in FORMATS:
+        found = PurePath(name).suffix or "a file without an ending"
+        raise DataError(f"{where}: cannot read {found}; use {known_endings()}.")
+    return FileType(FORMATS[ending], ending + compression, compression)
+
+
+def known_endings() -> str:
+    """The endings, as messages list them."""
+    return f"{', '.join(FORMATS)} (or one of these with {', '.join(COMPRESSIONS)} behind it)"
+
+
+def _split(name: str) -> tuple[str, str]:
+    path = PurePath(name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return (PurePath(path.stem).suffix if compression else path.suffix), compression

@@ -1,0 +1,89 @@
+"""Labelled rows of one local file, one by one, each with the number by which its author finds it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tuneserve.errors import DataError
+from tuneserve.tables.columns import HALF_PAIR, check_type, format_value
+from tuneserve.tables.formats import file_type
+
+BATCH_ROWS = 1000
+BATCH_CHARACTERS = 1 << 20
+"""Most rows that are in memory at once; and the size of their texts at which it is enough, however few they are."""
+
+CHUNK_ROWS = 200
+"""Rows that are read at once: few, since a text may be long."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold the text and the label; an empty name is to be found."""
+
+    text: str = ""
+    label: str = ""
+
+
+Row = tuple[int, str, str]
+"""A row's number (the first line of a file is 1), its text, and its label; a label that is missing is empty."""
+
+Find = Callable[[list[str]], Columns]
+"""From a file's column names to the two that count; raises DataError when they cannot be told."""
+
+
+Item = TypeVar("Item")
+
+
+def in_batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in order, as many at once as memory should hold; `size` is an item's number of characters."""
+    batch: list[Item] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += size(item)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def read_file(path: Path, where: str, find: Find) -> Iterator[Row]:
+    """The rows of a file of any known format; `where` is what messages call it.
+
+    Raises:
+        DataError: naming the file, the line or row, and what is wrong there.
+    """
+    kind = file_type(path.name, where)
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{where} is empty.")
+        with path.open("rb") as raw, kind.reading(raw, where) as file:
+            types = kind.format.read_columns(file, where)
+        if not types:
+            return
+        names = [name for name, _ in types]
+        columns = find(names)
+        for name in (columns.text, columns.label):
+            check_type(name, dict(types)[name], where)
+        with path.open("rb") as raw, kind.reading(raw, where) as file:
+            for chunk in kind.format.read_chunks(
+                file, where, chunk_rows=CHUNK_ROWS, wanted=lambda _: True, columns=[columns.text, columns.label]
+            ):
+                texts, labels = (kind.format.values(chunk, names, name) for name in (columns.text, columns.label))
+                for row, text, label in zip(chunk.numbers, texts, labels, strict=True):
+                    here = f"{where}, row {row}"
+                    yield row, _check(text, columns.text, here), _check(label, columns.label, here).strip()
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror or error}") from error
+
+
+def _check(value: Any, name: str, here: str) -> str:
+    """The value as text; raises DataError where it is not one value or not Unicode."""
+    if isinstance(value, dict | list):
+        raise DataError(f"{here}: the column {name!r} holds lists or records, not one value a row.")
+    text = format_value(value)
+    if HALF_PAIR.search(text):
+        raise DataError(f"{here}: half a surrogate pair is not Unicode text.")
+    return text

@@ -1,0 +1,216 @@
+"""Every format with every compression, through training's reading and through scoring, and what is said of faults."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tuneserve.errors import DataError, SettingsError
+from tuneserve.scoring.job import score_rows
+from tuneserve.scoring.parts import Parts
+from tuneserve.scoring.source import Source
+from tuneserve.serving.classifier import Prediction
+from tuneserve.tables import formats
+from tuneserve.tables.format import Answer, Chunk, cut
+from tuneserve.tables.formats import FORMATS
+from tuneserve.tables.rows import Columns
+from tuneserve.training.data import read
+
+Row = dict[str, Any]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+EXPAND: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": lambda content: pa.CompressedInputStream(pa.BufferReader(content), "zstd").read(),
+}
+ROWS = [{"id": f"{number:02}", "text": f'"film" {number},\n\tü', "label": f"l{number % 2}"} for number in range(11)]
+
+
+def content(rows: Sequence[Row], ending: str) -> bytes:
+    if ending == ".parquet":
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(list(rows)), file, row_group_size=3)
+        return file.getvalue()
+    if ending == ".json":
+        return json.dumps(list(rows), indent=1).encode()
+    if ending == ".jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    separator = "\t" if ending == ".tsv" else ","
+    cells = [list(rows[0]), *(row.values() for row in rows)]
+    quoted = [separator.join('"' + str(cell).replace('"', '""') + '"' for cell in line) for line in cells]
+    return "\n".join(quoted).encode()
+
+
+def write(path: Path, rows: Sequence[Row]) -> Path:
+    ending, compression = [*path.suffixes, ""][:2]
+    path.write_bytes(COMPRESS[compression](content(rows, ending)))
+    return path
+
+
+def score(source: Path, output: Path) -> None:
+    rows = Source(str(source), text_column="text")
+    parts = Parts(str(output), rows, shard=0, shards=1)
+    score_rows(rows, parts, predict, model_version="v", chunk_rows=4)
+
+
+def predict(texts: Sequence[str]) -> list[Prediction]:
+    return [Prediction("good", {"bad": 0.25, "good": 0.75}, len(text), False, "v") for text in texts]
+
+
+def labelled(path: Path, cache: Path) -> list[tuple[str, str]]:
+    rows = read(str(path), Columns(), cache=cache)["train"].rows
+    return list(zip(rows["text"], rows["label"], strict=True))
+
+
+def scored(path: Path) -> list[Row]:
+    """The rows of an output, read by other code than what is tested."""
+    ending, compression = [*path.suffixes, ""][:2]
+    plain = EXPAND[compression](path.read_bytes())
+    if ending == ".parquet":
+        return list(pq.read_table(io.BytesIO(plain)).to_pylist())
+    if ending == ".json":
+        return list(json.loads(plain))
+    if ending == ".jsonl":
+        return [json.loads(line) for line in plain.decode().splitlines()]
+    lines = io.StringIO(plain.decode(), newline="")
+    return list(csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ","))
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_is_read_for_training_and_scored_whatever_its_compression(
+    ending: str, compression: str, tmp_path: Path
+) -> None:
+    source = write(tmp_path / f"in{ending}{compression}", ROWS)
+    assert labelled(source, tmp_path / "cache") == [(row["text"], row["label"]) for row in ROWS]
+    output = tmp_path / f"out{ending}{compression}"
+    score(source, output)
+    found = scored(output)
+    assert [{name: row[name] for name in ROWS[0]} for row in found] == ROWS
+    assert [(row["predicted_label"], int(row["tokens"])) for row in found] == [
+        ("good", len(row["text"])) for row in ROWS
+    ]
+    score(source, tmp_path / "parts")
+    parts = sorted((tmp_path / "parts").glob(f"part-*{ending}{compression}"))
+    assert [row["id"] for part in parts for row in scored(part)] == [row["id"] for row in ROWS]
+    assert len(parts) == 3
+
+
+@pytest.mark.parametrize("compression", [one for one in COMPRESS if one])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+@pytest.mark.parametrize("damage", ["ends too early", "is none"])
+def test_a_damaged_archive_is_named(compression: str, ending: str, damage: str, tmp_path: Path) -> None:
+    source = write(tmp_path / f"in{ending}{compression}", ROWS)
+    source.write_bytes(source.read_bytes()[:-9] if damage == "ends too early" else b"words, and no archive")
+    for use in (lambda: labelled(source, tmp_path / "cache"), lambda: score(source, tmp_path / "out")):
+        with pytest.raises(DataError, match="the archive is damaged") as caught:
+            use()
+        assert str(source) in str(caught.value)
+
+
+def test_an_archive_of_several_streams_is_read_to_its_end(tmp_path: Path) -> None:
+    half, other = b"text,label\na,x\n", b"b,y\n"
+    for compression in [one for one in COMPRESS if one]:
+        source = tmp_path / f"in.csv{compression}"
+        source.write_bytes(COMPRESS[compression](half) + COMPRESS[compression](other))
+        assert labelled(source, tmp_path / "cache") == [("a", "x"), ("b", "y")]
+
+
+def test_the_output_is_compressed_as_the_input_or_a_folder(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv.gz", ROWS)
+    for name in ("out.csv", "out.csv.xz", "out.json.gz"):
+        with pytest.raises(SettingsError, match=r"should end with \.csv\.gz"):
+            score(source, tmp_path / name)
+
+
+def test_a_folder_with_compressed_splits_is_read(tmp_path: Path) -> None:
+    (tmp_path / "reviews").mkdir()
+    write(tmp_path / "reviews" / "train.csv.gz", ROWS)
+    write(tmp_path / "reviews" / "test.json.zst", ROWS[:2])
+    found = read(str(tmp_path / "reviews"), Columns(), cache=tmp_path / "cache")
+    assert {split: len(source.rows) for split, source in found.items()} == {"train": 11, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "words"),
+    [
+        ("a.csv", b"text,label\na,x\nb\n", "row 3: 1 fields where the header has 2."),
+        ("a.tsv", b"text\tlabel\na\tx\nb\n", "row 3: 1 fields where the header has 2."),
+        ("a.csv", b"text;label\na;x\n", "row 1: columns are separated by ';'"),
+        ("a.csv", b"text,text\na,x\n", "row 1: the column names ['text', 'text']"),
+        ("a.csv", b'text,label\na,x\n"b,y\n', "line 3: unexpected end of data (is a quote missing?)"),
+        ("a.csv", b"text,label\na,x\n\xe9,y\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "\xe9"}\n', "line 2: byte 0xe9 is not UTF-8"),
+        ("a.json", b'[{"text": "a", "label": 1},\n{"text": "\xe9"}]\n', "line 2: byte 0xe9 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text":\n', "line 2: Expecting value."),
+        ("a.json", b'[{"text": "a", "label": 1},\n{"text":}]\n', "line 2: Expecting value."),
+        ("a.json", b'\n [{"text": "a", "label": 1},\n\n7]', "line 2: 7 is no record with named fields."),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n7', "line 2: 7 is no record with named fields."),
+    ],
+)
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_fault_is_told_in_the_same_words_for_training_and_scoring(
+    name: str, plain: bytes, words: str, compression: str, tmp_path: Path
+) -> None:
+    source = tmp_path / f"{name}{compression}"
+    source.write_bytes(COMPRESS[compression](plain))
+    messages = []
+    for use in (lambda: labelled(source, tmp_path / "cache"), lambda: score(source, tmp_path / "out")):
+        with pytest.raises(DataError) as caught:
+            use()
+        messages.append(str(caught.value).removeprefix("INPUT="))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"{source}, {words}")
+
+
+def test_an_array_without_records_is_an_array_when_scored(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text("[]")
+    score(tmp_path / "in.json", tmp_path / "out.json")
+    assert scored(tmp_path / "out.json") == []
+
+
+class Words:
+    """A format of one module: a text and its label a line, with a bar between them."""
+
+    def read_columns(self, file: BinaryIO, where: str) -> list[tuple[str, str]]:
+        return [("text", "text"), ("label", "text")]
+
+    def read_chunks(self, file: BinaryIO, where: str, *, chunk_rows: int, wanted: Any, columns: Any = None) -> Any:
+        lines: Iterator[tuple[int, str]] = enumerate((line.decode().strip() for line in file), start=1)
+        return cut(lines, where, chunk_rows, wanted)
+
+    def values(self, chunk: Chunk, columns: Sequence[str], name: str) -> list[str]:
+        return [line.split("|")[columns.index(name)] for line in chunk.rows]
+
+    def write(self, chunk: Chunk, columns: Sequence[str], answers: Sequence[Answer]) -> bytes:
+        return "".join(f"{row}|{one.label}\n" for row, one in zip(chunk.rows, answers, strict=True)).encode()
+
+    def join(self, parts: Any, columns: Sequence[str], file: BinaryIO) -> None:
+        for part in parts:
+            file.write(part)
+
+
+def test_a_new_format_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(formats.FORMATS, ".words", Words())
+    source = tmp_path / "in.words.gz"
+    source.write_bytes(gzip.compress(b"a film|x\nanother|y\n"))
+    assert labelled(source, tmp_path / "cache") == [("a film", "x"), ("another", "y")]
+    score(source, tmp_path / "out.words.gz")
+    assert gzip.decompress((tmp_path / "out.words.gz").read_bytes()) == b"a film|x|good\nanother|y|good\n"
