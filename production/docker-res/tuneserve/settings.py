@@ -45,9 +45,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     dataset: str = SAMPLE
-    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSONL or Parquet file, a folder with `train.*`
-    and optionally `valid.*` and `test.*`, a URL such as `s3://bucket/reviews.csv`, or a name on the Hugging Face
-    hub (`owner/name` or `owner/name:configuration`)."""
+    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL or Parquet file, perhaps
+    compressed (`.gz`, `.bz2`, `.xz`, `.zst`), a folder with `train.*` and optionally `valid.*` and `test.*`, a URL such
+    as `s3://bucket/reviews.csv`, or a name on the Hugging Face hub (`owner/name` or `owner/name:configuration`)."""
 
     text_column: str = ""
     """Column that holds the text. Empty: found by its name, or refused when several could be meant."""
@@ -239,11 +239,12 @@ class Settings(BaseModel):
     installed; the SDK's other `OTEL_*` variables hold too."""
 
     input: str = ""
-    """What `predict` scores: a CSV, TSV, JSONL or Parquet file, a folder of files of one of these kinds, or the URL of
-    either (`s3://bucket/reviews/`)."""
+    """What `predict` scores: a CSV, TSV, JSON, JSONL or Parquet file, perhaps compressed (`.gz`, `.bz2`, `.xz`,
+    `.zst`), a folder of files of one of these kinds, or the URL of either (`s3://bucket/reviews/`)."""
 
     output: str = ""
-    """Where `predict` writes: a file, if the name ends as INPUT's files do, else a folder for parts; or its URL."""
+    """Where `predict` writes: a file, if the name ends as INPUT's files do (`.csv.gz` for `.csv.gz`), else a folder for
+    parts; or its URL."""
 
     shard: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Which of SHARDS this process scores, from 0. `auto`: JOB_COMPLETION_INDEX, which Kubernetes sets, else 0."""
