@@ -22,7 +22,19 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
 GROUND = (
-    *("artifact", "attention", "columns", "errors", "forward", "graph", "hardware", "logs", "settings", "signals"),
+    *(
+        "artifact",
+        "attention",
+        "columns",
+        "errors",
+        "files",
+        "forward",
+        "graph",
+        "hardware",
+        "logs",
+        "settings",
+        "signals",
+    ),
     *("tokenization", "yielding"),
 )
 

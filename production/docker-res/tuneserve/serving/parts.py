@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tuneserve.artifact import sync
 from tuneserve.errors import SettingsError, StoreError
+from tuneserve.files import sync
 from tuneserve.serving.places import Place, locate, refused_as, shown
 from tuneserve.serving.source import Source
 from tuneserve.serving.tables import FORMATS

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.artifact import write_json
 from tuneserve.attention import MASKED
+from tuneserve.files import write_json
 from tuneserve.forward import Packed, choose_forward
 from tuneserve.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
 from tuneserve.hardware import Precision, cpu_has_bf16

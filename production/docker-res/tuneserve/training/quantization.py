@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from tuneserve.artifact import write_json
 from tuneserve.errors import SettingsError
+from tuneserve.files import write_json
 from tuneserve.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.training.export import MOST_ACCURACY_LOST
