@@ -22,20 +22,8 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
 GROUND = (
-    *(
-        "artifact",
-        "attention",
-        "columns",
-        "errors",
-        "files",
-        "forward",
-        "graph",
-        "hardware",
-        "logs",
-        "settings",
-        "signals",
-    ),
-    *("tokenization", "yielding"),
+    *("artifact", "attention", "columns", "errors", "extras", "files", "forward", "graph", "hardware", "logs"),
+    *("progress", "settings", "signals", "token_budget", "tokenization", "unicode", "yielding"),
 )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tuneserve.errors import TrainingError
 from tuneserve.forward import Forward
-from tuneserve.training.batches import Array, Batch, collate, split_by_tokens
+from tuneserve.training.batches import Array, Batch, collate, split_rows
 from tuneserve.training.optimizer import Optimizer
 from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit
@@ -115,7 +115,7 @@ class Gradient:
         words = np.unique(np.concatenate([train.text_ids(row) for row in rows])).astype(np.int64)
         self.optimizer.begin(torch.from_numpy(words).to(self.device))
         loss, places = torch.zeros((), device=self.device), 0
-        for part in split_by_tokens(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
+        for part in split_rows(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
             if self.world.size == 1 and self.stopping():
                 return Step(whole=False)
             batch = collate(train, part, self.device)

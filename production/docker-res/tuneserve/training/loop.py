@@ -11,11 +11,11 @@ from torch import nn
 from tuneserve.errors import TrainingError
 from tuneserve.forward import Forward
 from tuneserve.hardware import Precision
+from tuneserve.progress import Progress
 from tuneserve.training.batches import shuffled_batches
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.gradient import Gradient
 from tuneserve.training.optimizer import Optimizer
-from tuneserve.training.progress import Progress
 from tuneserve.training.recipe import Recipe
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import ALONE, World
