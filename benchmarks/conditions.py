@@ -24,8 +24,8 @@ import transformers
 
 from tuneserve.errors import BaseModelError, TuneserveError
 from tuneserve.network.forward import NUMBER_FORMAT
-from tuneserve.text import plain
 from tuneserve.tables.rows import Columns
+from tuneserve.text import plain
 from tuneserve.training import base_model, checks
 from tuneserve.training.data import read
 

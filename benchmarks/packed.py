@@ -27,11 +27,11 @@ THREADS = set_threads("auto")
 import torch
 
 from tuneserve.network.forward import Padded
-from tuneserve.serving.classifier import _batches
 from tuneserve.serving.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, infer
 from tuneserve.serving.torch_engine import TorchEngine
 from tuneserve.settings import Settings
 from tuneserve.text import TextEncoder
+from tuneserve.token_budget import split_by_tokens
 from tuneserve.training import base_model, model
 
 Ids = list[list[int]]
@@ -98,8 +98,8 @@ def read(path: Path, encoder: TextEncoder, texts: int) -> Ids:
 
 
 def batches(engine: TorchEngine, ids: Ids, first: int, size: int) -> list[Ids]:
-    windows = list(enumerate(ids[first : first + size]))
-    return [[text for _, text in batch] for batch in _batches(windows, engine.max_batch_tokens)]
+    texts = sorted(ids[first : first + size], key=len)
+    return [texts[part] for part in split_by_tokens([*map(len, texts)], engine.max_batch_tokens)]
 
 
 def padding_share(engine: TorchEngine, ids: Ids, size: int) -> float:

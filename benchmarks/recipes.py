@@ -24,12 +24,12 @@ import transformers
 from torch import nn
 
 from tuneserve.settings import Settings
+from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.recipe import Run
-from tuneserve.tables.rows import Columns
 from tuneserve.training.tokens import tokenize
 from tuneserve.training.world import ALONE
 

@@ -67,8 +67,8 @@ def prepare(path: Path, base_model: str, cache: Path) -> Iterator[str]:
     import numpy as np
     import torch
 
-    from tuneserve.text import TextEncoder
     from tuneserve.tables.rows import Columns
+    from tuneserve.text import TextEncoder
     from tuneserve.training import base_model as bases
     from tuneserve.training import batches, checks, data, evaluation
     from tuneserve.training.tokens import tokenize

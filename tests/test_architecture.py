@@ -25,13 +25,18 @@ GROUND = (
     "artifact",
     "code",
     "errors",
+    "extras",
+    "files",
     "hardware",
     "logs",
     "network",
+    "progress",
     "settings",
     "settings_docs",
     "signals",
     "text",
+    "token_budget",
+    "unicode",
     "yielding",
 )
 

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     except TuneserveError as error:
         from tuneserve.training import launch
 
-        if launch.leave_word(error, os.environ):
+        if launch.write_error_file(error, os.environ):
             return 0
         logs.report(error)
         return error.exit_code

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tuneserve.artifact import METADATA, Version, new_version, read_version, replace_file, write_json
+from tuneserve.artifact import METADATA, Version, new_version, read_version
 from tuneserve.errors import NoModelError, StoreError
+from tuneserve.files import replace_file, write_json
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 from tuneserve.lifecycle.listing import table
 from tuneserve.lifecycle.store import Store
@@ -86,7 +87,8 @@ def test_a_version_is_never_written_over(store: Store) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from tuneserve.artifact import METADATA, new_version, write_json
+from tuneserve.artifact import METADATA, new_version
+from tuneserve.files import write_json
 with new_version(Path(sys.argv[1])) as folder:
     (folder / "model.safetensors").write_bytes(bytes(1 << 20))
     if sys.argv[2] == "after the metadata":

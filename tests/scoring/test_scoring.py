@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from tuneserve.artifact import Golden, Version, write_golden, write_json
+from tuneserve.artifact import Golden, Version, write_golden
 from tuneserve.errors import DataError, SettingsError, StoreError, TuneserveError
+from tuneserve.files import write_json
 from tuneserve.scoring.job import CHUNK_ROWS, choose_shard, score, score_rows
 from tuneserve.scoring.parts import MANIFEST, Parts
 from tuneserve.scoring.source import Source

@@ -10,7 +10,8 @@ import tiny
 from pydantic import SecretStr
 from wire import Full, served
 
-from tuneserve.artifact import Version, read_version, write_json
+from tuneserve.artifact import Version, read_version
+from tuneserve.files import write_json
 from tuneserve.network.graph import Prepared
 from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tuneserve.artifact import GOLDEN_INT8, Version, read_golden, read_version, write_json
+from tuneserve.artifact import GOLDEN_INT8, Version, read_golden, read_version
+from tuneserve.files import write_json
 from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop

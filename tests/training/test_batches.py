@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tuneserve.training.batches import WINDOW_BATCHES, collate, shuffled_batches, sorted_batches, split_by_tokens
+from tuneserve.training.batches import WINDOW_BATCHES, collate, shuffled_batches, sorted_batches, split_rows
 from tuneserve.training.tokens import TokenizedSplit
 
 SIZES = [(1, 1), (1, 32), (31, 32), (32, 32), (33, 32), (1000, 1), (5000, 32), (5000, 7)]
@@ -104,11 +104,11 @@ def test_a_batch_is_made_on_the_device_asked_for() -> None:
 def test_parts_hold_no_more_tokens_than_allowed_but_at_least_one_text(max_tokens: int) -> None:
     of = lengths(200)
     rows = np.argsort(of)
-    parts = split_by_tokens(rows, of, max_tokens)
+    parts = split_rows(rows, of, max_tokens)
     assert np.concatenate(parts).tolist() == rows.tolist()
     assert all(len(part) == 1 or len(part) * of[part].max() <= max_tokens for part in parts)
     assert max_tokens < 100 or len(parts) < 200
 
 
 def test_no_texts_make_no_parts() -> None:
-    assert split_by_tokens(np.arange(0), lengths(3), 10) == []
+    assert split_rows(np.arange(0), lengths(3), 10) == []

@@ -10,16 +10,14 @@
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from tuneserve.errors import StoreError
+from tuneserve.files import new_folder, write_json
 
 METADATA = "metadata.json"
 GOLDEN = "golden.json"
@@ -117,56 +115,17 @@ def new_version(folder: Path) -> Iterator[Path]:
     Raises:
         StoreError: the disk refuses (full, read-only, gone).
     """
-    temporary = folder.parent / f"{UNFINISHED}{folder.name}-{uuid4().hex[:8]}"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync_tree(temporary)
-        temporary.rename(folder)
-        sync(folder.parent)
+        with new_folder(folder, prefix=UNFINISHED) as temporary:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:  # readable for whoever serves them
+                path.chmod(0o755 if path.is_dir() else 0o644)
     except Exception as error:
         if is_disk_error(error):
             raise StoreError(f"The model cannot be written to {folder}: {error}") from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_disk_error(error: Exception) -> bool:
     """Whether the disk refused; libraries written in Rust say so in exceptions of their own."""
     return isinstance(error, OSError) or "(os error " in str(error)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON, refusing NaN (it is not JSON)."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a reader sees the old or the new file, never a mixture, whatever happens."""
-    temporary = path.with_name(f".{path.name}-{uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force a folder's files, and the folders themselves, to disk, readable for whoever serves them."""
-    for path in [*folder.rglob("*"), folder]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Force one file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from tuneserve.errors import SettingsError
+from tuneserve.unicode import has_surrogates
 
 PROJECT = Path(__file__).resolve().parents[3]
 """The folder that holds `production/`: the clone's root, and `/` in the image."""
@@ -296,7 +297,7 @@ class Settings(BaseModel):
             for name in environ
             if name not in names and (neighbour := _neighbour(name, names))
         ]
-        problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if not _is_unicode(value)]
+        problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if has_surrogates(value)]
         try:
             settings = cls.model_validate(values)
         except ValidationError as error:
@@ -313,10 +314,6 @@ class Settings(BaseModel):
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
         return shown | {name: without_password(shown[name]) for name in URLS}
-
-
-def _is_unicode(value: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)  # bytes that the system could not decode
 
 
 def without_password(url: str) -> str:

@@ -13,11 +13,11 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent dies, even by kill -9: a checkpoint is written then."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1 and os.getpid() != 1 and _is_adopted():
+    if os.getppid() == 1 and os.getpid() != 1 and _parent_died():
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _is_adopted() -> bool:
+def _parent_died() -> bool:
     """Whether the parent had died before it could be asked; process 1 may also be the server itself, in a container."""
     with open("/proc/1/cmdline", "rb") as file:  # noqa: PTH123
         return b"run.py" not in file.read()

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tuneserve.artifact import Version, replace_file
+from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
+from tuneserve.files import write_json
 
 DECISION = "decision.json"
 
@@ -81,8 +82,7 @@ def write_decision(version: Version, decision: Decision) -> None:
     Raises:
         StoreError: the disk refuses.
     """
-    content = json.dumps(asdict(decision), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        replace_file(version.folder / DECISION, content.encode())
+        write_json(version.folder / DECISION, asdict(decision))
     except OSError as error:
         raise StoreError(f"{version.folder / DECISION} cannot be written: {error}") from error

@@ -7,17 +7,16 @@ It stands beside the version and not in it: a model can be handed to others with
 """
 
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import xxhash
 
 from tuneserve.errors import StoreError
+from tuneserve.files import new_folder
 from tuneserve.text import plain
 
 logger = logging.getLogger(__name__)
@@ -50,17 +49,12 @@ def write_evidence(folder: Path, evidence: Evidence, learned: Iterable[str]) -> 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    temporary = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
-        pq.write_table(pa.table({"text": evidence.texts, "label": evidence.labels}), temporary / "test.parquet")
-        np.save(temporary / "learned.npy", np.unique(np.fromiter(map(key_of, learned), dtype=np.uint64)))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with new_folder(folder, overwrite=True) as temporary:
+            pq.write_table(pa.table({"text": evidence.texts, "label": evidence.labels}), temporary / "test.parquet")
+            np.save(temporary / "learned.npy", np.unique(np.fromiter(map(key_of, learned), dtype=np.uint64)))
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_evidence(folder: Path) -> Evidence:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim
 
-from tuneserve.artifact import replace_file
+from tuneserve.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Schedule:
         self._handled = now if self._handled is None else max(now, self._handled)
         content = {"handled": self._handled.isoformat(), "expression": self._expression}
         try:
-            replace_file(self._memory, json.dumps(content).encode())
+            write_json(self._memory, content)
         except OSError as error:
             logger.warning("%s cannot be written: %s; a restart may repeat or miss a training", self._memory, error)
 

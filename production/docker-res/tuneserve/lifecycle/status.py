@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuneserve.errors import TuneserveError
+from tuneserve.files import replace_file
 from tuneserve.lifecycle.decision import Decision
 
 EVERY_S = 1.0
@@ -79,13 +80,8 @@ class Status:
         if self._path is None:
             return
         self._written = time.monotonic()
-        temporary = self._path.with_name(f".{self._path.name}-{os.getpid()}")
-        try:  # no fsync: what a power cut takes is of no use after it
-            temporary.write_text(json.dumps(self._content), encoding="utf-8")
-            temporary.replace(self._path)
-        except OSError:
-            with suppress(OSError):  # a disk that has become read-only refuses that too
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not durable: what a power cut takes is of no use after it
+            replace_file(self._path, json.dumps(self._content).encode(), durable=False)
 
 
 def read_status(path: Path) -> dict[str, Any]:

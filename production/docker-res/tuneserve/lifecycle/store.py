@@ -19,8 +19,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version, replace_file
+from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version
 from tuneserve.errors import NoModelError, StoreError
+from tuneserve.files import replace_file
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from typing import Literal
 from uuid import uuid4
 
-from tuneserve.artifact import replace_file
 from tuneserve.errors import BusyError, RefusedError, TuneserveError
+from tuneserve.files import write_json
 from tuneserve.lifecycle.status import read_status
 from tuneserve.lifecycle.store import Store
 
@@ -193,7 +193,7 @@ class Trainer:
     def _keep(self, job: Job) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
-            replace_file(self._folder / f"{job.id}.json", json.dumps(asdict(job), indent=2).encode())
+            write_json(self._folder / f"{job.id}.json", asdict(job))
             for old in sorted(self._folder.glob("*.json"))[:-KEEP_JOBS]:
                 old.unlink(missing_ok=True)
         except OSError as error:

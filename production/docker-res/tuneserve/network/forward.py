@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tuneserve.hardware import Precision
-from tuneserve.network.attention import IMPLEMENTATION, Array, Layout, Spans, upload
+from tuneserve.network.attention import IMPLEMENTATION, Array, Layout, Spans, register, upload
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Packed:
     pads = False
 
     def __init__(self, model: PreTrainedModel, *, first_position: int = 0, like_bert: bool = False) -> None:
+        register()
         self.model = model
         self.first_position = first_position
         self._spans: Layout | None = None

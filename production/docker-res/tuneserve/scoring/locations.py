@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from tuneserve.artifact import replace_file
 from tuneserve.errors import TuneserveError
+from tuneserve.files import replace_file
 from tuneserve.logs import in_one_line
 from tuneserve.settings import without_password
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tuneserve.artifact import sync
 from tuneserve.errors import SettingsError, StoreError
+from tuneserve.files import sync
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
 from tuneserve.scoring.source import Source
 from tuneserve.tables.formats import file_type, is_known

@@ -13,6 +13,8 @@ from tuneserve.errors import EngineError, StoreError, TextError
 from tuneserve.serving.engine import Engine, infer, load_engine, load_int8_engine
 from tuneserve.settings import Settings
 from tuneserve.text import TextEncoder, Tokens
+from tuneserve.token_budget import split_by_tokens
+from tuneserve.unicode import has_surrogates
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,9 @@ class Classifier:
             for ids in one.windows[:max_windows]
         ]
         logits: dict[int, list[Array]] = {}
-        for batch in _batches(windows, self.engine.max_batch_tokens):
+        windows.sort(key=lambda window: len(window[1]))
+        for part in split_by_tokens([len(ids) for _, ids in windows], self.engine.max_batch_tokens):
+            batch = windows[part]
             rows = infer(self.engine, [ids for _, ids in batch])
             if not np.isfinite(rows).all():
                 raise EngineError("The model gave a figure that is not a number.")
@@ -122,7 +126,7 @@ class Classifier:
 def _problem(text: str) -> str:
     if not text.strip():
         return "the text is empty"
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if has_surrogates(text):
         return "the text holds half a surrogate pair, which is not Unicode text"
     return ""
 
@@ -133,19 +137,6 @@ def _softmax(logits: Array) -> list[float]:
     odds = [math.exp(value - highest) for value in values]
     total = sum(odds)
     return [one / total for one in odds]
-
-
-def _batches(windows: list[tuple[int, list[int]]], max_tokens: int) -> list[list[tuple[int, list[int]]]]:
-    """Windows in batches of at most `max_tokens`, and at least one, those of like length together."""
-    batches: list[list[tuple[int, list[int]]]] = []
-    tokens = max_tokens
-    for window in sorted(windows, key=lambda window: len(window[1])):
-        if not batches or tokens + len(window[1]) > max_tokens:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(window)
-        tokens += len(window[1])
-    return batches
 
 
 def load_classifier(version: Version, settings: Settings, *, threads: int) -> Classifier:

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from tuneserve.unicode import has_surrogates
+
 
 def _string(value: Any) -> Any:
     if not isinstance(value, str):
@@ -110,7 +112,7 @@ class FeedbackRequest(BaseModel):
             raise ValueError("should have either request_id or text")
         if self.text is not None and not self.text.strip():
             raise ValueError("the text is empty")
-        if self.text is not None and any("\ud800" <= letter <= "\udfff" for letter in self.text):
+        if self.text is not None and has_surrogates(self.text):
             raise ValueError("the text holds half a surrogate pair, which is not Unicode text")
         return self
 

@@ -17,6 +17,7 @@ from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.monitor import Monitor
 from tuneserve.text import Tokens
+from tuneserve.token_budget import split_by_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ class ServedModel:
         outcomes: list[Outcome] = []
         waiting: deque[asyncio.Future[list[Outcome]]] = deque()
         try:
-            for chunk in _chunks(ids, CHUNK_BATCHES * self.batcher.max_batch_tokens):
-                waiting.append(self.batcher.submit(chunk, deadline=deadline, stages=stages))
+            for chunk in split_by_tokens([*map(len, ids)], CHUNK_BATCHES * self.batcher.max_batch_tokens):
+                waiting.append(self.batcher.submit(ids[chunk], deadline=deadline, stages=stages))
                 if len(waiting) > 1:
                     outcomes += await waiting[0]
                     waiting.popleft()
@@ -142,18 +143,6 @@ class ServedModel:
         if prediction.truncated:
             self.metrics.truncated.inc()
         return prediction
-
-
-def _chunks(ids: list[list[int]], max_tokens: int) -> list[list[list[int]]]:
-    chunks: list[list[list[int]]] = []
-    tokens = 0
-    for one in ids:
-        if not chunks or tokens + len(one) > max_tokens:
-            chunks.append([])
-            tokens = 0
-        chunks[-1].append(one)
-        tokens += len(one)
-    return chunks
 
 
 class Slot:

@@ -3,13 +3,13 @@
 Without an endpoint there is no provider, and a request costs one look at a variable more. No span has the text.
 """
 
-import importlib
 from typing import Any
 
 from fastapi.telemetry import TelemetryConfig
 
 import tuneserve
 from tuneserve.errors import SettingsError
+from tuneserve.extras import require
 from tuneserve.settings import without_password
 
 SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
@@ -30,14 +30,8 @@ def require_extra(endpoint: str) -> None:
     shown = f"OTEL_EXPORTER_OTLP_ENDPOINT={without_password(endpoint)}"
     if not endpoint.startswith(("http://", "https://")):
         raise SettingsError(f"{shown} is not the address of a collector, such as http://collector:4318.")
-    try:
-        importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-        importlib.import_module("opentelemetry.sdk.trace.export")
-    except ImportError:
-        raise SettingsError(
-            f"{shown} needs OpenTelemetry's SDK, which is not installed: "
-            "pip install -r production/docker-res/requirements-traces.txt, or build.py --build-arg EXTRAS=traces."
-        ) from None
+    for module in ("opentelemetry.sdk.trace.export", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
+        require(module, wanted_by=shown, product="OpenTelemetry's SDK", extra="traces")
 
 
 class Traces:

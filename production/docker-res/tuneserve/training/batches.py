@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tuneserve.network.forward import Texts
+from tuneserve.token_budget import split_by_tokens
 from tuneserve.training.tokens import TokenizedSplit
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -37,19 +38,12 @@ def shuffled_batches(lengths: Array, batch_size: int, rng: np.random.Generator) 
 
 def sorted_batches(lengths: Array, max_tokens: int) -> list[Array]:
     """Rows of each batch, shortest texts first: for evaluation, where order does not matter."""
-    return split_by_tokens(np.argsort(lengths, kind="stable"), lengths, max_tokens)
+    return split_rows(np.argsort(lengths, kind="stable"), lengths, max_tokens)
 
 
-def split_by_tokens(rows: Array, lengths: Array, max_tokens: int) -> list[Array]:
+def split_rows(rows: Array, lengths: Array, max_tokens: int) -> list[Array]:
     """The rows in their order, in parts of at most `max_tokens` tokens, padding included, and at least one text."""
-    parts: list[Array] = []
-    begin, longest = 0, 0
-    for end, row in enumerate(rows):
-        longest = max(longest, int(lengths[row]))
-        if end > begin and (end - begin + 1) * longest > max_tokens:
-            parts.append(rows[begin:end])
-            begin, longest = end, int(lengths[row])
-    return [*parts, rows[begin:]] if len(rows) else []
+    return [rows[part] for part in split_by_tokens(lengths[rows].tolist(), max_tokens, padded=True)]
 
 
 def collate(split: TokenizedSplit, rows: Sequence[int] | Array, device: torch.device) -> Batch:

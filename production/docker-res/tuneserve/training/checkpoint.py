@@ -8,17 +8,16 @@ import json
 import logging
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tuneserve.artifact import is_disk_error, sync
+from tuneserve.artifact import is_disk_error
 from tuneserve.errors import StoreError
+from tuneserve.files import new_file
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.training.gradient import Step
 from tuneserve.training.world import World
@@ -162,16 +161,11 @@ class Checkpoints:
             optimizer.refresh()
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-        temporary = self.folder / f".{name}-{uuid4().hex[:8]}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
-            sync(temporary)
-            temporary.replace(self.folder / name)
-            sync(self.folder)
+            with new_file(self.folder / name) as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
         except Exception as error:
-            with suppress(OSError):  # a disk that has become read-only refuses that too
-                temporary.unlink(missing_ok=True)
             if is_disk_error(error):
                 raise StoreError(f"The checkpoint cannot be written to {self.folder}: {error}") from error
             raise

@@ -19,8 +19,8 @@ from datasets import Dataset
 
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
-from tuneserve.text import plain
 from tuneserve.tables.rows import BATCH_ROWS
+from tuneserve.text import plain
 from tuneserve.training.data import Source
 
 logger = logging.getLogger(__name__)

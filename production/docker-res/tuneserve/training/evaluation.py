@@ -13,8 +13,8 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
 from tuneserve.network.forward import Forward
+from tuneserve.progress import counted
 from tuneserve.training.batches import collate, sorted_batches
-from tuneserve.training.progress import counted
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import ALONE, World
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tuneserve.artifact import write_json
+from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.network.attention import MASKED
 from tuneserve.network.forward import Packed, choose_forward

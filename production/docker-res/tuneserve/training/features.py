@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tuneserve.errors import StoreError
 from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, probe
+from tuneserve.progress import counted
 from tuneserve.training.batches import Array, collate, sorted_batches
-from tuneserve.training.progress import counted
 from tuneserve.training.tokens import TokenizedSplit
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.batches import Array, Batch, collate, split_by_tokens
+from tuneserve.training.batches import Array, Batch, collate, split_rows
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World
 
@@ -124,7 +124,7 @@ class Gradient:
         words = np.unique(np.concatenate([train.text_ids(row) for row in rows])).astype(np.int64)
         self.optimizer.begin(torch.from_numpy(words).to(self.device))
         loss, places = torch.zeros((), device=self.device), 0
-        for part in split_by_tokens(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
+        for part in split_rows(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
             if self.world.size == 1 and self.stopping():
                 return Step(whole=False)
             batch = collate(train, part, self.device)

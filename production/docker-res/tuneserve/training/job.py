@@ -28,8 +28,8 @@ from tuneserve.lifecycle.status import Status
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.text import TextEncoder
 from tuneserve.tables.rows import Columns
+from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.model import build_model, load_tokenizer

@@ -1,14 +1,13 @@
 """Training in several processes: one a GPU, on one node or more, under PyTorch's own launcher.
 
 `torch.distributed.run` starts the workers, which are this same program, and starts all of them again from the newest
-checkpoint when one dies. An error that would only repeat itself, a TuneserveError, is no such death: the worker leaves
-word of it in a file and ends with 0, which the launcher takes for success, and `run` raises it. Several nodes, and all
+checkpoint when one dies. An error that would only repeat itself, a TuneserveError, is no such death: the worker writes
+it to a file and ends with 0, which the launcher takes for success, and `run` raises it. Several nodes, and all
 else that the launcher can be told, are its `PET_*` variables
 (https://docs.pytorch.org/docs/stable/elastic/run.html), which Kubeflow's trainer sets.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,16 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tuneserve.errors import TrainingError, TuneserveError, WorkerError
+from tuneserve.files import replace_file
 from tuneserve.hardware import choose_device
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 
 RESTARTS = "3"
 """Times that the workers are started again after one of them died."""
-WORD = "TUNESERVE_WORD"
-"""Name of the variable that tells workers the file for their last word."""
+ERROR_FILE = "TUNESERVE_ERROR_FILE"
+"""Name of the variable that tells workers where to write the error that ends them."""
 GIVEN_UP_S = 20.0
-"""Seconds after a worker's last word in which the others may end by themselves."""
+"""Seconds after a worker's error in which the others may end by themselves."""
 
 
 def workers(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -48,17 +48,15 @@ def is_asked_for(settings: Settings, environ: Mapping[str, str]) -> bool:
     return workers(settings, environ) > 1 or any(name in environ for name in ("PET_NNODES", "PET_NPROC_PER_NODE"))
 
 
-def leave_word(error: TuneserveError, environ: Mapping[str, str]) -> bool:
+def write_error_file(error: TuneserveError, environ: Mapping[str, str]) -> bool:
     """Tell the launcher's parent why this worker ends; False if it has none.
 
-    Whoever is told exits with 0: a worker that failed would be started again.
+    After True the worker exits with 0: one that failed would be started again.
     """
-    if WORD not in environ:
+    if ERROR_FILE not in environ:
         return False
-    word = Path(environ[WORD])
-    own = word.with_name(f"{word.name}-{os.getpid()}")
-    own.write_text(json.dumps({"words": str(error), "exit_code": error.exit_code}), encoding="utf-8")
-    own.replace(word)  # in one go, for several may have the same to say
+    content = json.dumps({"words": str(error), "exit_code": error.exit_code}).encode()
+    replace_file(Path(environ[ERROR_FILE]), content, durable=False)  # atomic, for several may write the same
     return True
 
 
@@ -83,16 +81,16 @@ def run(settings: Settings, stop: Stop, environ: Mapping[str, str], *, threads: 
     program = Path(sys.argv[0]).resolve()
     command = [sys.executable, "-m", "torch.distributed.run", str(program), "train"]
     with stop.deferred(), tempfile.TemporaryDirectory(prefix="tuneserve-") as folder:
-        word = Path(folder, "word")
-        launcher = subprocess.Popen(command, env=environment | {WORD: str(word)})
+        error_file = Path(folder, "error.json")
+        launcher = subprocess.Popen(command, env=environment | {ERROR_FILE: str(error_file)})
         patience_s, told = GIVEN_UP_S, False
         while launcher.poll() is None:
-            patience_s -= 0.1 * word.exists()
+            patience_s -= 0.1 * error_file.exists()
             if (stop.requested or patience_s < 0) and not told:
                 launcher.terminate()
                 told = True
             time.sleep(0.1)
-        if word.exists() and not stop.requested:
-            raise WorkerError(**json.loads(word.read_text(encoding="utf-8")))
+        if error_file.exists() and not stop.requested:
+            raise WorkerError(**json.loads(error_file.read_text(encoding="utf-8")))
     if launcher.returncode:
         raise TrainingError(f"The workers ended with exit code {launcher.returncode}; the lines above say why.")

@@ -24,8 +24,8 @@ from tuneserve.artifact import (
     new_version,
     read_version,
     write_golden,
-    write_json,
 )
+from tuneserve.files import write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store

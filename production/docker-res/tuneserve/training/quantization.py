@@ -4,7 +4,6 @@ NNCF measures on training texts in what ranges the graph computes, evens them ou
 et al., SmoothQuant, 2023) and corrects the biases.
 """
 
-import importlib.util
 import io
 import json
 import logging
@@ -18,10 +17,11 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from tuneserve.artifact import write_json
-from tuneserve.errors import SettingsError
+from tuneserve.extras import require
+from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.network.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
+from tuneserve.token_budget import split_by_tokens
 from tuneserve.training.export import MOST_ACCURACY_LOST
 from tuneserve.training.tokens import TokenizedSplit
 
@@ -42,11 +42,7 @@ def require_nncf() -> None:
     Raises:
         SettingsError: NNCF is not installed.
     """
-    if importlib.util.find_spec("nncf") is None:
-        raise SettingsError(
-            "PRECISION=int8 needs NNCF, which is not installed: "
-            "pip install -r production/docker-res/requirements-int8.txt, or build.py --build-arg EXTRAS=int8."
-        )
+    require("nncf", wanted_by="PRECISION=int8", product="NNCF", extra="int8")
 
 
 def quantize(
@@ -104,15 +100,9 @@ def graph_logits(folder: Path, texts: Sequence[Any], *, int8: bool, threads: int
     graph = Graph(folder, precision=_precision(), threads=threads, max_tokens=max_tokens, int8=int8)
     order = sorted(range(len(texts)), key=lambda text: len(texts[text]))
     parts: list[Array] = []
-    begin = 0
-    while begin < len(order):
-        end, tokens = begin + 1, len(texts[order[begin]])
-        while end < len(order) and tokens + len(texts[order[end]]) <= BATCH_TOKENS:
-            tokens += len(texts[order[end]])
-            end += 1
-        graph.begin(graph.prepare([texts[text] for text in order[begin:end]]))
+    for batch in split_by_tokens([len(texts[text]) for text in order], BATCH_TOKENS):
+        graph.begin(graph.prepare([texts[text] for text in order[batch]]))
         parts.append(graph.result())
-        begin = end
     logits: Array = np.concatenate(parts)[np.argsort(order)]
     return logits
 

@@ -6,21 +6,19 @@ was longer than what was read).
 
 import hashlib
 import logging
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
-from tuneserve.artifact import sync_tree
 from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
-from tuneserve.text import TextEncoder
+from tuneserve.files import new_folder
 from tuneserve.tables.rows import in_batches
+from tuneserve.text import TextEncoder
 from tuneserve.training.checks import Split
 
 logger = logging.getLogger(__name__)
@@ -86,29 +84,18 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _write(split: Split, encoder: TextEncoder, folder: Path) -> None:
-    temporary = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
     lengths: list[Array] = []
     truncated: list[bool] = []
     try:
-        with (temporary / "ids.i32").open("wb") as file:
-            for batch in in_batches(split, len):
-                tokens = encoder.encode(batch)
-                lengths.append(np.array([len(one.ids) for one in tokens], dtype=np.int64))
-                truncated += [one.truncated for one in tokens]
-                file.write(np.fromiter(chain.from_iterable(one.ids for one in tokens), dtype=np.int32).tobytes())
-        np.save(temporary / "starts.npy", np.r_[0, np.cumsum(np.concatenate(lengths))])
-        np.save(temporary / "cut.npy", np.array(truncated, dtype=bool))
-        _take_name(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _take_name(temporary: Path, folder: Path) -> None:
-    sync_tree(temporary)  # after a power cut, too, a file under the name has all of its content
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
+        with new_folder(folder, overwrite=True) as temporary:
+            with (temporary / "ids.i32").open("wb") as file:
+                for batch in in_batches(split, len):
+                    tokens = encoder.encode(batch)
+                    lengths.append(np.array([len(one.ids) for one in tokens], dtype=np.int64))
+                    truncated += [one.truncated for one in tokens]
+                    file.write(np.fromiter(chain.from_iterable(one.ids for one in tokens), dtype=np.int32).tobytes())
+            np.save(temporary / "starts.npy", np.r_[0, np.cumsum(np.concatenate(lengths))])
+            np.save(temporary / "cut.npy", np.array(truncated, dtype=bool))
     except OSError:
         if not _is_whole(folder):  # else another job has just done the same
             raise

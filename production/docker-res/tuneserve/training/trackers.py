@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError
+from tuneserve.extras import require
 from tuneserve.logs import in_one_line
 from tuneserve.settings import without_password
 from tuneserve.training.mlflow_run import MLflowRun
@@ -132,11 +133,7 @@ def require_extra(mlflow_tracking_uri: str) -> None:
     shown = f"MLFLOW_TRACKING_URI={without_password(mlflow_tracking_uri)}"
     if not mlflow_tracking_uri.startswith(("http://", "https://", "databricks")):
         raise SettingsError(f"{shown} is not the address of an MLflow server, such as http://mlflow:5000.")
-    if importlib.util.find_spec("mlflow") is None:
-        raise SettingsError(
-            f"{shown} needs MLflow's client, which is not installed: "
-            "pip install -r production/docker-res/requirements-trackers.txt, or build.py --build-arg EXTRAS=trackers."
-        )
+    require("mlflow", wanted_by=shown, product="MLflow's client", extra="trackers")
 
 
 def open_trackers(

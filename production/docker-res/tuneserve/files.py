@@ -1,0 +1,102 @@
+"""Writing to disk so that a reader sees the old or the new content, never a mixture, whatever happens.
+
+What is written has a temporary name beside its own, beginning with a dot, and takes its name once it is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+@contextmanager
+def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary path for the block to write to, which then replaces the file at `path`.
+
+    Args:
+        path: where the file is wanted.
+        durable: whether it must outlive a power cut, which takes two waits for the disk.
+
+    Raises:
+        OSError: the disk refuses (full, read-only, gone).
+    """
+    temporary = _beside(path)
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        temporary.replace(path)
+        if durable:
+            sync(path.parent)
+    finally:
+        with suppress(OSError):  # a disk that has become read-only refuses that too
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path, *, prefix: str = ".", overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder for the block to fill, which then takes the name of `folder` and is on disk.
+
+    Args:
+        folder: where it is wanted; folders above it are made.
+        prefix: of the temporary name, which stays behind if the process is killed.
+        overwrite: whether to remove what is there; otherwise that is an OSError.
+
+    Raises:
+        OSError: the disk refuses, or the name is taken.
+    """
+    temporary = _beside(folder, prefix)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Put `content` at `path`.
+
+    Raises:
+        OSError: as `new_file`.
+    """
+    with new_file(path, durable=durable) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Put indented JSON at `path`, refusing NaN (it is not JSON).
+
+    Raises:
+        OSError: as `new_file`.
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, text.encode())
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder's files, and the folders themselves, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Force one file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path, prefix: str = ".") -> Path:
+    return path.with_name(f"{prefix}{path.name}-{uuid4().hex[:8]}")
