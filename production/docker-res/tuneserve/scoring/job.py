@@ -6,29 +6,24 @@ by their numbers: shard 1 of 4 takes 1, 5, 9, …
 
 import logging
 import re
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from tuneserve.errors import SettingsError, TextError, TuneserveError
 from tuneserve.lifecycle.store import Store
+from tuneserve.progress import Progress
 from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.source import Source
 from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
 from tuneserve.settings import Settings
-from tuneserve.tables.columns import HALF_PAIR, format_value
+from tuneserve.tables.columns import format_value
 from tuneserve.tables.format import Answer
+from tuneserve.unicode import has_surrogates
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 4096
 """Rows of a part: what is lost at most when a process is killed."""
-
-LINE_S = 15.0
-"""Seconds between two lines of progress where there is no terminal for a bar."""
 
 Predict = Callable[[Sequence[str]], Sequence[Prediction | TextError]]
 
@@ -113,7 +108,7 @@ def score_rows(
         }
     )
     rows = errors = kept = count = 0
-    with Progress() as progress:
+    with Progress("scoring", total=None, unit="row") as progress:
         for chunk in source.chunks(
             chunk_rows=chunk_rows, wanted=lambda number: number % shards == shard and not parts.has(number)
         ):
@@ -125,7 +120,7 @@ def score_rows(
             elif chunk.number % shards == shard:
                 kept += 1
             count += 1
-            progress.show(rows, chunk.share_read)
+            progress.advance(rows - progress.done, share=chunk.share_read)
     if parts.is_file:
         parts.join(count)
     again = f"; {kept} parts were there already" if kept else ""
@@ -163,7 +158,7 @@ def _problem(value: Any) -> str:
     if isinstance(value, dict | list):
         return "This is a list or record and no text."
     text = format_value(value)
-    if HALF_PAIR.search(text):
+    if has_surrogates(text):
         return "The text holds half a surrogate pair, which is not Unicode text."
     return "" if text.strip() else "The text is empty."
 
@@ -179,32 +174,3 @@ def _predict_each(texts: Sequence[str], predict: Predict) -> list[Prediction | T
             return [str(error)]
         middle = len(texts) // 2
         return [*_predict_each(texts[:middle], predict), *_predict_each(texts[middle:], predict)]
-
-
-class Progress:
-    """How much of the input has been read: a bar on a terminal, a line now and then in a log."""
-
-    def __init__(self) -> None:
-        self._began = self._spoke = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-            self._bar = tqdm(desc="scoring", total=1.0, bar_format=shape, dynamic_ncols=True)
-
-    def show(self, rows: int, share_read: float) -> None:
-        """Tell the rows scored so far, and the share of the input they end at."""
-        now = time.monotonic()
-        rate = rows / max(now - self._began, 1e-9)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{rows} rows, {rate:.0f}/s", refresh=False)
-            self._bar.update(share_read - self._bar.n)
-        elif now - self._spoke >= LINE_S:
-            self._spoke = now
-            logger.info("scored %d rows, %.0f/s, %.1f%% of the input read", rows, rate, 100 * share_read)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

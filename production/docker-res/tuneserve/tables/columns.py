@@ -1,7 +1,6 @@
 """Which columns hold the text and the label, and what a value says: one rule for training and for scoring files."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,6 @@ from tuneserve.errors import DataError
 
 TEXT_NAMES = {"text", "sentence", "review", "content", "comment", "message", "document", "body", "tweet", "question"}
 LABEL_NAMES = {"label", "labels", "sentiment", "category", "class", "target", "intent", "coarse_label"}
-
-HALF_PAIR = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair, which JSON can spell and which is not Unicode text."""
 
 NO_TEXTS = ("binary", "large_binary", "fixed_size_binary", "list", "large_list", "fixed_size_list", "struct", "map")
 """How the names of Parquet's types begin that cannot be read as a text."""

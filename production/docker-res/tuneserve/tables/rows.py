@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tuneserve.errors import DataError
-from tuneserve.tables.columns import HALF_PAIR, check_type, format_value
+from tuneserve.tables.columns import check_type, format_value
 from tuneserve.tables.formats import file_type
+from tuneserve.unicode import has_surrogates
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 20
@@ -84,6 +85,6 @@ def _check(value: Any, name: str, here: str) -> str:
     if isinstance(value, dict | list):
         raise DataError(f"{here}: the column {name!r} holds lists or records, not one value a row.")
     text = format_value(value)
-    if HALF_PAIR.search(text):
+    if has_surrogates(text):
         raise DataError(f"{here}: half a surrogate pair is not Unicode text.")
     return text
