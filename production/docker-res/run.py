@@ -86,7 +86,7 @@ def train(settings: "Settings", stop: Stop, threads: int) -> None:
 
 def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Answer requests until a signal comes."""
-    from tuneserve.serving import server
+    from tuneserve.serving.http import server
 
     server.serve(settings, threads=threads)
 
@@ -100,7 +100,7 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
 
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Serve what there is at once, train beside it, and serve what passes the gate."""
-    from tuneserve.serving import server
+    from tuneserve.serving.http import server
 
     command = [sys.executable, str(Path(__file__).resolve()), "train", "--child"]
     # `auto` as its user wrote it: this process has told its libraries a number by the same variable.

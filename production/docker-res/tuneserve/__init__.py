@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tuneserve.model import Model
+    from tuneserve.serving.model import Model
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,9 @@ def load(folder: str | os.PathLike[str], **settings: object) -> "Model":
         settings: variables of the job in lower case, such as `device="cpu"` or `long_text="window"`, where their
             defaults are not right; the environment is not read.
 
+    Returns:
+        The model. Its `predict` gives an answer for each text or, in its place, the error that says why not.
+
     Raises:
         NoModelError: the store has no champion.
         StoreError: there is no such version, or it is damaged.
@@ -30,10 +33,12 @@ def load(folder: str | os.PathLike[str], **settings: object) -> "Model":
     from pathlib import Path
 
     from tuneserve.artifact import METADATA, read_version
+    from tuneserve.hardware import set_threads
     from tuneserve.lifecycle.store import Store
-    from tuneserve.model import Model
     from tuneserve.settings import Settings
+    from tuneserve.tasks.catalog import load_model
 
     path = Path(folder).expanduser()
     version = read_version(path) if (path / METADATA).exists() else Store(path).champion()
-    return Model(version, Settings.model_validate(settings))
+    chosen = Settings.model_validate(settings)
+    return load_model(version, chosen, threads=set_threads(chosen.omp_num_threads))

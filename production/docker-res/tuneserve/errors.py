@@ -160,6 +160,20 @@ class BodyTimeoutError(TuneserveError):
         super().__init__(f"The body did not come within {seconds:g} s.")
 
 
+MAX_FAULTS = 20
+"""Most faults of one request that are listed."""
+
+
+class InvalidInputError(TuneserveError):
+    """A request is not as it should be; `faults` say where, in words, and of which kind, as FastAPI lists them."""
+
+    status = 422
+
+    def __init__(self, *faults: tuple[tuple[str | int, ...], str, str]) -> None:
+        super().__init__(faults[0][1] if faults else "")
+        self.faults = [{"loc": loc, "msg": words, "type": kind} for loc, words, kind in faults]
+
+
 class TextError(TuneserveError):
     """One text cannot be classified: it is empty, no Unicode, or too long."""
 

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -117,6 +117,18 @@ def read_reference(version: Version) -> Reference | None:
         raise StoreError(f"{path} cannot be read: {error!r}") from error
 
 
+class Observation(NamedTuple):
+    """What is noted of one answer: nothing of the text itself."""
+
+    label_id: int
+    confidence: float
+    tokens: int
+    """Tokens that were read; of a text read in several windows, those of the first, as in the test."""
+    unknown: int
+    """How many of these the vocabulary does not have."""
+    truncated: bool
+
+
 class Window:
     """What one version answered last. One thread adds while others read.
 
@@ -129,9 +141,9 @@ class Window:
         self.max_texts, self.hours = max_texts, hours
         self._rows: deque[tuple[float, int, float, int, int, bool]] = deque(maxlen=max_texts)
 
-    def add(self, label_id: int, confidence: float, tokens: int, unknown: int, truncated: bool) -> None:
+    def add(self, observation: Observation) -> None:
         """Note the answer to one text."""
-        self._rows.append((time.time(), label_id, confidence, tokens, unknown, truncated))
+        self._rows.append((time.time(), *observation))
 
     def read(self) -> tuple[Array, Answers]:
         """When each text was answered, in seconds of the epoch, and the answers, oldest first."""

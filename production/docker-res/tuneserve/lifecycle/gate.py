@@ -38,7 +38,7 @@ BORDERLINE = 0.05
 TRIAL_TIMEOUT_S = 1800.0
 
 PROGRAM = Path(__file__).resolve().parents[2]
-TRIAL = "tuneserve.serving.trial"
+TRIAL = "tuneserve.serving.probe"
 """The module that asks versions; run in a process of its own, since nothing here may import the serving half."""
 
 
@@ -128,7 +128,7 @@ def _is_pointed_at(store: Store, version: Version) -> bool:
 def run_trial(
     candidate: Version, champion: Version | None, evidence: Evidence, settings: Settings
 ) -> dict[str, dict[str, Any] | None]:
-    """Load both in a fresh process and ask them the same texts; see `serving/trial.py` for what it finds.
+    """Load both in a fresh process and ask them the same texts; see `serving/probe.py` for what it finds.
 
     A process that dies says nothing; it may have died of the champion, so the candidate is tried again alone.
     """

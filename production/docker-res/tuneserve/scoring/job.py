@@ -9,15 +9,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tuneserve.errors import SettingsError, TextError, TuneserveError
+from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.store import Store
 from tuneserve.progress import Progress
 from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.source import Source
-from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
+from tuneserve.serving.model import Answers
+from tuneserve.serving.service import Service
+from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 from tuneserve.tables.columns import format_value
 from tuneserve.tables.format import Answer
+from tuneserve.tasks.catalog import load_model
+from tuneserve.tasks.classifier import Prediction
 from tuneserve.unicode import has_surrogates
 
 logger = logging.getLogger(__name__)
@@ -25,7 +29,7 @@ logger = logging.getLogger(__name__)
 CHUNK_ROWS = 4096
 """Rows of a part: what is lost at most when a process is killed."""
 
-Predict = Callable[[Sequence[str]], Sequence[Prediction | TextError]]
+Predict = Callable[[Sequence[str]], Answers]
 
 
 def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> None:
@@ -44,15 +48,19 @@ def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> No
     version = Store(settings.model_path).champion()
     source = Source(settings.input, text_column=settings.text_column, label_column=settings.label_column)
     parts = Parts(settings.output, source, shard=shard, shards=settings.shards)
-    loaded: list[Classifier] = []
+    slot = Slot()
+    service = Service.of(slot)
 
-    def predict(texts: Sequence[str]) -> Sequence[Prediction | TextError]:
-        if not loaded:  # a run that has nothing left to score loads nothing
-            loaded.append(load_classifier(version, settings, threads=threads))
-        return loaded[0].predict(texts)
+    def predict(texts: Sequence[str]) -> Answers:
+        if slot.empty:  # a run that has nothing left to score loads nothing
+            slot.take(load_model(version, settings, threads=threads))
+        return service.predict(texts)
 
     how = {"long_text": settings.long_text, "precision": settings.precision}
-    score_rows(source, parts, predict, model_version=version.id, how=how, shard=shard, shards=settings.shards)
+    try:
+        score_rows(source, parts, predict, model_version=version.id, how=how, shard=shard, shards=settings.shards)
+    finally:
+        slot.close()
 
 
 def choose_shard(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -132,24 +140,16 @@ def answer(values: Sequence[Any], predict: Predict, model_version: str) -> list[
     """The answer to each value of the text column; one that is no text, or that the model fails on, gets its error."""
     problems = [_problem(value) for value in values]
     texts = [format_value(value) for value, problem in zip(values, problems, strict=True) if not problem]
-    outcomes = iter(_predict_each(texts, predict))
+    outcomes = iter(predict(texts) if texts else [])
     answers = []
     for problem in problems:
         outcome = problem or next(outcomes)
-        if isinstance(outcome, str | TextError):
-            answers.append(Answer(None, None, None, None, None, str(outcome), model_version))
+        if isinstance(outcome, Prediction):
+            score = outcome.scores[outcome.label]
+            read = outcome.tokens, outcome.truncated
+            answers.append(Answer(outcome.label, score, outcome.scores, *read, None, model_version))
         else:
-            answers.append(
-                Answer(
-                    outcome.label,
-                    outcome.scores[outcome.label],
-                    outcome.scores,
-                    outcome.tokens,
-                    outcome.truncated,
-                    None,
-                    model_version,
-                )
-            )
+            answers.append(Answer(None, None, None, None, None, str(outcome), model_version))
     return answers
 
 
@@ -161,16 +161,3 @@ def _problem(value: Any) -> str:
     if has_surrogates(text):
         return "The text holds half a surrogate pair, which is not Unicode text."
     return "" if text.strip() else "The text is empty."
-
-
-def _predict_each(texts: Sequence[str], predict: Predict) -> list[Prediction | TextError | str]:
-    """Predictions in order; where the model fails, the halves are tried, down to the one text whose error it is."""
-    try:
-        return list(predict(texts)) if texts else []
-    except TuneserveError as error:
-        if error.exit_code != TuneserveError.exit_code:  # not the text's fault: a damaged model, a missing device
-            raise
-        if len(texts) == 1:
-            return [str(error)]
-        middle = len(texts) // 2
-        return [*_predict_each(texts[:middle], predict), *_predict_each(texts[middle:], predict)]

@@ -18,16 +18,22 @@ from tuneserve.lifecycle.retraining import Retraining
 from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
-from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.serving.follower import Follower
-from tuneserve.serving.front import Drain
+from tuneserve.serving.http.app import Adapter, create_app
+from tuneserve.serving.http.front import Drain
+from tuneserve.serving.http.traces import Traces
+from tuneserve.serving.model import Model
+from tuneserve.serving.service import Service
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
-from tuneserve.serving.traces import Traces
 from tuneserve.settings import Settings
+from tuneserve.tasks.classification import CLASSIFICATION
+from tuneserve.tasks.task import Task
 
 logger = logging.getLogger(__name__)
+
+ADAPTERS: Sequence[Adapter] = ()
+"""The platforms' routes. A new adapter is a module in `adapters/`, and a line here."""
 
 LOAD_S = 0.5
 """Seconds that a model which is just being loaded is waited for."""
@@ -45,6 +51,8 @@ class Application:
         training: the command that trains as a child, at the start and when asked; empty for a server that only serves.
         environ: that command's environment variables; None for this process's own.
         listener: the socket on which connections arrive, if it is known.
+        task: what the model is asked.
+        adapters: of the platforms that the server speaks to.
 
     Raises:
         SettingsError: traces cannot be sent.
@@ -58,16 +66,17 @@ class Application:
         training: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         listener: socket.socket | None = None,
+        task: Task = CLASSIFICATION,
+        adapters: Sequence[Adapter] = ADAPTERS,
     ) -> None:
         self.was_loading = False
         """Whether a model was still being loaded when all else had been closed."""
         self.drain = Drain()
-        self._settings, self._threads = settings, threads
+        self._settings, self._threads, self._task = settings, threads, task
         self._traces = Traces(settings.otel_exporter_otlp_endpoint)
         self._store = store = Store(settings.model_path)
         self.slot = slot = Slot(
-            max_queue_tokens=settings.max_queue_tokens,
-            new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours),
+            new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours)
         )
         self._feedback = Feedback(
             settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts
@@ -88,9 +97,10 @@ class Application:
         )
         self.asgi = create_app(
             settings,
-            slot,
+            Service.of(slot, self._feedback),
+            task,
             self.trainer,
-            self._feedback,
+            adapters=adapters,
             lifespan=self._lifespan,
             telemetry=self._traces.telemetry,
             drain=self.drain,
@@ -128,8 +138,14 @@ class Application:
         yield
         await asyncio.to_thread(self.close)
 
-    def _load(self, version: Version) -> Classifier:
-        return load_classifier(version, self._settings, threads=self._threads)
+    def _load(self, version: Version) -> Model:
+        model = self._task.load(version, self._settings, threads=self._threads)
+        try:
+            model.warm_up()
+        except BaseException:
+            model.close()
+            raise
+        return model
 
     def _train_first(self, trainer: Trainer) -> None:
         """Train at the start, which finds out by itself what is to be done; without a model a failure is the end."""
@@ -178,5 +194,5 @@ def _drifted(slot: Slot) -> str | None:
     """What has drifted, in words."""
     if slot.phase != "ready":
         return None
-    report = slot.model().monitor.report()
+    report = slot.monitor().report()
     return report.sentence if report.drifted else None

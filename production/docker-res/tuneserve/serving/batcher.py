@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tuneserve.errors import EngineError, NoModelError, OverloadedError, TimeoutExceededError, TuneserveError
-from tuneserve.serving.engine import Engine, infer
+from tuneserve.serving.engines.engine import Engine, infer
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Job:
         self.left = len(self.outcomes)
 
     @property
-    def forsaken(self) -> bool:
+    def cancelled(self) -> bool:
         """Whether nobody waits any more: the client hung up, or its time is over."""
         return self.answer.done()
 
@@ -102,12 +102,12 @@ class Batcher:
         self.tokens_per_s = FIRST_RATE
         self.dead: BaseException | None = None
         self._engine = engine
-        self._metrics = metrics
+        self.metrics = metrics
         self._max_queue_tokens = max_queue_tokens
         self._max_batch_tokens = engine.max_batch_tokens
         # What texts have in common that go well together: for an engine that does not say, their length.
         self._alike: Callable[[int], int] = getattr(engine, "alike", int)
-        self._on_death = on_death
+        self.on_death = on_death
         self._queue: deque[Item] = deque()
         self._arrived = threading.Condition()
         self._closed = False
@@ -152,7 +152,7 @@ class Batcher:
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[Outcome]] = loop.create_future()
-        timer = loop.call_later(deadline - now, _end_late, answer)
+        timer = loop.call_later(deadline - now, _end_late, answer) if deadline < math.inf else None
         tokens = sum(map(len, texts))
         job = Job([None] * len(texts), answer, now, tokens, stages)
         answer.add_done_callback(lambda _: self._settle(job, timer))
@@ -203,7 +203,7 @@ class Batcher:
         if batch:
             try:
                 prepared = self._engine.prepare([item.ids for item in batch])
-                self._metrics.batch(len(batch), sum(len(item.ids) for item in batch), prepared.places)
+                self.metrics.batch(len(batch), sum(len(item.ids) for item in batch), prepared.places)
             except Exception as error:
                 failure = error
         outcomes = self._finish(running) if running else []
@@ -227,7 +227,7 @@ class Batcher:
         except Exception as error:
             return self._in_halves(running, error)
         seconds = time.perf_counter() - self._begun
-        self._metrics.stages["infer"].observe(seconds)
+        self.metrics.stages["infer"].observe(seconds)
         rate = sum(len(item.ids) for item in running) / max(seconds, 1e-6)
         self.tokens_per_s += SMOOTHING * (rate - self.tokens_per_s)
         return outcomes
@@ -236,7 +236,7 @@ class Batcher:
         """Try again in smaller batches: memory may suffice for them, and one bad text fails alone."""
         if len(batch) == 1:
             logger.error("the engine failed on a text of %d tokens: %r", len(batch[0].ids), error)
-            self._metrics.engine_failures.inc()
+            self.metrics.engine_failures.inc()
             self._prove(error)
             return [EngineError("The engine failed on this text.")]
         if _is_out_of_memory(error):
@@ -260,7 +260,7 @@ class Batcher:
     def _checked(self, logits: Array) -> list[Outcome]:
         good = np.atleast_1d(np.isfinite(logits).all(axis=1))
         if not good.all():
-            self._metrics.not_finite.inc(int((~good).sum()))
+            self.metrics.not_finite.inc(int((~good).sum()))
             logger.error("the engine gave figures that are not numbers for %d texts", (~good).sum())
         return [
             row if fine else EngineError("The model gave a figure that is not a number.")
@@ -271,7 +271,7 @@ class Batcher:
         """The next batch; none if nothing waits and that is not to be waited for, or all is over."""
         with self._arrived:
             while True:
-                self._drop_forsaken()
+                self._drop_cancelled()
                 batch = self._choose()
                 if batch or (not self._queue and (not wait or self._closed)):
                     break
@@ -282,13 +282,13 @@ class Batcher:
         now = time.monotonic()
         for item in batch:
             if item.place == 0:
-                self._metrics.stages["queue"].observe(now - item.job.queued_at)
+                self.metrics.stages["queue"].observe(now - item.job.queued_at)
                 if item.job.stages is not None:
                     item.job.stages.taken_at = item.job.stages.taken_at or now
         return batch
 
-    def _drop_forsaken(self) -> None:
-        while self._queue and self._queue[0].job.forsaken:
+    def _drop_cancelled(self) -> None:
+        while self._queue and self._queue[0].job.cancelled:
             item = self._queue.popleft()
             self._uncount(item.job, len(item.ids))
 
@@ -297,9 +297,10 @@ class Batcher:
         job.tokens_waiting -= tokens
         self.tokens_waiting -= tokens
 
-    def _settle(self, job: Job, timer: asyncio.TimerHandle) -> None:
+    def _settle(self, job: Job, timer: asyncio.TimerHandle | None) -> None:
         """A request has its answer, or wants none any more: what of it still waits keeps nobody out."""
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         if job.tokens_waiting:
             with self._arrived:
                 self._uncount(job, job.tokens_waiting)
@@ -308,7 +309,7 @@ class Batcher:
         window: list[Item] = []
         tokens = 0
         for item in islice(self._queue, WINDOW_BATCHES * self._max_batch_tokens):
-            if item.job.forsaken:
+            if item.job.cancelled:
                 continue  # dropped when it comes to the front
             window.append(item)
             tokens += len(item.ids)
@@ -368,7 +369,7 @@ class Batcher:
             for item in lost:
                 self._uncount(item.job, len(item.ids))
         self._deliver(lost, [NoModelError("The engine has stopped.")] * len(lost))
-        self._on_death(error)
+        self.on_death(error)
 
 
 def _answer(jobs: list[Job]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, StoreError, TuneserveError
 from tuneserve.lifecycle.store import Store
-from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.model import Model
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 
@@ -30,7 +30,7 @@ class Follower:
     Args:
         store: whose champion is followed.
         slot: that it goes into.
-        load: makes a classifier of a version, which has proved itself.
+        load: makes a warm model of a version, which has proved itself.
         required: whether it is a failure now if there is nothing to answer with.
         shadowing: of challengers, looked after by the same thread.
     """
@@ -39,7 +39,7 @@ class Follower:
         self,
         store: Store,
         slot: Slot,
-        load: Callable[[Version], Classifier],
+        load: Callable[[Version], Model],
         *,
         required: Callable[[], bool] = lambda: True,
         shadowing: Shadowing | None = None,
@@ -125,8 +125,7 @@ class Follower:
         if self._slot.empty:
             self._slot.phase = "loading"
         try:
-            classifier = self._load(self._store.version(name))
-            classifier.engine.warm_up()
+            model = self._load(self._store.version(name))
         except Exception as error:  # whatever it is, the model that answers must go on
             if self._slot.empty:
                 self._slot.phase = "empty"
@@ -140,7 +139,7 @@ class Follower:
             return error
         self._refused = ""
         _set_aside()
-        self._slot.take(classifier)
+        self._slot.take(model)
         return None
 
     def _complain(self, error: StoreError) -> None:

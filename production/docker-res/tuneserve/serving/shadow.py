@@ -7,36 +7,33 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError, TuneserveError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
-from tuneserve.lifecycle.drift import Window
 from tuneserve.lifecycle.store import Store
-from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
-from tuneserve.serving.slot import Answers, ServedModel, Slot
+from tuneserve.serving.model import Answer, Answers, Model
+from tuneserve.serving.slot import Slot
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
-MAX_QUEUE_TOKENS = 100_000
 
 
 class Shadow:
     """Asks a challenger what the champion has just answered, one text at a time, and compares.
 
     Args:
-        classifier: the challenger, warm.
+        model: the challenger, warm.
         wanted: texts that it is to answer.
     """
 
-    def __init__(self, classifier: Classifier, *, wanted: int) -> None:
-        self.classifier = classifier
+    def __init__(self, model: Model, *, wanted: int) -> None:
+        self.model = model
         self._dead: BaseException | None = None
-        self._model = ServedModel(  # what it answers is nobody's answer: it has figures of its own
-            classifier, Metrics(), Window(), max_queue_tokens=MAX_QUEUE_TOKENS, on_death=self._die
-        )
+        model.attach(Metrics(), self._die)  # what it answers is nobody's answer, and counted apart
         self._wanted = wanted
         self._agreed: list[bool] = []
         self._ms: list[tuple[float, float]] = []
@@ -49,31 +46,27 @@ class Shadow:
         """Whether it has answered enough."""
         return self._dead is not None or len(self._agreed) + self._failures >= self._wanted
 
-    def close(self) -> None:
-        """Ask it nothing more."""
-        self._model.batcher.close()
-
-    def copy(self, texts: Sequence[str], answers: Answers, seconds: float) -> None:
-        """Pass on one text of a request that took so long; while one is asked, others go by: users come first."""
+    def copy(self, inputs: Sequence[Any], answers: Answers, seconds: float) -> None:
+        """Pass on one input of a request that took so long; while one is asked, others go by: users come first."""
         answer = answers[0]
-        if self.done or not isinstance(answer, Prediction) or not self._asking.acquire(blocking=False):
+        if self.done or not isinstance(answer, Answer) or not self._asking.acquire(blocking=False):
             return
-        task = asyncio.ensure_future(self._ask(texts[0], answer.label, seconds if len(texts) == 1 else None))
+        task = asyncio.ensure_future(self._ask(inputs[0], answer, seconds if len(inputs) == 1 else None))
         self._tasks.add(task)  # asyncio itself keeps none
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, text: str, label: str, champion_s: float | None) -> None:
+    async def _ask(self, asked: Any, champions: Answer, champion_s: float | None) -> None:
         began = time.perf_counter()
         try:
-            [answer] = await self._model.predict([text], timeout_s=TIMEOUT_S)
+            [answer] = await self.model.answer([asked], deadline=time.monotonic() + TIMEOUT_S)
             if isinstance(answer, TuneserveError):
                 raise answer
-            self._agreed.append(answer.label == label)
+            self._agreed.append(answer.agrees_with(champions))
             if champion_s is not None:
                 self._ms.append((1000 * champion_s, 1000 * (time.perf_counter() - began)))
         except TuneserveError as error:
             self._failures += 1
-            logger.warning("the challenger %s failed: %s", self.classifier.version.id, error)
+            logger.warning("the challenger %s failed: %s", self.model.id, error)
         finally:
             self._asking.release()
 
@@ -115,7 +108,7 @@ class Shadowing:
     Args:
         store: whose challenger is followed.
         slot: whose traffic is copied.
-        load: makes a classifier of a version, which has proved itself.
+        load: makes a warm model of a version, which has proved itself.
         wanted: texts that a challenger is to answer; 0 if this server shadows none.
     """
 
@@ -123,7 +116,7 @@ class Shadowing:
         self,
         store: Store,
         slot: Slot,
-        load: Callable[[Version], Classifier],
+        load: Callable[[Version], Model],
         *,
         wanted: int,
     ) -> None:
@@ -137,8 +130,8 @@ class Shadowing:
             return
         try:
             name = self._store.challenger_id()
-            if self._shadow is not None and (self._shadow.done or name != self._shadow.classifier.version.id):
-                self._conclude(self._shadow, wanted=name == self._shadow.classifier.version.id)
+            if self._shadow is not None and (self._shadow.done or name != self._shadow.model.id):
+                self._conclude(self._shadow, wanted=name == self._shadow.model.id)
             elif self._shadow is None and name is not None:
                 self._begin(self._store.version(name))
         except StoreError as error:
@@ -152,29 +145,31 @@ class Shadowing:
 
     def _begin(self, version: Version) -> None:
         try:
-            classifier = self._load(version)
-            classifier.engine.warm_up()
+            model = self._load(version)
         except Exception as error:
             raise StoreError(f"version {version.id} cannot be loaded: {error}") from error
-        self._shadow = Shadow(classifier, wanted=self._wanted)
+        self._shadow = Shadow(model, wanted=self._wanted)
         self._slot.shadow = self._shadow.copy
         logger.info("version %s answers %d texts in the champion's shadow", version.id, self._wanted)
 
     def _conclude(self, shadow: Shadow, *, wanted: bool) -> None:
-        self._drop()
         if not wanted:
+            self._drop()
             return  # people have decided otherwise meanwhile
-        version = shadow.classifier.version
+        version = self._store.version(shadow.model.id)
         decision = shadow.judged(read_decision(version) or Decision.unknown(version.id))
         write_decision(version, decision)
         if decision.stands:
-            self._slot.take(shadow.classifier)
+            self._slot.shadow = self._shadow = None
+            self._slot.take(shadow.model)
             self._store.set_champion(version)
+        else:
+            self._drop()
         self._store.set_challenger(None)
         logger.info("version %s is %s: %s", version.id, decision.verdict, decision.sentence)
 
     def _drop(self) -> None:
         self._slot.shadow = None
         if self._shadow is not None:
-            self._shadow.close()
+            self._shadow.model.close()
             self._shadow = None

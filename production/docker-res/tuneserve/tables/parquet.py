@@ -99,14 +99,8 @@ class Parquet:
 
     def write(self, chunk: Chunk, columns: Sequence[str], answers: Sequence[Answer]) -> bytes:
         """See `Format`."""
-        rows = chunk.rows
-        for field, name in answer_names(columns).items():
-            values = [getattr(answer, field) for answer in answers]
-            if field == "scores":
-                values = [None if scores is None else list(scores.items()) for scores in values]
-            rows = rows.append_column(name, pa.array(values, ANSWER_TYPES[field]))
         content = io.BytesIO()
-        pq.write_table(rows, content)
+        pq.write_table(append_answers(chunk.rows, columns, answers), content)
         return content.getvalue()
 
     def join(self, parts: Iterable[bytes], columns: Sequence[str], file: BinaryIO) -> None:
@@ -120,6 +114,16 @@ class Parquet:
                     held = []
                 held.append(table)
             writer.write_table(pa.concat_tables(held))
+
+
+def append_answers(rows: pa.Table, columns: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
+    """The rows with their answers in columns behind the others; `columns` are all that the input has."""
+    for field, name in answer_names(columns).items():
+        values = [getattr(answer, field) for answer in answers]
+        if field == "scores":
+            values = [None if scores is None else list(scores.items()) for scores in values]
+        rows = rows.append_column(name, pa.array(values, ANSWER_TYPES[field]))
+    return rows
 
 
 def _class_names(schema: pa.Schema, name: str) -> list[str] | None:

@@ -1,7 +1,7 @@
 """The front of the HTTP application: what every request passes, whoever answers it.
 
 Pure ASGI around the FastAPI application: id, API key, backpressure, the body within its bounds, cancellation when the
-client disconnects, metrics and access log. Requests to the engine's routes are handed to their handlers from a table,
+client disconnects, metrics and access log. Requests to the model's routes are handed to their handlers from a table,
 without FastAPI's routing, which costs as much as the rest of a small request; without the table FastAPI finds the same
 handlers.
 """
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
-from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,20 +27,12 @@ from tuneserve.errors import (
     TuneserveError,
     UnauthorizedError,
 )
-from tuneserve.serving.backpressure import Backoff, Backpressure
-from tuneserve.serving.problems import problem, unforeseen
-from tuneserve.serving.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
+from tuneserve.serving.http.backoff import Backoff
+from tuneserve.serving.http.problems import problem, unforeseen
+from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
-
-ENGINE_PATHS = {
-    "/inference": "/inference",
-    "/inference/": "/inference",
-    "/inference/batch": "/inference/batch",
-    "/inference/batch/": "/inference/batch",
-}
-"""The paths that the engine answers, and the route of each."""
 
 OPEN_PATHS = frozenset(
     {"/", "/livez", "/readyz", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
@@ -86,8 +77,9 @@ class Front:
 
     Args:
         app: what answers requests that `handlers` does not.
-        handlers: path → handler of the engine's routes, POST alone.
-        backpressure: asked before a body is read, on the engine's routes.
+        model_paths: that the model answers, by POST.
+        handlers: path → handler of those that FastAPI need not be asked for.
+        room: asked before their bodies are read: why the model could not answer soon, or None.
         backoff: of the event loop, after refusals.
         request_log: told of every answer.
         drain: tells when the server shuts down.
@@ -101,8 +93,9 @@ class Front:
         self,
         app: ASGIApp,
         *,
+        model_paths: frozenset[str],
         handlers: Mapping[str, Handler],
-        backpressure: Backpressure,
+        room: Callable[[], OverloadedError | None],
         backoff: Backoff,
         request_log: RequestLog,
         drain: Drain,
@@ -112,7 +105,7 @@ class Front:
         timeout_s: float,
     ) -> None:
         self.app = app
-        self._handlers, self._backpressure, self._backoff = handlers, backpressure, backoff
+        self._model_paths, self._handlers, self._room, self._backoff = model_paths, handlers, room, backoff
         self._request_log, self._drain = request_log, drain
         self._key, self._open_paths = key, open_paths
         self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
@@ -146,7 +139,7 @@ class Front:
                 await response(scope, receive, respond)
         except ClientGoneError:
             pass
-        except (TuneserveError, RequestValidationError) as error:
+        except TuneserveError as error:
             close = isinstance(error, ENDING) or _expects_continue(scope["headers"])
             await problem(error, close=close)(scope, receive, respond)
         except asyncio.CancelledError:
@@ -159,7 +152,9 @@ class Front:
                 await answer(scope, receive, respond)
         finally:
             # Only routes that exist become labels: paths are the client's to invent.
-            found = ENGINE_PATHS.get(scope["path"]) or getattr(scope.get("route"), "path", None) or NO_ROUTE
+            found = scope["path"]
+            if found not in self._model_paths:
+                found = getattr(scope.get("route"), "path", NO_ROUTE)
             status = status or scope["state"].get("status", ClientGoneError.status)
             self._request_log.note(
                 found.rstrip("/") or "/", status, time.perf_counter() - began, scope["state"]["request_id"]
@@ -170,13 +165,12 @@ class Front:
 
         Raises:
             TuneserveError: there is none, for a reason that the client is told.
-            RequestValidationError: the request is not as it should be.
         """
         path, headers = scope["path"], scope["headers"]
         if self._key and path not in self._open_paths and not has_key(headers, self._key):
             return problem(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
-        is_engines = path in ENGINE_PATHS and scope["method"] == "POST"
-        if is_engines and (refused := self._backpressure.refusal()) is not None:
+        is_models = path in self._model_paths and scope["method"] == "POST"
+        if is_models and (refused := self._room()) is not None:
             self._backoff.request()
             return _refusal(str(refused), refused.retry_after_s, _expects_continue(headers))
         held = [await self._read_body(headers, receive)]
@@ -184,7 +178,7 @@ class Front:
         async def replay() -> Message:
             return {"type": "http.request", "body": held.pop(), "more_body": False} if held else await receive()
 
-        if not is_engines:
+        if not is_models:
             await self.app(scope, replay, send)
             return None
         if (handler := self._handlers.get(path)) is None:

@@ -21,9 +21,9 @@ from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.application import Application, prepare
-from tuneserve.serving.front import Drain
-from tuneserve.serving.protocol import Protocol
-from tuneserve.serving.request_log import RequestLog
+from tuneserve.serving.http.front import Drain
+from tuneserve.serving.http.protocol import Protocol
+from tuneserve.serving.http.request_log import RequestLog
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)

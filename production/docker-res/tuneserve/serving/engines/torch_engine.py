@@ -15,11 +15,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
+from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
 from tuneserve.hardware import choose_device, choose_precision
 from tuneserve.network.attention import upload
 from tuneserve.network.forward import Packed, Padded, Texts, cast, choose_forward, probe
 from tuneserve.network.graph import Prepared
+from tuneserve.serving.engines.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, is_on_gpu
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -161,3 +163,17 @@ def _that_runs(forward: Packed | Padded) -> Packed | Padded:
         forward.remove()
         return Padded(forward.model)
     return forward
+
+
+def load(version: Version, settings: Settings, *, threads: int) -> TorchEngine:
+    """The engine of a version; see `TorchEngine` for what it raises."""
+    on_gpu = is_on_gpu(settings)
+    engine = TorchEngine(
+        version.folder,
+        settings,
+        threads=threads,
+        max_tokens=version.metadata["settings"]["num_max_positions"],
+        max_batch_tokens=settings.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
+    )
+    logger.info("engine: torch on the %s, %s", "GPU" if on_gpu else "CPU", engine.description)
+    return engine

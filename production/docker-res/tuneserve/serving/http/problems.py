@@ -6,24 +6,22 @@ import traceback
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
-from tuneserve.errors import OverloadedError, TuneserveError, UnauthorizedError
+from tuneserve.errors import MAX_FAULTS, InvalidInputError, OverloadedError, TuneserveError, UnauthorizedError
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
 """Seconds after which a server without a model, or another than the one that ends, may be asked."""
 
-SHOWN_PROBLEMS = 20
-"""Most problems that a 422 lists."""
-
 
 def problem(error: TuneserveError | RequestValidationError, *, close: bool = False) -> Response:
     """What a client is told of an error; `close` ends the connection behind it."""
-    if isinstance(error, RequestValidationError):
-        # What was sent is left out: it may be private, and large.
-        shown = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()[:SHOWN_PROBLEMS]]
-        return JSONResponse({"detail": shown}, status_code=422)
     headers = {"Connection": "close"} if close else {}
+    if isinstance(error, RequestValidationError | InvalidInputError):
+        faults = error.faults if isinstance(error, InvalidInputError) else error.errors()
+        # What was sent is left out: it may be private, and large.
+        shown = [{key: item[key] for key in ("loc", "msg", "type")} for item in faults[:MAX_FAULTS]]
+        return JSONResponse({"detail": shown}, status_code=422, headers=headers)
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(error.retry_after_s)
     elif error.status == 503:

@@ -12,8 +12,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tuneserve.errors import HeadersTooLargeError, InvalidRequestError, TuneserveError
-from tuneserve.serving.problems import problem
-from tuneserve.serving.request_log import NO_ROUTE, REQUEST_ID, RequestLog, request_id_of
+from tuneserve.serving.http.problems import problem
+from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, RequestLog, request_id_of
 
 HEAD_BYTES = 64 << 10
 """Most that is read of a request without any of its body: its headers, or what follows a body in chunks."""

@@ -1,0 +1,51 @@
+"""A model as a function of tables, for notebooks, and for Ray, Spark and others that spread it over machines."""
+
+import os
+from typing import Any
+
+import pyarrow as pa
+
+from tuneserve import load
+from tuneserve.errors import DataError
+from tuneserve.scoring.job import answer
+from tuneserve.serving.model import Model
+from tuneserve.tables.columns import find_columns
+from tuneserve.tables.parquet import append_answers
+
+
+class Scorer:
+    """Puts the answers of one version behind the rows of a table, in the columns that `predict` writes.
+
+    It can be pickled: what travels is how to load the model, which each process does when it scores its first table.
+
+    Args:
+        folder: a store, of which the champion answers, or the folder of one version; read where the scoring is done.
+        text_column: that holds the texts; empty to find it as `predict` does.
+        settings: as `tuneserve.load` takes them.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, text_column: str = "", **settings: object) -> None:
+        self.folder, self.text_column, self.settings = os.fspath(folder), text_column, settings
+        self._model: Model | None = None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The rows with their answers; a row that cannot be answered has an error and no label.
+
+        Raises:
+            DataError: the table does not say which column holds the text.
+            TuneserveError: the model cannot be loaded; see `tuneserve.load`.
+        """
+        if self._model is None:
+            self._model = load(self.folder, **self.settings)
+        texts = table.column(self._find_text(table.column_names)).to_pylist()
+        return append_answers(table, table.column_names, answer(texts, self._model.predict, self._model.id))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def _find_text(self, columns: list[str]) -> str:
+        text, _ = find_columns(columns, text=self.text_column)
+        text = text or (columns[0] if len(columns) == 1 else "")
+        if text not in columns:
+            raise DataError(f"The table does not say which column holds the text; it has {', '.join(columns)}.")
+        return text

@@ -1,0 +1,1 @@
+"""What computes: one engine a module, and a line in `choice.py`."""

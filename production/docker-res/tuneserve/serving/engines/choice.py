@@ -1,0 +1,41 @@
+"""The engines, in the order in which they are tried. A new one is a module in this folder, and a line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tuneserve.artifact import GOLDEN, GOLDEN_INT8, Version
+from tuneserve.serving.engines.engine import Engine
+from tuneserve.serving.engines.openvino import load_graph_engine, load_int8_engine
+from tuneserve.settings import Settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine that may serve a version.
+
+    `load(version, settings, threads=...)` makes it, or None where it is not for this machine, version or setting.
+    It is held to the golden answers in the file `golden`. One that is `optional` gives way to the next if it fails.
+    """
+
+    load: Callable[..., Engine | None]
+    golden: str = GOLDEN
+    optional: bool = False
+
+
+def load_torch_engine(version: Version, settings: Settings, *, threads: int) -> Engine:
+    """Torch, which runs every version everywhere, and is not loaded where another engine does.
+
+    Raises:
+        StoreError: the version's files are damaged.
+        DeviceError: the device asked for cannot be had.
+    """
+    from tuneserve.serving.engines.torch_engine import load
+
+    return load(version, settings, threads=threads)
+
+
+ENGINES = [
+    Choice(load_int8_engine, golden=GOLDEN_INT8, optional=True),
+    Choice(load_graph_engine),
+    Choice(load_torch_engine),
+]

@@ -1,0 +1,131 @@
+"""The HTTP application: the front, and behind it the routes over a service."""
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi.telemetry import TelemetryConfig
+from starlette.types import Lifespan
+
+import tuneserve
+from tuneserve.errors import TuneserveError
+from tuneserve.lifecycle.trainer import Trainer
+from tuneserve.serving.http.backoff import Backoff
+from tuneserve.serving.http.front import OPEN_PATHS, Drain, Front
+from tuneserve.serving.http.problems import problem
+from tuneserve.serving.http.request_log import RequestLog
+from tuneserve.serving.http.routes import (
+    INFERENCE,
+    NO_MODEL,
+    Direct,
+    drift_routes,
+    feedback_routes,
+    inference_routes,
+    model_routes,
+    operations_routes,
+    training_routes,
+)
+from tuneserve.serving.http.schemas import Problem, Problems
+from tuneserve.serving.http.traces import SILENT
+from tuneserve.serving.service import Service
+from tuneserve.settings import Settings
+from tuneserve.tasks.task import Task
+
+Adapter = Callable[[Service], APIRouter]
+"""A platform's routes over the service."""
+
+KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+"""How the API's description says what a key is shown in."""
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "The API key is not there or not right, where one is wanted."},
+    408: {"model": Problem, "description": "The body did not come in time."},
+    413: {"model": Problem, "description": "The request is larger than this server takes."},
+    422: {"model": Problems, "description": "The request is not as it should be; each fault is named."},
+    429: {"model": Problem, "description": "Too much waits; Retry-After says for how long."},
+    500: {"model": Problem, "description": "Something went wrong inside, or the model gave no number."},
+    503: NO_MODEL,
+    504: {"model": Problem, "description": "There was no answer in time."},
+}
+
+
+def create_app(
+    settings: Settings,
+    service: Service,
+    task: Task,
+    trainer: Trainer | None = None,
+    *,
+    adapters: Sequence[Adapter] = (),
+    lifespan: Lifespan[FastAPI] | None = None,
+    telemetry: TelemetryConfig = SILENT,
+    drain: Drain | None = None,
+    listener: socket.socket | None = None,
+) -> FastAPI:
+    """The ASGI application; it loads no model.
+
+    Args:
+        settings: of the server.
+        service: that answers.
+        task: whose routes there are.
+        trainer: that `POST /retrain` asks; None for a server that only serves.
+        adapters: of the platforms that this server speaks to.
+        lifespan: of the application.
+        telemetry: FastAPI's, which makes the spans of requests.
+        drain: told when the server shuts down.
+        listener: the socket on which connections arrive, if it is known.
+    """
+    key = settings.api_key.get_secret_value().encode()
+    app = FastAPI(
+        title="tuneserve",
+        version=tuneserve.__version__,
+        summary="A text classifier, fine-tuned and served by one container.",
+        lifespan=lifespan,
+        telemetry=telemetry,
+    )
+    routers = [
+        inference_routes(service, task, timeout_s=settings.request_timeout_s, responses=PROBLEMS),
+        *(adapter(service) for adapter in adapters),
+        model_routes(service),
+        drift_routes(service),
+    ]
+    if service.feedback is not None:
+        routers.append(feedback_routes(service))
+    if trainer is not None:
+        routers.append(training_routes(trainer, keyed=bool(key)))
+    for router in routers:
+        app.include_router(router, dependencies=KEYS)
+    app.include_router(operations_routes(service, trainer))
+    models = [
+        route
+        for router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute) and INFERENCE in route.tags
+    ]
+    app.add_middleware(
+        Front,
+        model_paths=frozenset(route.path for route in models),
+        # FastAPI's router names the spans, so where there are some it is FastAPI that finds the handlers.
+        handlers={one.path: one.endpoint for one in models if isinstance(one, Direct)} if telemetry == SILENT else {},
+        room=service.room,
+        backoff=Backoff(service.drain_s, listener),
+        request_log=RequestLog(service.metrics, logs=settings.access_log),
+        drain=drain or Drain(),
+        key=key,
+        open_paths=OPEN_PATHS if settings.api_key_guards == "api" else frozenset(),
+        max_body_bytes=settings.max_body_kb * 1024,
+        timeout_s=settings.request_timeout_s,
+    )
+
+    @app.exception_handler(TuneserveError)
+    async def known(request: Request, error: TuneserveError) -> Response:
+        return problem(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return problem(error)
+
+    return app

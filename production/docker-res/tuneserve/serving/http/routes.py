@@ -1,0 +1,244 @@
+"""Every route of ours. An adapter for a platform is like one of these functions: `routes(service) -> APIRouter`."""
+
+import json
+import math
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+import tuneserve
+from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError
+from tuneserve.lifecycle.trainer import Job, Trainer
+from tuneserve.serving.http.front import Handler
+from tuneserve.serving.http.problems import RETRY_AFTER_S
+from tuneserve.serving.http.request_log import Headers
+from tuneserve.serving.http.schemas import FeedbackRequest, Problem, Readiness
+from tuneserve.serving.service import Service
+from tuneserve.tasks.task import Route, Task
+
+CSV = "text/csv; charset=utf-8"
+
+NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answer yet; see Retry-After."}
+
+INFERENCE = "inference"
+"""The tag of routes whose answers come from the model: they are refused before their body is read while it has no room,
+and dropped when the client disconnects. An adapter's routes want it too."""
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+"""Kept: `json.dumps` with options makes an encoder for each answer."""
+
+
+class Direct(APIRoute):
+    """A route whose function reads the request itself: FastAPI finds and describes it, and does nothing else."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function as it is; its dependencies only stand in the description."""
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
+def inference_routes(
+    service: Service, task: Task, *, timeout_s: float, responses: dict[int | str, dict[str, Any]]
+) -> APIRouter:
+    """What the model is asked: each of the task's routes, with and without a slash at its end."""
+    routes = APIRouter(route_class=Direct, tags=[INFERENCE])
+    for route in task.routes:
+        handler = answering(service, route, timeout_s=timeout_s)
+        schema = {"application/json": {"schema": route.request.model_json_schema()}}
+        routes.post(
+            route.path,
+            description=route.request.__doc__,
+            responses={200: {"model": route.response}, **responses},
+            openapi_extra={"requestBody": {"required": True, "content": schema}},
+        )(handler)
+        routes.post(f"{route.path}/", include_in_schema=False)(handler)
+    return routes
+
+
+def answering(service: Service, route: Route, *, timeout_s: float) -> Handler:
+    """The way from a request's body to its response."""
+
+    async def answer(request: Request) -> Response:
+        wanted = read_body(route.request, await request.body())
+        answers = await service.answer(
+            route.inputs(wanted),
+            timeout_s=wanted_s(request.scope["headers"], timeout_s),
+            request_id=request.scope["state"]["request_id"],
+        )
+        return Response(_to_json(route.content(answers)).encode(), media_type="application/json")
+
+    return answer
+
+
+def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:
+    """A body as its schema wants it.
+
+    Raises:
+        InvalidInputError: it is not so.
+    """
+    try:
+        try:
+            return schema.model_validate_json(body)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                raise
+            return schema.model_validate(_lenient(body, error))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        raise InvalidInputError(*((("body", *one["loc"]), one["msg"], one["type"]) for one in found)) from None
+
+
+def _lenient(body: bytes, error: ValidationError) -> Any:
+    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise error from None
+
+
+def wanted_s(headers: Headers, timeout_s: float) -> float:
+    """Seconds that a request may take: the client may ask for less than the server allows.
+
+    Raises:
+        InvalidInputError: it asks for what is no number of seconds.
+    """
+    asked = next((value for name, value in headers if name == b"x-request-timeout-s"), b"")
+    if not asked:
+        return timeout_s
+    try:
+        seconds = float(asked) if b"_" not in asked else math.nan  # Python's own way to write figures
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidInputError((("header", "X-Request-Timeout-S"), "should be seconds above 0", "value_error"))
+    return min(seconds, timeout_s)
+
+
+def feedback_routes(service: Service) -> APIRouter:
+    """By which people say what was right; the work is done on threads, since it waits for the disk."""
+    routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem}})
+
+    @routes.post("/feedback", responses={404: {"model": Problem}})
+    async def give(wanted: FeedbackRequest) -> dict[str, bool]:
+        """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before."""
+        labels = service.model().labels
+        if wanted.label not in labels:
+            words = f"should be one of the model's labels: {', '.join(labels[:50])}"
+            raise InvalidInputError((("body", "label"), words, "value_error"))
+        stored = await service.label(
+            wanted.label, text=wanted.text, request_id=wanted.request_id or "", index=wanted.index
+        )
+        return {"stored": stored}
+
+    @routes.get("/feedback")
+    def summary() -> dict[str, Any]:
+        """How many labels there are, and the accuracy of the version that answers on the newest of them."""
+        return service.labels_kept()
+
+    return routes
+
+
+def drift_routes(service: Service) -> APIRouter:
+    """Whether the texts that are served are still like those the model was tested on."""
+    routes = APIRouter(tags=["drift"], responses={503: NO_MODEL})
+
+    @routes.get("/drift")
+    def drift() -> dict[str, Any]:
+        """Each figure with its threshold and what it means, of the last texts answered; a few seconds old at most."""
+        return {"model_version": service.model().id, **asdict(service.monitor().report())}
+
+    @routes.get("/drift/window", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    def window() -> Response:
+        """The answers to the last texts as CSV, a row each, and no text."""
+        return Response(service.monitor().window_csv(), media_type=CSV)
+
+    @routes.get("/drift/reference", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    def reference() -> Response:
+        """The answers that the window is compared with, in the same columns but for the time."""
+        return Response(service.monitor().reference_csv(), media_type=CSV)
+
+    return routes
+
+
+def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
+    """Of a server that also trains; `keyed` says whether it has an API key, without which nobody may start one."""
+    routes = APIRouter(tags=["training"])
+
+    def shown(job: Job) -> dict[str, Any]:
+        running = trainer.running
+        return asdict(job) | ({"progress": trainer.progress()} if running is not None and running.id == job.id else {})
+
+    @routes.post("/retrain", status_code=202)
+    def retrain(response: Response) -> dict[str, Any]:
+        """Start a training beside the model that answers; 409 while one is running."""
+        if not keyed:
+            raise ForbiddenError("A training can only be asked for where API_KEY is set.")
+        job = trainer.start("POST /retrain")
+        response.headers["Location"] = f"/jobs/{job.id}"
+        return asdict(job)
+
+    @routes.get("/jobs")
+    def jobs() -> list[dict[str, Any]]:
+        """The trainings that this store's servers have started, newest first."""
+        return [shown(job) for job in trainer.jobs()]
+
+    @routes.get("/jobs/{name}")
+    def one_job(name: str) -> dict[str, Any]:
+        """One training: how far it is, or how it ended."""
+        job = trainer.job(name)
+        if job is None:
+            raise NotFoundError(f"There is no job {name!r}; GET /jobs lists them.")
+        return shown(job)
+
+    return routes
+
+
+def model_routes(service: Service) -> APIRouter:
+    """What the model says of itself."""
+    routes = APIRouter(tags=["model"])
+
+    @routes.get("/model", responses={503: NO_MODEL})
+    async def model() -> dict[str, Any]:
+        """The metadata of the version that answers: labels, settings, metrics, data, versions."""
+        answering = service.model()
+        return {"version": answering.id, **answering.metadata}
+
+    return routes
+
+
+def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
+    """For whoever keeps the server running."""
+    routes = APIRouter(tags=["operations"])
+
+    @routes.get("/livez")
+    async def livez(response: Response) -> dict[str, str]:
+        """Whether the process is worth keeping; 503 once the engine has died."""
+        if service.phase() == "failed":
+            response.status_code = 503
+            return {"status": "failed"}
+        return {"status": "alive"}
+
+    @routes.get("/readyz", response_model_exclude_none=True, responses={503: {"model": Readiness}})
+    async def readyz(response: Response) -> Readiness:
+        """Whether a model can answer; 503 until then, with how far the first training is."""
+        if (phase := service.phase()) != "ready":
+            response.status_code = 503
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
+            training = trainer.progress() if trainer is not None and phase == "empty" else {}
+            return Readiness.model_validate({"phase": phase, **training})
+        return Readiness(phase=phase, model_version=service.model().id)
+
+    @routes.get("/metrics")
+    def prometheus() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/", include_in_schema=False)
+    async def index() -> dict[str, str]:
+        return {"name": "tuneserve", "version": tuneserve.__version__, "docs": "/docs", "model": "/model"}
+
+    return routes

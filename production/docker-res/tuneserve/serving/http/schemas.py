@@ -1,0 +1,69 @@
+"""Requests and responses that are the same for every task, with the examples the API's documentation shows."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tuneserve.unicode import has_surrogates
+
+
+class Readiness(BaseModel):
+    """Whether a model can answer, and what is going on otherwise; during the first training, how far it is."""
+
+    phase: str
+    model_version: str | None = None
+    epoch: Annotated[int | None, Field(description="Counted from 1.")] = None
+    epochs: int | None = None
+    progress: Annotated[float | None, Field(description="Share of the optimizer's steps that are done.")] = None
+    loss: float | None = None
+    eta_s: Annotated[float | None, Field(description="Seconds that the steps left will take.")] = None
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class FeedbackRequest(BaseModel):
+    """The right label of an answer, named by its request's id, or of a text."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"request_id": "8d8ac610566d4ef09c22186b2a5ed793", "label": "negative"},
+                {"text": "We left at the interval.", "label": "negative"},
+            ]
+        }
+    )
+
+    label: Annotated[str, Field(min_length=1)]
+    request_id: Annotated[str | None, Field(max_length=128, description="The answer's X-Request-Id.")] = None
+    index: Annotated[int, Field(ge=0, lt=2**31, description="Which text of a batch, from 0.")] = 0
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> "FeedbackRequest":
+        if (self.request_id is None) == (self.text is None):
+            raise ValueError("should have either request_id or text")
+        if self.text is not None and not self.text.strip():
+            raise ValueError("the text is empty")
+        if self.text is not None and has_surrogates(self.text):
+            raise ValueError("the text holds half a surrogate pair, which is not Unicode text")
+        return self
+
+
+class Problem(BaseModel):
+    """What every error says."""
+
+    detail: str
+
+
+class Fault(BaseModel):
+    """One fault of a request: where it is, in words, and its kind."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Problems(BaseModel):
+    """What a request that is not as it should be is answered."""
+
+    detail: list[Fault]

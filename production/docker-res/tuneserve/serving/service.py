@@ -1,0 +1,163 @@
+"""The use case: every way in asks here and nothing below, so that none can forget feedback, shadow or drift."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tuneserve.errors import NotFoundError, OverloadedError
+from tuneserve.lifecycle.feedback import WRITE_EVERY_S, Feedback
+from tuneserve.serving.metrics import Metrics
+from tuneserve.serving.model import Answer, Answers, Model, wait_for
+from tuneserve.serving.monitor import Monitor
+from tuneserve.serving.slot import Phase, Slot
+
+DEFAULT = "default"
+"""The name of the model that answers where none is named."""
+
+
+class Service:
+    """Named models, each in its slot, and what happens around every answer.
+
+    Args:
+        slots: by name.
+        metrics: of the server.
+        feedback: where answers are remembered and labels kept; None for nowhere.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot], *, metrics: Metrics, feedback: Feedback | None = None) -> None:
+        self.metrics, self.feedback = metrics, feedback
+        self._slots = slots
+
+    @classmethod
+    def of(cls, slot: Slot, feedback: Feedback | None = None) -> "Service":
+        """A service with one model."""
+        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback)
+
+    async def answer(
+        self, inputs: Sequence[Any], *, timeout_s: float, request_id: str = "", name: str = DEFAULT
+    ) -> Answers:
+        """One answer or error for each input, in order.
+
+        Args:
+            inputs: as the model's task has them.
+            timeout_s: seconds that this may take.
+            request_id: by which people may correct the answers later.
+            name: of the model.
+
+        Raises:
+            NotFoundError: there is no model of this name.
+            NoModelError: it is not loaded yet, or has died.
+            OverloadedError: too much waits already.
+            TimeoutExceededError: the time is over.
+        """
+        slot = self._slot(name)
+        with slot.served() as served:
+            if refusal := served.model.room(timeout_s):
+                raise refusal
+            began = time.monotonic()
+            answers = await served.model.answer(inputs, deadline=began + timeout_s)
+        seconds = time.monotonic() - began
+        if slot.shadow is not None:
+            slot.shadow(inputs, answers, seconds)
+        for index, (asked, one) in enumerate(zip(inputs, answers, strict=True)):
+            if isinstance(one, Answer):
+                self._note(one, served.monitor)
+                if self.feedback is not None and (verdict := one.verdict) is not None:
+                    self.feedback.remember(request_id, index, one.model_version, *verdict, asked)
+        return answers
+
+    def predict(self, inputs: Sequence[Any], *, name: str = DEFAULT) -> Answers:
+        """`answer` for code that is not asynchronous, without a limit of time.
+
+        Raises:
+            TuneserveError: see `answer`.
+        """
+        return wait_for(self.answer(inputs, timeout_s=float("inf"), name=name))
+
+    def room(self, name: str = DEFAULT) -> OverloadedError | None:
+        """Why a request could not be answered soon; None if it may come in, or if there is no model to wait for."""
+        served = self._slot(name).ready
+        return served.model.room() if served is not None else None
+
+    def drain_s(self, name: str = DEFAULT) -> float:
+        """Seconds until nothing waits any more, by the measured rate."""
+        served = self._slot(name).ready
+        return served.model.drain_s if served is not None else 0.0
+
+    def phase(self, name: str = DEFAULT) -> Phase:
+        """Whether the model is there: empty, loading, ready or failed."""
+        return self._slot(name).phase
+
+    def model(self, name: str = DEFAULT) -> Model:
+        """The model that answers, to look at.
+
+        Raises:
+            NoModelError: there is none yet, or it has died.
+        """
+        return self._slot(name).model()
+
+    def monitor(self, name: str = DEFAULT) -> Monitor:
+        """What the model that answers has answered lately.
+
+        Raises:
+            NoModelError: there is none yet, or it has died.
+        """
+        return self._slot(name).monitor()
+
+    async def label(self, label: str, *, text: str | None = None, request_id: str = "", index: int = 0) -> bool:
+        """Keep the right label of a text, or of a request's answer; False if just that was said before.
+
+        Raises:
+            NotFoundError: no such answer is remembered.
+            UnavailableError: it cannot be written.
+        """
+        if self.feedback is None:
+            raise NotFoundError("This server keeps no labels.")
+        if text is not None:
+            return await asyncio.to_thread(self.feedback.label_text, text, label)
+        try:
+            return await asyncio.to_thread(self.feedback.label_answer, request_id, index, label)
+        except NotFoundError:
+            await asyncio.sleep(2 * WRITE_EVERY_S)  # perhaps another server of this store is about to write it
+            return await asyncio.to_thread(self.feedback.label_answer, request_id, index, label)
+
+    def labels_kept(self) -> dict[str, Any]:
+        """How many labels there are, and the accuracy of the model that answers on the newest of them.
+
+        Raises:
+            NoModelError: no model answers.
+            UnavailableError: they cannot be read.
+        """
+        if self.feedback is None:
+            raise NotFoundError("This server keeps no labels.")
+        accuracy = self.feedback.accuracy(self.model().id)
+        return {**self.feedback.counts(), "accuracy": asdict(accuracy) if accuracy is not None else None}
+
+    def render_metrics(self) -> bytes:
+        """All figures in Prometheus' text format. It takes milliseconds: not for the event loop."""
+        self.metrics.model.clear()
+        if (served := self._slot(DEFAULT).ready) is not None:
+            model = served.model
+            self.metrics.model.labels(model.id).set(1)
+            self.metrics.queue_tokens.set(model.queue_tokens)
+            self.metrics.show_drift(served.monitor.report())
+            if self.feedback is not None:
+                self.metrics.show_feedback(self.feedback, model.id)
+        return self.metrics.render()
+
+    def _slot(self, name: str) -> Slot:
+        try:
+            return self._slots[name]
+        except KeyError:
+            raise NotFoundError(f"There is no model {name!r} here.") from None
+
+    def _note(self, answer: Answer, monitor: Monitor) -> None:
+        self.metrics.texts.inc()
+        if answer.verdict is not None:
+            self.metrics.labels.labels(answer.verdict[0]).inc()
+        if answer.truncated_input:
+            self.metrics.truncated.inc()
+        if answer.observation is not None:
+            monitor.observe(answer.observation)

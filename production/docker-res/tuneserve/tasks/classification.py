@@ -1,0 +1,119 @@
+"""text-classification: a text in, a label and the probability of each label out. What is trained here serves it."""
+
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from tuneserve.errors import MAX_FAULTS, InvalidInputError
+from tuneserve.serving.model import Answers
+from tuneserve.tasks.classifier import Prediction, load_classifier
+from tuneserve.tasks.task import Route, Task, only
+
+
+def _string(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return value
+
+
+Text = Annotated[str, PlainValidator(_string), WithJsonSchema({"type": "string"})]
+"""Any string, half a surrogate pair included: that is one text's fault and not its request's."""
+
+
+class InferenceRequest(BaseModel):
+    """One text."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "A warm film, and never a dull one."}]})
+
+    text: Text
+
+
+class BatchRequest(BaseModel):
+    """Several texts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"texts": ["Worth every minute.", "We left at the interval."]}]}
+    )
+
+    texts: Annotated[list[Annotated[Any, WithJsonSchema({"type": "string"})]], Field(min_length=1)]
+    """Strings, which `_texts` sees to: pydantic would describe each of a million faults."""
+
+
+class PredictionResponse(BaseModel):
+    """The answer to one text."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "label": "positive",
+                    "scores": {"negative": 0.02, "positive": 0.98},
+                    "tokens": 12,
+                    "truncated": False,
+                    "model_version": "20260102T030405Z-0a1b2c3d",
+                }
+            ]
+        },
+    )
+
+    label: Annotated[str, Field(description="The likeliest label.")]
+    scores: Annotated[dict[str, float], Field(description="Probability of each label; they sum to 1.")]
+    tokens: Annotated[int, Field(description="Tokens that were read, special ones included.")]
+    truncated: Annotated[bool, Field(description="Whether the text was longer than what was read.")]
+    model_version: Annotated[str, Field(description="The version that answered.")]
+
+
+class FailedText(BaseModel):
+    """What stands in a batch for a text that could not be classified."""
+
+    error: Annotated[str, Field(description="Why.")]
+
+
+class BatchResponse(BaseModel):
+    """The answers, in the order of the texts."""
+
+    predictions: list[PredictionResponse | FailedText]
+
+
+def _texts(request: BatchRequest) -> list[str]:
+    faults = (index for index, text in enumerate(request.texts) if not isinstance(text, str))
+    if listed := list(islice(faults, MAX_FAULTS)):
+        raise InvalidInputError(
+            *((("body", "texts", index), "Input should be a valid string", "string_type") for index in listed)
+        )
+    return request.texts
+
+
+def _shown(answer: Any) -> dict[str, Any]:
+    if not isinstance(answer, Prediction):
+        return {"error": str(answer)}
+    return {
+        "label": answer.label,
+        "scores": answer.scores,
+        "tokens": answer.tokens,
+        "truncated": answer.truncated,
+        "model_version": answer.model_version,
+    }
+
+
+def _batch(answers: Answers) -> dict[str, Any]:
+    return {"predictions": [_shown(one) for one in answers]}
+
+
+CLASSIFICATION = Task(
+    "text-classification",
+    routes=[
+        Route(
+            "/inference",
+            InferenceRequest,
+            PredictionResponse,
+            inputs=lambda request: [request.text],
+            content=lambda answers: _shown(only(answers, "text")),
+        ),
+        Route("/inference/batch", BatchRequest, BatchResponse, inputs=_texts, content=_batch),
+    ],
+    load=load_classifier,
+)

@@ -1,0 +1,309 @@
+"""The classifier as a Model: texts to token ids, these through the queue and the engine, logits to predictions."""
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from opentelemetry import trace
+
+from tuneserve.artifact import GOLDEN, Version, read_golden, torn_file
+from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TuneserveError
+from tuneserve.lifecycle.drift import Observation, read_reference
+from tuneserve.serving.batcher import Batcher, Outcome, Stages
+from tuneserve.serving.engines.choice import ENGINES
+from tuneserve.serving.engines.engine import Engine
+from tuneserve.serving.metrics import Metrics
+from tuneserve.serving.model import Answer, Answers, Model, wait_for
+from tuneserve.settings import Settings
+from tuneserve.text import TextEncoder, Tokens
+from tuneserve.token_budget import split_by_tokens
+from tuneserve.unicode import has_surrogates
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+GOLDEN_TOLERANCE = 0.05
+"""Largest difference of a probability between a golden answer and this engine's; bf16 shows up to 0.02."""
+
+INLINE_CHARACTERS = 4000
+"""Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
+
+CHUNK_BATCHES = 2
+"""Batches' worth of one request that are queued at a time: a large request leaves room for small ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction(Answer):
+    """The answer to one text: the likeliest label, the probability of each, and how much of the text was read."""
+
+    label: str
+    scores: dict[str, float]
+    tokens: int
+    truncated: bool
+    noted: Observation = field(repr=False, compare=False)
+
+    @property
+    def verdict(self) -> tuple[str, float]:
+        """See `Answer`."""
+        return self.label, self.scores[self.label]
+
+    @property
+    def observation(self) -> Observation:
+        """See `Answer`."""
+        return self.noted
+
+    @property
+    def truncated_input(self) -> bool:
+        """See `Answer`."""
+        return self.truncated
+
+
+class Classifier(Model):
+    """Tokenizer, queue, engine and label names of one version.
+
+    Args:
+        version: in the store.
+        engine: which belongs to the queue's thread from now on.
+        long_text: what becomes of a text that is longer than the model reads.
+        max_queue_tokens: that may wait for the engine.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        engine: Engine,
+        *,
+        long_text: Literal["truncate", "error", "window"] = "truncate",
+        max_queue_tokens: int = 32768,
+    ) -> None:
+        self.version, self.engine = version, engine
+        self.id, self.metadata, self.labels = version.id, version.metadata, version.labels
+        self._long_text = long_text
+        self._encoder = TextEncoder.from_folder(
+            version.folder,
+            max_tokens=version.metadata["settings"]["num_max_positions"],
+            windows=long_text == "window",
+        )
+        self._metrics = Metrics()
+        self.batcher = Batcher(engine, self._metrics, max_queue_tokens=max_queue_tokens)
+        try:
+            self.reference = read_reference(version)
+        except StoreError as error:
+            logger.warning("drift cannot be judged: %s", error)  # which is no reason not to answer
+        if self.reference is not None and long_text == "error":
+            self.reference = self.reference.whole_texts()
+
+    @property
+    def dead(self) -> bool:
+        """See `Model`."""
+        return self.batcher.dead is not None
+
+    @property
+    def queue_tokens(self) -> int:
+        """See `Model`."""
+        return self.batcher.tokens_waiting
+
+    @property
+    def drain_s(self) -> float:
+        """See `Model`."""
+        return self.batcher.drain_s
+
+    def room(self, wait_s: float = math.inf) -> OverloadedError | None:
+        """See `Model`."""
+        return self.batcher.refusal(wait_s)
+
+    async def answer(self, inputs: Sequence[str], *, deadline: float = math.inf) -> Answers:
+        """The prediction of each text in order, or why there is none; see `Model`."""
+        return await self._answer(inputs, deadline)
+
+    def prove(self, golden: str = GOLDEN) -> None:
+        """Ask what was stored with the model when it was saved, and compare the answers.
+
+        Raises:
+            StoreError: an answer differs: the files are damaged, or the engine computes something else.
+        """
+        stored = read_golden(self.version, golden)
+        # The stored answers are of texts that were cut.
+        found = wait_for(self._answer(stored.texts, math.inf, max_windows=1))
+        for wanted, prediction in zip(stored.scores, found, strict=True):
+            if isinstance(prediction, TextError) and self._long_text == "error":
+                continue
+            if not isinstance(prediction, Prediction):
+                raise StoreError(f"version {self.id} cannot read a golden text: {prediction}")
+            difference = max((abs(prediction.scores[label] - score) for label, score in wanted.items()), default=0.0)
+            if not difference <= GOLDEN_TOLERANCE:
+                raise StoreError(
+                    f"version {self.id} does not answer as it did when it was saved: a probability differs "
+                    f"by {difference:.3f}."
+                )
+
+    def warm_up(self) -> None:
+        """See `Model`."""
+        self.engine.warm_up()
+
+    def attach(self, metrics: Metrics, on_death: Callable[[BaseException], None]) -> None:
+        """See `Model`."""
+        self._metrics = self.batcher.metrics = metrics
+        self.batcher.on_death = on_death
+
+    def close(self) -> None:
+        """See `Model`."""
+        self.batcher.close()
+
+    def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
+        """The tokens of each text, or why it cannot be read."""
+        problems = [_problem(text) for text in texts]
+        found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
+        return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
+
+    async def _answer(self, texts: Sequence[str], deadline: float, *, max_windows: int | None = None) -> Answers:
+        """See `answer`; of each text so many windows count."""
+        span = trace.get_current_span()
+        stages = Stages() if span.is_recording() else None
+        began = time.perf_counter()
+        if sum(map(len, texts)) < INLINE_CHARACTERS:
+            readings = self.read(texts)
+        else:
+            readings = await asyncio.to_thread(self.read, texts)
+            if refusal := self.room():  # others have filled the queue meanwhile
+                raise refusal
+        tokenize_s = time.perf_counter() - began
+        self._metrics.stages["tokenize"].observe(tokenize_s)
+        windows = [one.windows[:max_windows] if isinstance(one, Tokens) else [] for one in readings]
+        ids = [window for of_text in windows for window in of_text]
+        outcomes = iter(await self._compute(ids, deadline, stages))
+        if stages is not None:
+            span.set_attributes(
+                {
+                    "tuneserve.model_version": self.id,
+                    "tuneserve.texts": len(texts),
+                    "tuneserve.tokens": sum(map(len, ids)),
+                    "tuneserve.tokenize_s": tokenize_s,
+                    "tuneserve.queue_s": max(0.0, stages.taken_at - stages.queued_at),
+                    "tuneserve.infer_s": max(0.0, stages.answered_at - stages.taken_at),
+                }
+            )
+        return [
+            self._conclude(one, [next(outcomes) for _ in of_text])
+            for one, of_text in zip(readings, windows, strict=True)
+        ]
+
+    async def _compute(self, ids: list[list[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
+        """Outcomes in order. Texts of like length go together, and few chunks of a large request wait at once."""
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        chunk_tokens = CHUNK_BATCHES * self.batcher.max_batch_tokens
+        found: dict[int, Outcome] = {}
+        waiting: deque[tuple[list[int], asyncio.Future[list[Outcome]]]] = deque()
+
+        async def collect() -> None:
+            indices, future = waiting[0]
+            found.update(zip(indices, await future, strict=True))
+            waiting.popleft()
+
+        try:
+            for chunk in split_by_tokens([len(ids[index]) for index in order], chunk_tokens):
+                texts = [ids[index] for index in order[chunk]]
+                waiting.append((order[chunk], self.batcher.submit(texts, deadline=deadline, stages=stages)))
+                if len(waiting) > 1:
+                    await collect()
+            while waiting:
+                await collect()
+        finally:
+            for _, future in waiting:
+                future.cancel()  # nobody waits any more: what has not begun is dropped
+        return [found[index] for index in range(len(ids))]
+
+    def _conclude(self, reading: Tokens | TextError, outcomes: Sequence[Outcome]) -> Prediction | TuneserveError:
+        """The answer that follows from the outcome of each of a text's windows."""
+        if isinstance(reading, TextError):
+            return reading
+        logits: list[Array] = []
+        for outcome in outcomes:
+            if isinstance(outcome, NoModelError):
+                raise NoModelError(str(outcome))  # it is no fault of this text
+            if isinstance(outcome, TuneserveError):
+                return outcome
+            logits.append(outcome)
+        return self.describe(reading, logits)
+
+    def describe(self, tokens: Tokens, logits: Sequence[Array]) -> Prediction:
+        """The prediction that follows from the logits float [labels] of each of a text's windows."""
+        # In lists: what NumPy wants for a handful of figures would be most of the work here.
+        values = _softmax(logits[0])
+        if len(logits) > 1:
+            values = [sum(column) / len(logits) for column in zip(*map(_softmax, logits), strict=True)]
+        label_id = values.index(max(values))
+        ids, unknown_id = tokens.ids, self._encoder.unknown_id
+        return Prediction(
+            label=self.labels[label_id],
+            scores=dict(zip(self.labels, values, strict=True)),
+            tokens=tokens.read,
+            truncated=tokens.truncated,
+            model_version=self.id,
+            noted=Observation(
+                label_id,
+                values[label_id],
+                len(ids),
+                ids.count(unknown_id) if unknown_id is not None else 0,
+                tokens.truncated or len(tokens.windows) > 1,
+            ),
+        )
+
+    def _fit(self, tokens: Tokens) -> Tokens | TextError:
+        if tokens.truncated and self._long_text == "error":
+            return TextError(f"the text has more than {self._encoder.max_tokens} tokens, the most this model reads")
+        return tokens
+
+
+def _problem(text: str) -> str:
+    if not text.strip():
+        return "the text is empty"
+    if has_surrogates(text):
+        return "the text holds half a surrogate pair, which is not Unicode text"
+    return ""
+
+
+def _softmax(logits: Array) -> list[float]:
+    values = logits.tolist()
+    highest = max(values)
+    odds = [math.exp(value - highest) for value in values]
+    total = sum(odds)
+    return [one / total for one in odds]
+
+
+def load_classifier(version: Version, settings: Settings, *, threads: int) -> Classifier:
+    """The version with the first engine that it can have here, after it has proved itself.
+
+    Raises:
+        StoreError: the version's files are damaged, or it does not answer as it did when it was saved.
+        DeviceError: the device asked for cannot be had.
+    """
+    if torn := torn_file(version):
+        raise StoreError(f"version {version.id} is damaged: {torn} is missing or not as large as when it was saved.")
+    for choice in ENGINES:
+        try:
+            engine = choice.load(version, settings, threads=threads)
+            if engine is not None:
+                return _proved(version, engine, settings, choice.golden)
+        except StoreError as error:
+            if not choice.optional:
+                raise
+            logger.warning("the engine that was asked for does not serve, PRECISION=auto does: %s", error)
+    raise StoreError(f"version {version.id} has no engine here.")
+
+
+def _proved(version: Version, engine: Engine, settings: Settings, golden: str) -> Classifier:
+    classifier = Classifier(version, engine, long_text=settings.long_text, max_queue_tokens=settings.max_queue_tokens)
+    try:
+        classifier.prove(golden)
+    except BaseException:
+        classifier.close()
+        raise
+    return classifier

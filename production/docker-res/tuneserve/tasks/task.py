@@ -1,0 +1,68 @@
+"""The Task seam: what a request and an answer of a kind of model look like, and how such a model is loaded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from tuneserve.artifact import Version
+from tuneserve.errors import InvalidInputError, TextError, TuneserveError
+from tuneserve.serving.model import Answer, Answers, Model
+from tuneserve.settings import Settings
+
+
+class Load(Protocol):
+    """Makes a model of a version."""
+
+    def __call__(self, version: Version, settings: Settings, *, threads: int) -> Model:
+        """The version, loaded, with CPU threads to compute with; it has proved itself.
+
+        Raises:
+            StoreError: the version's files are damaged, or it does not answer as it did when it was saved.
+            DeviceError: the device asked for cannot be had.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path under which a task is asked.
+
+    Args:
+        path: below the server's address.
+        request: the body, and how the API's description shows it.
+        response: what is answered, for the description; `content` is what makes it.
+        inputs: the model's inputs of a valid request.
+        content: the JSON of their answers; raises the error where there is none.
+    """
+
+    path: str
+    request: type[BaseModel]
+    response: type[BaseModel]
+    inputs: Callable[[Any], Sequence[Any]]
+    content: Callable[[Answers], Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of model, by Hugging Face's name for it."""
+
+    name: str
+    routes: Sequence[Route]
+    load: Load
+
+
+def only(answers: Answers, field: str) -> Answer:
+    """The answer to a request with a single input, which stood in this field.
+
+    Raises:
+        InvalidInputError: the model cannot read the input.
+        TuneserveError: there is no answer.
+    """
+    [answer] = answers
+    if isinstance(answer, TextError):
+        raise InvalidInputError((("body", field), str(answer), "value_error"))
+    if isinstance(answer, TuneserveError):
+        raise answer
+    return answer
