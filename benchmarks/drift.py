@@ -29,9 +29,9 @@ import numpy as np
 
 from tuneserve.lifecycle.drift import Answers, Reference, Window, judge, read_reference
 from tuneserve.lifecycle.store import Store
-from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
 from tuneserve.serving.monitor import Monitor
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier, Prediction, load_classifier
 from tuneserve.text import Tokens
 
 Row = tuple[str, str]

@@ -27,8 +27,8 @@ THREADS = set_threads("auto")
 import torch
 
 from tuneserve.network.forward import Padded
-from tuneserve.serving.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, infer
-from tuneserve.serving.torch_engine import TorchEngine
+from tuneserve.serving.engines.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, infer
+from tuneserve.serving.engines.torch_engine import TorchEngine
 from tuneserve.settings import Settings
 from tuneserve.text import TextEncoder
 from tuneserve.token_budget import split_by_tokens

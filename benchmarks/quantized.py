@@ -22,8 +22,8 @@ from tuneserve.hardware import set_threads
 THREADS = set_threads("auto")
 
 from tuneserve.artifact import read_version
-from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier, load_classifier
 
 SIZES = (1, 256)
 

@@ -12,9 +12,9 @@ sys.path.insert(0, str(PROJECT / "production" / "docker-res"))
 
 from tuneserve.hardware import set_threads
 from tuneserve.lifecycle.store import Store
-from tuneserve.serving.classifier import Prediction, load_classifier
 from tuneserve.settings import Settings
 from tuneserve.tables.rows import Columns
+from tuneserve.tasks.classifier import Prediction, load_classifier
 from tuneserve.training import data
 
 

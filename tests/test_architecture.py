@@ -41,6 +41,9 @@ GROUND = (
 )
 
 
+KNOW_MODELS = ("model", "service", "slot", "follower", "shadow", "monitor", "metrics")
+
+
 def imports(tree: ast.Module) -> Iterator[str]:
     """Every module that is imported anywhere in a file, also within its functions."""
     for node in ast.walk(tree):
@@ -58,21 +61,29 @@ def within(name: str, room: str) -> bool:
 
 
 def test_the_modules_are_found_and_their_imports_seen() -> None:
-    assert {f"tuneserve.{room}" for room in ("training.job", "serving.api", "lifecycle.store", *GROUND)} <= set(MODULES)
+    names = ("training.job", "serving.service", "lifecycle.store", *GROUND)
+    assert {f"tuneserve.{name}" for name in names} <= set(MODULES)
     assert set(ENTRIES) == {"run", "app"}
-    assert {"tuneserve.training.job", "tuneserve.serving.server"} <= set(imports(ENTRIES["run"]))  # in functions
+    assert {"tuneserve.training.job", "tuneserve.serving.http.server"} <= set(imports(ENTRIES["run"]))  # in functions
     assert "tuneserve.training.checks" in set(imports(MODULES["tuneserve.training.job"]))
 
 
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("training", ["serving", "scoring"]),
-        ("serving", ["training", "scoring"]),
-        ("scoring", ["training"]),
-        ("lifecycle", ["training", "serving", "scoring", "tables"]),
-        ("tables", ["training", "serving", "scoring", "lifecycle"]),
-        *[(room, ["training", "serving", "scoring", "lifecycle", "tables"]) for room in GROUND],
+        ("training", ["serving", "scoring", "tasks"]),
+        ("serving", ["training", "scoring", "adapters"]),
+        ("tasks", ["training", "scoring", "serving.http", "adapters"]),
+        ("scoring", ["training", "serving.http", "adapters"]),
+        ("lifecycle", ["training", "serving", "scoring", "tables", "tasks"]),
+        ("tables", ["training", "serving", "scoring", "lifecycle", "tasks"]),
+        *[(room, ["training", "serving", "scoring", "lifecycle", "tables", "tasks"]) for room in GROUND],
+        # The seams: what looks after a model knows no task's own, and what speaks HTTP knows the service alone.
+        *[(f"serving.{one}", ["tasks", "serving.engines"]) for one in KNOW_MODELS],
+        (
+            "serving.http",
+            ["tasks.classifier", "tasks.classification", "serving.slot", "serving.batcher", "serving.engines"],
+        ),
         ("errors", [""]),
     ],
 )
@@ -165,7 +176,7 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
     }
     apart = {name for name in of_torch if not within(name, "training")}
     fast = {"tuneserve.network.attention", "tuneserve.network.forward", "tuneserve.network.optimizer"}
-    assert apart == {*fast, "tuneserve.serving.torch_engine"}
+    assert apart == {*fast, "tuneserve.serving.engines.torch_engine"}
     askers = {
         (name, other)
         for name, tree in MODULES.items()
@@ -175,11 +186,13 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
     assert askers == {
         ("tuneserve.network.forward", "tuneserve.network.attention"),
         ("tuneserve.network.optimizer", "tuneserve.network.forward"),
-        ("tuneserve.serving.torch_engine", "tuneserve.network.attention"),
-        ("tuneserve.serving.torch_engine", "tuneserve.network.forward"),
-        ("tuneserve.serving.engine", "tuneserve.serving.torch_engine"),
+        ("tuneserve.serving.engines.torch_engine", "tuneserve.network.attention"),
+        ("tuneserve.serving.engines.torch_engine", "tuneserve.network.forward"),
+        ("tuneserve.serving.engines.choice", "tuneserve.serving.engines.torch_engine"),
     }
-    assert "tuneserve.serving.torch_engine" not in set(imports_of_its_own(MODULES["tuneserve.serving.engine"]))
+    assert "tuneserve.serving.engines.torch_engine" not in set(
+        imports_of_its_own(MODULES["tuneserve.serving.engines.choice"])
+    )
 
 
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow"}
@@ -209,9 +222,9 @@ def test_what_both_wings_stand_on_loads_neither_torch_nor_numpy(python: Python) 
 
 
 def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(python: Python) -> None:
-    rooms = ("serving", "scoring", "tables")
+    rooms = ("serving", "scoring", "tables", "tasks")
     modules = [name for name in MODULES if any(within(name, room) for room in rooms)]
-    modules.remove("tuneserve.serving.torch_engine")
+    modules.remove("tuneserve.serving.engines.torch_engine")
     assert len(modules) > 5
     found = loaded(python, *modules, "app")
     assert "fastapi" in found
@@ -219,7 +232,7 @@ def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(pyth
 
 
 def test_the_server_does_not_load_what_reads_files(python: Python) -> None:
-    assert not loaded(python, "tuneserve.serving.server", "app") & (HEAVY | {"fsspec", "tqdm"})
+    assert not loaded(python, "tuneserve.serving.http.server", "app") & (HEAVY | {"fsspec", "tqdm"})
 
 
 def test_an_import_does_nothing(python: Python, tmp_path: Path) -> None:

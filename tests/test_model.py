@@ -17,7 +17,7 @@ import json, sys
 from tuneserve import load
 model = load(sys.argv[1])
 answers = model.predict(["a great film", " ", "awful food"])
-print(json.dumps([model.version, model.labels, [getattr(one, "label", str(one)) for one in answers]]))
+print(json.dumps([model.id, model.labels, [getattr(one, "label", str(one)) for one in answers]]))
 print("torch" in sys.modules, file=sys.stderr)
 """
 

@@ -10,19 +10,23 @@ from functools import partial
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
-from tuneserve.serving.api import create_app
 from tuneserve.serving.batcher import Batcher
-from tuneserve.serving.front import Drain
-from tuneserve.serving.protocol import Protocol
-from tuneserve.serving.request_log import RequestLog
-from tuneserve.serving.server import Server, listen
+from tuneserve.serving.http.app import create_app
+from tuneserve.serving.http.front import Drain
+from tuneserve.serving.http.protocol import Protocol
+from tuneserve.serving.http.request_log import RequestLog
+from tuneserve.serving.http.server import Server, listen
+from tuneserve.serving.http.traces import SILENT
+from tuneserve.serving.service import Service
 from tuneserve.serving.slot import Slot
-from tuneserve.serving.traces import SILENT
 from tuneserve.settings import Settings
+from tuneserve.tasks.classification import CLASSIFICATION
+from tuneserve.tasks.classifier import Classifier
 
 BODY = b'{"text": "film"}'
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -66,6 +70,13 @@ class Client:
         self.socket.close()
 
 
+def app_of(
+    settings: Settings, slot: Slot, trainer: Trainer | None = None, feedback: Feedback | None = None, **options: Any
+) -> FastAPI:
+    """The application over a slot that classifies."""
+    return create_app(settings, Service.of(slot, feedback), CLASSIFICATION, trainer, **options)
+
+
 @contextmanager
 def served(
     settings: Settings,
@@ -81,7 +92,7 @@ def served(
         drain = Drain()
         log = RequestLog(slot.metrics, logs=settings.access_log)
         protocol = partial(Protocol, request_log=log, timeout_s=settings.request_timeout_s)
-        app = create_app(settings, slot, trainer, feedback, telemetry=telemetry, drain=drain, listener=listener)
+        app = app_of(settings, slot, trainer, feedback, telemetry=telemetry, drain=drain, listener=listener)
         options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
         server = Server(uvicorn.Config(app, **options), drain)
         thread = threading.Thread(target=server.run, args=[[listener]])
@@ -93,6 +104,13 @@ def served(
         finally:
             server.should_exit = True
             thread.join()
+
+
+def batcher_of(slot: Slot) -> Batcher:
+    """The queue of the classifier that answers."""
+    model = slot.model()
+    assert isinstance(model, Classifier)
+    return model.batcher
 
 
 class Full:
@@ -113,7 +131,7 @@ class Full:
     @property
     def batcher(self) -> Batcher:
         """Of the model that answers."""
-        return self.slot.model().batcher
+        return batcher_of(self.slot)
 
     def connect(self) -> Client:
         self._clients.append(Client(self._port))

@@ -25,8 +25,8 @@ from tuneserve.files import write_json
 from tuneserve.scoring.job import CHUNK_ROWS, choose_shard, score, score_rows
 from tuneserve.scoring.parts import MANIFEST, Parts
 from tuneserve.scoring.source import Source
-from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.settings import PROJECT, Settings
+from tuneserve.tasks.classifier import Classifier, Prediction
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -487,7 +487,7 @@ def test_a_run_that_was_hit_goes_on_and_ends_like_one_that_was_not(
 MEASURE = """
 import re, sys
 from pathlib import Path
-from tuneserve.serving.classifier import Prediction
+from tuneserve.tasks.classifier import Prediction
 from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.job import score_rows
 from tuneserve.scoring.source import Source

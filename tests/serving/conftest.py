@@ -13,9 +13,9 @@ from wire import Full, served
 from tuneserve.artifact import Version, read_version
 from tuneserve.files import write_json
 from tuneserve.network.graph import Prepared
-from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 
 class EchoEngine:
@@ -61,8 +61,10 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
 
 
 @pytest.fixture
-def classifier(version: Version, engine: EchoEngine) -> Classifier:
-    return Classifier(version, engine)
+def classifier(version: Version, engine: EchoEngine) -> Iterator[Classifier]:
+    classifier = Classifier(version, engine)
+    yield classifier
+    classifier.close()
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +90,8 @@ def held(version: Version, make_engine: Callable[..., Any]) -> Iterator[tuple[Sl
     def wait_for_it(engine: Any) -> None:
         assert go.wait(60)
 
-    slot = Slot(max_queue_tokens=6)
-    slot.take(Classifier(version, make_engine(wait_for_it)))
+    slot = Slot()
+    slot.take(Classifier(version, make_engine(wait_for_it), max_queue_tokens=6))
     yield slot, go
     go.set()
 

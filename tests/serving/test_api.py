@@ -10,14 +10,14 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
+from wire import app_of
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError, StoreError
-from tuneserve.serving import inference
-from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks import classification
+from tuneserve.tasks.classifier import Classifier
 
 
 def filled(classifier: Classifier, **options: Any) -> Slot:
@@ -33,7 +33,7 @@ def slot(classifier: Classifier) -> Slot:
 
 @pytest.fixture
 def client(settings: Settings, slot: Slot) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, slot), raise_server_exceptions=False) as client:
+    with TestClient(app_of(settings, slot), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -137,7 +137,7 @@ def test_a_batch_of_any_size_is_answered_in_order(client: TestClient) -> None:
 
 
 def test_without_a_model_everything_says_so_and_when_to_come_back(settings: Settings) -> None:
-    with TestClient(create_app(settings, Slot())) as client:
+    with TestClient(app_of(settings, Slot())) as client:
         for answer in (client.post("/inference", json={"text": "film"}), client.get("/model"), client.get("/readyz")):
             assert answer.status_code == 503
             assert int(answer.headers["Retry-After"]) > 0
@@ -148,7 +148,7 @@ def test_without_a_model_everything_says_so_and_when_to_come_back(settings: Sett
 def test_a_slot_that_failed_is_neither_ready_nor_alive(settings: Settings) -> None:
     slot = Slot()
     slot.fail(StoreError("torn"))
-    with TestClient(create_app(settings, slot)) as client:
+    with TestClient(app_of(settings, slot)) as client:
         assert client.get("/readyz").json()["phase"] == "failed"
         assert client.get("/livez").status_code == 503
         assert isinstance(slot.failure, StoreError)
@@ -156,7 +156,7 @@ def test_a_slot_that_failed_is_neither_ready_nor_alive(settings: Settings) -> No
 
 def test_overload_is_429_at_once(settings: Settings, held: tuple[Slot, threading.Event]) -> None:
     slot, go = held
-    with TestClient(create_app(settings, slot)) as client, ThreadPoolExecutor(9) as pool:
+    with TestClient(app_of(settings, slot)) as client, ThreadPoolExecutor(9) as pool:
         requests = [pool.submit(client.post, "/inference", json={"text": "film"}) for _ in range(9)]
         first = next(iter(wait(requests, timeout=10, return_when=FIRST_COMPLETED).done))
         assert first.result().status_code == 429
@@ -173,7 +173,7 @@ def test_a_refusal_reads_nothing_of_the_request_and_is_counted_by_its_route(
     slot, go = held
     guarded = settings.model_copy(update={"api_key": SecretStr("open sesame")})
     key = {"X-API-Key": "open sesame"}
-    with TestClient(create_app(guarded, slot)) as client, ThreadPoolExecutor(9) as pool:
+    with TestClient(app_of(guarded, slot)) as client, ThreadPoolExecutor(9) as pool:
         requests = [pool.submit(client.post, "/inference", json={"text": "film"}, headers=key) for _ in range(9)]
         wait(requests, timeout=10, return_when=FIRST_COMPLETED)
         for path in ("/inference", "/inference/batch/"):
@@ -194,7 +194,7 @@ def test_a_refusal_reads_nothing_of_the_request_and_is_counted_by_its_route(
 def test_a_client_may_wait_less(
     settings: Settings, held: tuple[Slot, threading.Event], header: str, status: int
 ) -> None:
-    with TestClient(create_app(settings, held[0])) as client:
+    with TestClient(app_of(settings, held[0])) as client:
         answer = client.post("/inference", json={"text": "film"}, headers={"X-Request-Timeout-S": header})
         assert answer.status_code == status
 
@@ -209,7 +209,7 @@ def test_an_engine_that_dies_is_seen_by_all_and_the_server_is_told(
     slot = filled(Classifier(version, make_engine(die)))
     told = threading.Event()
     slot.on_failure = told.set
-    with TestClient(create_app(settings, slot)) as client:
+    with TestClient(app_of(settings, slot)) as client:
         assert client.get("/livez").status_code == 200
         # A batch is told so as a whole: it is no fault of its texts.
         path, wanted = ("/inference/batch", {"texts": ["film"]}) if batch else ("/inference", {"text": "film"})
@@ -225,7 +225,7 @@ def test_a_figure_that_is_no_number_is_500_and_counted(
 ) -> None:
     engine = make_engine(lambda engine: np.full((len(engine.running), 2), np.nan, dtype=np.float32))
     slot = filled(Classifier(version, engine))
-    with TestClient(create_app(settings, slot)) as client:
+    with TestClient(app_of(settings, slot)) as client:
         assert client.post("/inference", json={"text": "film"}).status_code == 500
         assert "tuneserve_not_finite_total 1.0" in client.get("/metrics").text
 
@@ -240,7 +240,7 @@ def test_every_answer_has_the_requests_id(client: TestClient, sent: str, kept: b
 def test_the_api_key_guards_answers_and_metadata_but_not_health(settings: Settings, slot: Slot) -> None:
     guarded = Settings.from_environ({"API_KEY": "open sesame ü"})
     key = "open sesame ü".encode()
-    with TestClient(create_app(guarded, slot)) as client:
+    with TestClient(app_of(guarded, slot)) as client:
         for headers in ({}, {"X-API-Key": b"open"}, {"Authorization": b"Bearer wrong"}, {"Authorization": b"Basic x"}):
             answer = client.post("/inference", json={"text": "film"}, headers=headers)
             assert answer.status_code == 401
@@ -256,7 +256,7 @@ def test_the_api_key_guards_answers_and_metadata_but_not_health(settings: Settin
 
 def test_the_api_key_guards_everything_if_it_is_told_to(slot: Slot) -> None:
     guarded = Settings.from_environ({"API_KEY": "open sesame", "API_KEY_GUARDS": "everything"})
-    with TestClient(create_app(guarded, slot)) as client:
+    with TestClient(app_of(guarded, slot)) as client:
         for path in ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/", "/model", "/nothing"):
             for headers in ({}, {"X-API-Key": "open"}, {"Authorization": "Bearer"}, {"Authorization": "open sesame"}):
                 refused = client.get(path, headers=headers)
@@ -315,7 +315,7 @@ def test_a_failure_of_the_engine_is_500_without_its_words(
             raise RuntimeError("internal words")
 
     slot = filled(Classifier(version, make_engine(fail)))
-    with TestClient(create_app(settings, slot), raise_server_exceptions=False) as client:
+    with TestClient(app_of(settings, slot), raise_server_exceptions=False) as client:
         answer = client.post("/inference", json={"text": "a great film"})
         assert answer.status_code == 500
         assert "internal words" not in answer.text
@@ -338,8 +338,8 @@ def test_what_nobody_foresaw_is_a_500_with_its_id_and_the_log_has_where_and_not_
     def fail(*about: Any) -> None:
         raise ZeroDivisionError("".join(["priv", "ate"]))  # the trace shows this line
 
-    monkeypatch.setattr(inference, "_shown", fail)
-    with TestClient(create_app(settings, slot)) as client:
+    monkeypatch.setattr(classification, "_shown", fail)
+    with TestClient(app_of(settings, slot)) as client:
         answer = client.post("/inference", json={"text": "film"}, headers={"X-Request-Id": "mine"})
         metrics = client.get("/metrics").text
     assert (answer.status_code, answer.headers["X-Request-Id"]) == (500, "mine")

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from wire import BODY, LIVEZ, Client, Full, served, write
+from wire import BODY, LIVEZ, Client, Full, batcher_of, served, write
 
-from tuneserve.serving.backpressure import BACKOFF_S
-from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.inference import Inference
+from tuneserve.artifact import Version
+from tuneserve.serving.http.backoff import BACKOFF_S
+from tuneserve.serving.service import Service
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 
 def test_a_refusal_says_why_and_when_to_come_back_in_the_shape_of_every_error(fill: Callable[..., Full]) -> None:
@@ -67,14 +68,14 @@ def test_requests_that_are_read_together_do_not_overfill_the_queue(
     settings: Settings, held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slot, go = held
-    answer, let_in, others_sent = Inference.one, [], threading.Event()
+    answer, let_in, others_sent = Service.answer, [], threading.Event()
 
-    async def answer_slowly(inference: Inference, *about: Any) -> Any:
+    async def answer_slowly(service: Service, *about: Any, **options: Any) -> Any:
         let_in.append(about)
         assert others_sent.wait(10)  # the loop finds them all at once
-        return await answer(inference, *about)
+        return await answer(service, *about, **options)
 
-    monkeypatch.setattr(Inference, "one", answer_slowly)
+    monkeypatch.setattr(Service, "answer", answer_slowly)
     with served(settings, slot) as port:
         first, *others = clients = [Client(port) for _ in range(20)]
         assert {client.ask(LIVEZ)[0] for client in clients} == {200}
@@ -92,9 +93,9 @@ def test_requests_that_are_read_together_do_not_overfill_the_queue(
     assert len(let_in) <= 5  # hardly one that is refused came as far as to be parsed
 
 
-def test_nobody_is_refused_for_what_others_sent_before(settings: Settings, classifier: Classifier) -> None:
-    slot = Slot(max_queue_tokens=500)
-    slot.take(classifier)
+def test_nobody_is_refused_for_what_others_sent_before(settings: Settings, version: Version, engine: Any) -> None:
+    slot = Slot()
+    slot.take(Classifier(version, engine, max_queue_tokens=500))
     batch = json.dumps({"texts": ["good film " * 20] * 20}).encode()
     with served(settings.model_copy(update={"max_body_kb": 64}), slot) as port:
         clients = [Client(port) for _ in range(40)]
@@ -112,7 +113,7 @@ def test_texts_that_threads_tokenize_do_not_overfill_the_queue(
     settings: Settings, held: tuple[Slot, threading.Event]
 ) -> None:
     slot, go = held
-    slot.model().batcher._max_queue_tokens = 200
+    batcher_of(slot)._max_queue_tokens = 200
     batch = json.dumps({"texts": ["film " * 200] * 8}).encode()  # 128 tokens, in two parts
     with served(settings.model_copy(update={"max_body_kb": 64}), slot) as port:
         clients = [Client(port) for _ in range(20)]
@@ -121,7 +122,7 @@ def test_texts_that_threads_tokenize_do_not_overfill_the_queue(
             client.send(write(batch, path="/inference/batch"))
         refused = [client for client in clients if client.is_answered_within(1)]
         assert len(refused) > 14
-        assert slot.model().batcher.tokens_waiting < 200 + 128
+        assert batcher_of(slot).tokens_waiting < 200 + 128
         go.set()
         statuses = [client.read()[0] for client in clients]
         assert set(statuses) == {200, 429}

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tuneserve.artifact import Golden, Version
+from tuneserve.artifact import Golden, Version, write_golden
 from tuneserve.errors import EngineError, StoreError, TextError
-from tuneserve.serving.classifier import Classifier, Prediction, prove
+from tuneserve.tasks.classifier import Classifier, Prediction
 
 
 def test_answers_come_in_the_order_of_the_texts_whatever_their_lengths(classifier: Classifier) -> None:
@@ -79,7 +79,9 @@ def test_whatever_becomes_of_long_texts_the_golden_answers_are_given(
     texts = ["film", "good " * 10 + "film " * 30]
     stored = Golden(texts, [one.scores for one in classifier.predict(texts) if isinstance(one, Prediction)])
     asked = Classifier(version, engine, long_text=long_text)
-    prove(asked, stored)
+    write_golden(version.folder, stored)
+    asked.prove()
     stored.scores[0]["good"] += 0.1
+    write_golden(version.folder, stored)
     with pytest.raises(StoreError, match=r"differs by 0\.100"):
-        prove(asked, stored)
+        asked.prove()

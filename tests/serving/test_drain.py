@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from wire import BODY, LIVEZ, Client, served, write
+from wire import BODY, LIVEZ, Client, batcher_of, served, write
 
-from tuneserve.serving import front
-from tuneserve.serving.classifier import Classifier
-from tuneserve.serving.protocol import UNREAD_BYTES
+from tuneserve.serving.http import front
+from tuneserve.serving.http.protocol import UNREAD_BYTES
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 
 def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, classifier: Classifier) -> None:
@@ -119,7 +119,7 @@ def test_a_body_that_nobody_wants_is_read_up_to_a_limit(client: Client) -> None:
 
 def wait_until_it_computes(slot: Slot) -> None:
     deadline = time.monotonic() + 30
-    while not hasattr(slot.model().batcher._engine, "running"):
+    while not hasattr(batcher_of(slot)._engine, "running"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

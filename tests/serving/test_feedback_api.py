@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from wire import app_of
 
 from tuneserve.artifact import Version
 from tuneserve.lifecycle.feedback import FILE, Feedback, labelled_texts
-from tuneserve.serving import feedback_api
-from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier
+from tuneserve.serving import service
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 Open = Callable[..., TestClient]
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(feedback_api, "WRITE_EVERY_S", 0.01)
+    monkeypatch.setattr(service, "WRITE_EVERY_S", 0.01)
     return tmp_path / FILE
 
 
@@ -33,7 +33,7 @@ def open_client(settings: Settings, classifier: Classifier, path: Path) -> Itera
 
     def open_(*, keep_texts: bool = False, **changed: Any) -> TestClient:
         feedback = Feedback(path, max_rows=100, keep_texts=keep_texts)
-        app = create_app(settings.model_copy(update=changed), slot, feedback=feedback)
+        app = app_of(settings.model_copy(update=changed), slot, feedback=feedback)
         return TestClient(app, raise_server_exceptions=False)
 
     yield open_

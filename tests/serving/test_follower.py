@@ -17,9 +17,9 @@ from tuneserve.lifecycle.decision import Decision, write_decision
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving import follower as module
 from tuneserve.serving import slot as slots
-from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.follower import Follower
 from tuneserve.serving.slot import Slot
+from tuneserve.tasks.classifier import Classifier
 
 Start = Callable[..., Follower]
 

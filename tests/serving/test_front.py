@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from fastapi.telemetry import TelemetryConfig
 from pydantic import SecretStr
-from wire import BODY, LIVEZ, Client, served, write
+from wire import BODY, LIVEZ, Client, batcher_of, served, write
 
-from tuneserve.serving import inference
-from tuneserve.serving.api import Direct
-from tuneserve.serving.classifier import Classifier
+from tuneserve.artifact import Version
+from tuneserve.serving.http.routes import Direct
+from tuneserve.serving.http.traces import SILENT
 from tuneserve.serving.slot import Slot
-from tuneserve.serving.traces import SILENT
 from tuneserve.settings import Settings
+from tuneserve.tasks import classification
+from tuneserve.tasks.classifier import Classifier
 
 BATCH = b'{"texts": ["film", " ", "good film"]}'
 CHUNKED = b"POST /inference HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -55,12 +56,12 @@ def shown(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, str
 
 @pytest.mark.parametrize("key", ["", "secret"])
 def test_the_table_of_handlers_and_fastapis_router_give_the_same_answers(
-    settings: Settings, classifier: Classifier, key: str
+    settings: Settings, version: Version, engine: Any, key: str
 ) -> None:
     answers: list[dict[str, Any]] = []
     for telemetry in (SILENT, ROUTED):
         slot = Slot()
-        slot.take(classifier)
+        slot.take(Classifier(version, engine))
         changed = settings.model_copy(update={"api_key": SecretStr(key)})
         with served(changed, slot, telemetry=telemetry) as port:
             answers.append({})
@@ -138,16 +139,16 @@ def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
     settings: Settings, held: tuple[Slot, threading.Event]
 ) -> None:
     slot, go = held
-    slot.model().batcher._max_queue_tokens = 1000
+    batcher_of(slot)._max_queue_tokens = 1000
     with served(settings, slot) as port:
         first, leaves, stays = (Client(port) for _ in range(3))
         first.send(write())
         wait(lambda: hasattr(engine_of(slot), "running"))
-        second = len(slot.model().classifier.read(["film"])[0].ids)
+        second = 3  # tokens of the body's text
         for client in (leaves, stays):
-            before = slot.model().batcher.tokens_waiting
+            before = batcher_of(slot).tokens_waiting
             client.send(write())
-            wait(lambda before=before: slot.model().batcher.tokens_waiting == before + second)
+            wait(lambda before=before: batcher_of(slot).tokens_waiting == before + second)
         leaves.close()
         wait(lambda: counted(slot, "499") == 1)
         go.set()
@@ -162,15 +163,15 @@ def test_a_client_that_disconnects_behind_pipelined_requests_leaves_no_error(
     settings: Settings, held: tuple[Slot, threading.Event], caplog: pytest.LogCaptureFixture
 ) -> None:
     slot, go = held
-    slot.model().batcher._max_queue_tokens = 1000
+    batcher_of(slot)._max_queue_tokens = 1000
     with served(settings, slot) as port, caplog.at_level(logging.WARNING):
         for _ in range(5):
             client = Client(port)
             client.send(write() * 30 + LIVEZ)
-            wait(lambda: slot.model().in_flight > 0)
+            wait(lambda: in_flight(slot) > 0)
             client.close()
         go.set()
-        wait(lambda: sum(counts(slot).values()) >= 5 and slot.model().in_flight == 0)
+        wait(lambda: sum(counts(slot).values()) >= 5 and in_flight(slot) == 0)
     assert not caplog.records
     assert {status for _, status in counts(slot)} <= {"200", "499"}
 
@@ -186,7 +187,7 @@ def test_what_nobody_foresaw_is_a_500_and_the_connection_goes_on(
     with served(settings, slot) as port:
         client = Client(port)
         with monkeypatch.context() as patch:
-            patch.setattr(inference, "_shown", fail)
+            patch.setattr(classification, "_shown", fail)
             status, headers, body = client.ask(write(BODY, "X-Request-Id: mine"))
         assert (status, headers["x-request-id"]) == (500, "mine")
         assert "went wrong inside" in json.loads(body)["detail"]
@@ -229,5 +230,10 @@ def wait(until: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def in_flight(slot: Slot) -> int:
+    assert slot.ready is not None
+    return slot.ready.in_flight
+
+
 def engine_of(slot: Slot) -> Any:
-    return slot.model().batcher._engine
+    return batcher_of(slot)._engine

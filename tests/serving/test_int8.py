@@ -13,9 +13,9 @@ import tiny
 
 from tuneserve.artifact import GOLDEN_INT8, Version, read_golden, read_version
 from tuneserve.files import write_json
-from tuneserve.serving.classifier import Classifier, load_classifier
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
+from tuneserve.tasks.classifier import Classifier, load_classifier
 from tuneserve.training import job
 
 INT8 = Settings.from_environ({"PRECISION": "int8", "DEVICE": "cpu"})
@@ -151,7 +151,7 @@ def test_serving_it_needs_no_nncf(
         "sys.modules['nncf'] = None\n"
         "from pathlib import Path\n"
         "from tuneserve.artifact import read_version\n"
-        "from tuneserve.serving.classifier import load_classifier\n"
+        "from tuneserve.tasks.classifier import load_classifier\n"
         "from tuneserve.settings import Settings\n"
         "settings = Settings.from_environ({'PRECISION': 'int8', 'DEVICE': 'cpu'})\n"
         "import logging; logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"

@@ -10,24 +10,22 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from wire import app_of
 
 from tuneserve.artifact import Version
 from tuneserve.lifecycle.drift import Answers, Window, write_reference
 from tuneserve.serving import monitor as monitor_module
-from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.monitor import Monitor
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.text import Tokens
+from tuneserve.tasks.classifier import Classifier, Prediction
 
 TEXTS = ["a great film", "it was very good", "the food was cold and awful", "not bad"]
 STRANGE = "zzz zzz zzz zzz zzz zzz"
 
 
-def predictions(classifier: Classifier, texts: list[str]) -> list[tuple[Tokens, Prediction]]:
-    pairs = zip(classifier.read(texts), classifier.predict(texts), strict=True)
-    return [(one, two) for one, two in pairs if isinstance(one, Tokens) and isinstance(two, Prediction)]
+def predictions(classifier: Classifier, texts: list[str]) -> list[Prediction]:
+    return [one for one in classifier.predict(texts) if isinstance(one, Prediction)]
 
 
 @pytest.fixture
@@ -44,8 +42,8 @@ def referring(version: Version, tmp_path: Path, engine: Any) -> Classifier:
 
 def answered(classifier: Classifier, texts: list[str]) -> Answers:
     monitor = Monitor(classifier, Window(max_texts=len(texts)))
-    for tokens, prediction in predictions(classifier, texts):
-        monitor.observe(tokens, prediction)
+    for prediction in predictions(classifier, texts):
+        monitor.observe(prediction.observation)
     return monitor.window.read()[1]
 
 
@@ -54,8 +52,8 @@ def test_what_is_noted_of_a_text_is_what_was_answered(classifier: Classifier) ->
     assert found.tokens.tolist() == [5, 5, 16]
     assert found.unknown.tolist() == [0, 1, 0]
     assert found.truncated.tolist() == [False, False, True]
-    wanted = [two for _, two in predictions(classifier, ["a great film", "a zzz film", "film " * 30])]
-    assert [classifier.version.labels[place] for place in found.label_ids] == [one.label for one in wanted]
+    wanted = predictions(classifier, ["a great film", "a zzz film", "film " * 30])
+    assert [classifier.labels[label_id] for label_id in found.label_ids] == [one.label for one in wanted]
     assert found.confidences.tolist() == [max(one.scores.values()) for one in wanted]
 
 
@@ -66,12 +64,12 @@ def test_a_text_read_in_windows_counts_as_one_that_is_cut(version: Version, engi
 
 def test_the_same_texts_are_no_drift_and_strange_ones_are(referring: Classifier) -> None:
     monitor = Monitor(referring, Window())
-    for tokens, prediction in predictions(referring, TEXTS * 20):
-        monitor.observe(tokens, prediction)
+    for prediction in predictions(referring, TEXTS * 20):
+        monitor.observe(prediction.observation)
     assert not monitor.report().drifted
     monitor = Monitor(referring, Window())
-    for tokens, prediction in predictions(referring, [STRANGE] * 80):
-        monitor.observe(tokens, prediction)
+    for prediction in predictions(referring, [STRANGE] * 80):
+        monitor.observe(prediction.observation)
     report = monitor.report()
     assert report.drifted
     assert {one.name for one in report.figures if one.drifted} >= {"unknown", "length"}
@@ -81,16 +79,16 @@ def test_a_server_that_refuses_long_texts_is_not_blamed_for_their_absence(referr
     write_reference(referring.version.folder, answered(referring, [*TEXTS * 25, *["film " * 30] * 100]), seed=0)
     for long_text, drifted in (("truncate", True), ("error", False)):
         monitor = Monitor(Classifier(referring.version, engine, long_text=long_text), Window())
-        for tokens, prediction in predictions(referring, TEXTS * 25):
-            monitor.observe(tokens, prediction)
+        for prediction in predictions(referring, TEXTS * 25):
+            monitor.observe(prediction.observation)
         assert monitor.report().drifted == drifted
 
 
 def test_a_report_is_given_again_for_a_while(referring: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = Monitor(referring, Window())
     first = monitor.report()
-    for tokens, prediction in predictions(referring, TEXTS):
-        monitor.observe(tokens, prediction)
+    for prediction in predictions(referring, TEXTS):
+        monitor.observe(prediction.observation)
     assert monitor.report() is first
     now = time.monotonic() + monitor_module.FRESH_S
     monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now)
@@ -114,7 +112,7 @@ def serve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         slot = Slot(new_window=lambda: Window(max_texts=80))
         if classifier is not None:
             slot.take(classifier)
-        app = create_app(settings.model_validate(settings.model_dump() | changed), slot)
+        app = app_of(settings.model_validate(settings.model_dump() | changed), slot)
         return TestClient(app, raise_server_exceptions=False), slot
 
     return make

@@ -8,11 +8,11 @@ from contextlib import suppress
 
 import pytest
 from pydantic import SecretStr
-from wire import BODY, LIVEZ, Client, served, write
+from wire import BODY, LIVEZ, Client, batcher_of, served, write
 
-from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 HEAD = b"POST /inference HTTP/1.1\r\nHost: a\r\nX-API-Key: secret\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -94,7 +94,7 @@ def test_a_body_that_became_too_large_leaves_the_connection_as_it_was(connect: C
 
 
 def test_a_refused_request_whose_body_does_not_come_is_closed(connect: Callable[[], Client], slot: Slot) -> None:
-    batcher = slot.model().batcher
+    batcher = batcher_of(slot)
     batcher._max_queue_tokens = 0
     client = connect()
     client.send(write(BODY, "X-API-Key: secret")[:-3])

@@ -115,7 +115,8 @@ def test_a_stop_while_the_model_loads_is_quick_too(start: Start, environment: di
 HANGING = """
 import sys, time
 import run
-from tuneserve.serving import batcher, follower, server
+from tuneserve.serving import batcher, follower
+from tuneserve.serving.http import server
 
 def hang(*about, **options):
     print("it hangs", flush=True)
@@ -274,7 +275,7 @@ def test_a_version_without_a_graph_is_served_by_torch(
 BUSY = """
 import sys, time
 import run
-from tuneserve.serving import server
+from tuneserve.serving.http import server
 
 leave = server.Server.shutdown
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from wire import app_of
 
 from tuneserve.artifact import Version, read_version
 from tuneserve.errors import StoreError
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 from tuneserve.lifecycle.store import Store
-from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 Place = tuple[Store, Slot, TestClient, Callable[[Any], Shadowing]]
 
@@ -42,7 +42,7 @@ def place(tmp_path: Path, version: Version, settings: Settings, make_engine: Cal
 
         return Shadowing(store, slot, load, wanted=5)
 
-    with TestClient(create_app(settings, slot)) as client:
+    with TestClient(app_of(settings, slot)) as client:
         yield store, slot, client, shadowing
     slot.close()
 

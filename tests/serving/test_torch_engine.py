@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification
 from tuneserve.errors import StoreError
 from tuneserve.network.attention import Spans
 from tuneserve.serving.batcher import Batcher
-from tuneserve.serving.engine import infer
+from tuneserve.serving.engines.engine import infer
+from tuneserve.serving.engines.torch_engine import TorchEngine
 from tuneserve.serving.metrics import Metrics
-from tuneserve.serving.torch_engine import TorchEngine
 from tuneserve.settings import Settings
 
 PACKED = ["bert", "distilbert", "roberta", "modernbert"]

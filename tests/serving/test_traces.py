@@ -10,14 +10,14 @@ import pytest
 from conftest import serving
 from fastapi.testclient import TestClient
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from wire import app_of
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError
-from tuneserve.serving.api import create_app
-from tuneserve.serving.classifier import Classifier
+from tuneserve.serving.http.traces import SILENT, Traces
 from tuneserve.serving.slot import Slot
-from tuneserve.serving.traces import SILENT, Traces
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -67,7 +67,7 @@ def test_a_request_is_a_span_with_its_stages_in_the_clients_trace_and_without_it
     traces = Traces(address)
     slot = Slot()
     slot.take(classifier)
-    with TestClient(create_app(settings, slot, telemetry=traces.telemetry)) as client:
+    with TestClient(app_of(settings, slot, telemetry=traces.telemetry)) as client:
         parent = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         assert client.post("/inference", json={"text": "a private film"}, headers=parent).status_code == 200
         assert client.post("/inference", json={"text": ["a private film"]}).status_code == 422
@@ -102,7 +102,7 @@ def test_a_collector_that_is_not_there_holds_up_nobody(
     traces = Traces(unreachable)
     slot = Slot()
     slot.take(classifier)
-    with TestClient(create_app(settings, slot, telemetry=traces.telemetry)) as client:
+    with TestClient(app_of(settings, slot, telemetry=traces.telemetry)) as client:
         assert client.post("/inference", json={"text": "film"}).status_code == 200
     closing = threading.Thread(target=traces.close)
     closing.start()

@@ -29,9 +29,9 @@ from tuneserve.errors import StoreError
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Trainer
-from tuneserve.serving.classifier import Classifier
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier
 
 TRANSCRIPT = Path(__file__).with_name("transcript.json")
 
@@ -98,11 +98,13 @@ class Servers:
                 assert go.wait(600)
             return np.full((len(engine.running), 2), np.nan, dtype=np.float32) if kind == "broken" else None
 
-        slot = Slot(max_queue_tokens=6 if kind == "full" else 10_000)
+        slot = Slot()
         if kind == "failed":
             slot.fail(StoreError("The version is torn."))
         elif kind != "empty":
-            slot.take(Classifier(self._version, self._make_engine(compute), long_text=settings.long_text))
+            room = 6 if kind == "full" else 10_000
+            engine = self._make_engine(compute)
+            slot.take(Classifier(self._version, engine, long_text=settings.long_text, max_queue_tokens=room))
         store = Store(settings.model_path)
         store.prepare()
         trainer = Trainer([sys.executable, "-c", "import time; time.sleep(600)"], store, serves=lambda: False)

@@ -18,11 +18,11 @@ from tuneserve.errors import DataError, SettingsError
 from tuneserve.scoring.job import score_rows
 from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.source import Source
-from tuneserve.serving.classifier import Prediction
 from tuneserve.tables import formats
 from tuneserve.tables.format import Answer, Chunk, cut
 from tuneserve.tables.formats import FORMATS
 from tuneserve.tables.rows import Columns
+from tuneserve.tasks.classifier import Prediction
 from tuneserve.training.data import read
 
 Row = dict[str, Any]

@@ -295,7 +295,7 @@ def load_classifier(version: Version, settings: Settings, *, threads: int) -> Cl
         except StoreError as error:
             if not choice.optional:
                 raise
-            logger.warning("the engine that was asked for does not serve, PRECISION=auto does: %s", error)
+            logger.warning("%s does not serve, PRECISION=auto does: %s", choice.optional, error)
     raise StoreError(f"version {version.id} has no engine here.")
 
 

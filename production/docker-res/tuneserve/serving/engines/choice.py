@@ -14,12 +14,13 @@ class Choice:
     """An engine that may serve a version.
 
     `load(version, settings, threads=...)` makes it, or None where it is not for this machine, version or setting.
-    It is held to the golden answers in the file `golden`. One that is `optional` gives way to the next if it fails.
+    It is held to the golden answers in the file `golden`. If it fails it gives way to the next, and the log calls it
+    `optional`; one without that word is the version's only hope.
     """
 
     load: Callable[..., Engine | None]
     golden: str = GOLDEN
-    optional: bool = False
+    optional: str = ""
 
 
 def load_torch_engine(version: Version, settings: Settings, *, threads: int) -> Engine:
@@ -35,7 +36,7 @@ def load_torch_engine(version: Version, settings: Settings, *, threads: int) -> 
 
 
 ENGINES = [
-    Choice(load_int8_engine, golden=GOLDEN_INT8, optional=True),
+    Choice(load_int8_engine, golden=GOLDEN_INT8, optional="the int8 graph"),
     Choice(load_graph_engine),
     Choice(load_torch_engine),
 ]
