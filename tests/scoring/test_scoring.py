@@ -20,11 +20,12 @@ import pytest
 import tiny
 
 from tuneserve.artifact import Golden, Version, write_golden
-from tuneserve.errors import DataError, SettingsError, StoreError, TuneserveError
+from tuneserve.errors import DataError, EngineError, SettingsError, StoreError
 from tuneserve.files import write_json
 from tuneserve.scoring.job import CHUNK_ROWS, choose_shard, score, score_rows
 from tuneserve.scoring.parts import MANIFEST, Parts
 from tuneserve.scoring.source import Source
+from tuneserve.serving.model import Answers
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.tasks.classifier import Classifier, Prediction
 
@@ -200,10 +201,9 @@ def test_a_later_record_with_a_field_of_an_answers_name_is_named(classifier: Cla
 
 
 def test_a_text_that_the_model_fails_on_does_not_fail_its_neighbours(classifier: Classifier, tmp_path: Path) -> None:
-    def predict(texts: Sequence[str]) -> list[Prediction]:
-        if "three" in texts:
-            raise TuneserveError("The model gave a figure that is not a number.")
-        return classifier.predict(texts)
+    def predict(texts: Sequence[str]) -> Answers:
+        failed = EngineError("The model gave a figure that is not a number.")
+        return [failed if text == "three" else one for text, one in zip(texts, classifier.predict(texts), strict=True)]
 
     source = Source(str(write(tmp_path / "in.csv", [{"text": text} for text in ("one", "two", "three", "a", "the")])))
     score_rows(source, Parts(str(tmp_path / "out.csv"), source, shard=0, shards=1), predict, model_version="v")
@@ -487,13 +487,15 @@ def test_a_run_that_was_hit_goes_on_and_ends_like_one_that_was_not(
 MEASURE = """
 import re, sys
 from pathlib import Path
-from tuneserve.tasks.classifier import Prediction
+from tuneserve.tasks.classifier import Prediction as make
 from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.job import score_rows
 from tuneserve.scoring.source import Source
 
+SCORES = {"bad": 0.25, "good": 0.75}
+
 def predict(texts):
-    return [Prediction("good", {"bad": 0.25, "good": 0.75}, len(text), False, "v") for text in texts]
+    return [make(label="good", scores=SCORES, tokens=len(text), truncated=False, model_version="v") for text in texts]
 
 source = Source(sys.argv[1])
 score_rows(source, Parts(sys.argv[2], source, shard=0, shards=1), predict, model_version="v")

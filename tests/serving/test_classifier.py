@@ -19,7 +19,8 @@ def test_answers_come_in_the_order_of_the_texts_whatever_their_lengths(classifie
 
 def test_batches_hold_texts_of_like_length(classifier: Classifier, engine: Any) -> None:
     classifier.predict(["film", "film " * 12] * 21)
-    assert engine.batches == [[3] * 21, *[[14] * 4] * 5, [14]]
+    assert engine.batches[0] == [3] * 21
+    assert all(len(set(batch)) == 1 and sum(batch) <= engine.max_batch_tokens for batch in engine.batches)
 
 
 def test_scores_are_probabilities_and_the_label_is_the_likeliest(classifier: Classifier) -> None:
@@ -45,8 +46,9 @@ def test_a_figure_that_is_no_number_is_an_error_and_not_a_score(
     version: Version, make_engine: Callable[..., Any]
 ) -> None:
     engine = make_engine(lambda engine: np.full((len(engine.running), 2), np.nan, dtype=np.float32))
-    with pytest.raises(EngineError, match="not a number"):
-        Classifier(version, engine).predict(["film"])
+    [answer] = Classifier(version, engine).predict(["film"])
+    assert isinstance(answer, EngineError)
+    assert "not a number" in str(answer)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "\ud800"])

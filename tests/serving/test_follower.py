@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wire import batcher_of
 
 from tuneserve.artifact import Version, read_version
 from tuneserve.errors import NoModelError, StoreError
@@ -192,10 +193,10 @@ def test_requests_of_the_old_model_are_answered_by_it_while_the_new_one_answers_
 
     async def both() -> list[str]:
         slot.take(classifier("one", wait=True))
-        old = asyncio.ensure_future(slot.model().predict(["film"], timeout_s=10))
+        old = asyncio.ensure_future(slot.model().answer(["film"]))
         await asyncio.sleep(0.05)
         slot.take(classifier("two", wait=False))
-        [new] = await slot.model().predict(["film"], timeout_s=10)
+        [new] = await slot.model().answer(["film"])
         go.set()
         return [one.model_version for one in (*await old, new)]  # type: ignore[union-attr]
 
@@ -207,11 +208,11 @@ def test_a_model_that_was_replaced_is_dropped_after_a_while(
 ) -> None:
     monkeypatch.setattr(slots, "HOLD_S", 0.1)
     slot.take(Classifier(version, make_engine(lambda engine: None)))
-    old = slot.model()
+    old = batcher_of(slot)
     slot.take(Classifier(version, make_engine(lambda engine: None)))
-    wait_until(lambda: not old.batcher._thread.is_alive())
+    wait_until(lambda: not old._thread.is_alive())
     assert not slot.bring_back(version.id)
-    assert slot.model().batcher._thread.is_alive()
+    assert batcher_of(slot)._thread.is_alive()
 
 
 def test_a_held_engine_that_dies_takes_nobody_with_it(
@@ -225,7 +226,7 @@ def test_a_held_engine_that_dies_takes_nobody_with_it(
     slot.take(Classifier(version, make_engine(lambda engine: None)))
 
     with pytest.raises(NoModelError):
-        asyncio.run(old.predict(["film"], timeout_s=5))
+        old.predict(["film"])
     assert slot.phase == "ready"
     assert not slot.bring_back(version.id)
 

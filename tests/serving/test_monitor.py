@@ -29,15 +29,14 @@ def predictions(classifier: Classifier, texts: list[str]) -> list[Prediction]:
 
 
 @pytest.fixture
-def referring(version: Version, tmp_path: Path, engine: Any) -> Classifier:
+def referring(version: Version, tmp_path: Path, engine: Any, classifier: Classifier) -> Classifier:
     """A classifier whose version holds what it answers to the texts above."""
     folder = tmp_path / version.id
     folder.mkdir()
     for path in version.folder.iterdir():
         (folder / path.name).symlink_to(path)
-    classifier = Classifier(Version(folder, version.metadata), engine)
     write_reference(folder, answered(classifier, TEXTS * 50), seed=0)
-    return classifier
+    return Classifier(Version(folder, version.metadata), engine)
 
 
 def answered(classifier: Classifier, texts: list[str]) -> Answers:
@@ -96,11 +95,12 @@ def test_a_report_is_given_again_for_a_while(referring: Classifier, monkeypatch:
 
 
 def test_a_damaged_reference_does_not_keep_a_model_from_answering(
-    referring: Classifier, caplog: pytest.LogCaptureFixture
+    referring: Classifier, engine: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     (referring.version.folder / "drift.json").write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert "without a reference" in Monitor(referring, Window()).report().sentence
+        damaged = Classifier(referring.version, engine)
+    assert "without a reference" in Monitor(damaged, Window()).report().sentence
     assert "drift cannot be judged" in caplog.text
 
 

@@ -47,7 +47,7 @@ class Prediction(Answer):
     scores: dict[str, float]
     tokens: int
     truncated: bool
-    noted: Observation = field(repr=False, compare=False)
+    noted: Observation | None = field(default=None, repr=False, compare=False)
 
     @property
     def verdict(self) -> tuple[str, float]:
@@ -55,7 +55,7 @@ class Prediction(Answer):
         return self.label, self.scores[self.label]
 
     @property
-    def observation(self) -> Observation:
+    def observation(self) -> Observation | None:
         """See `Answer`."""
         return self.noted
 
