@@ -4,6 +4,7 @@ reference      labels of texts by the version's weights in torch, fp32, one by o
 engine-alone   how fast the classifier answers in a process of its own, and what share of the machine's rate that is
 """
 
+import asyncio
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ THREADS = set_threads("auto")
 from tuneserve.artifact import read_version
 from tuneserve.errors import TuneserveError
 from tuneserve.settings import Settings
+from tuneserve.tasks.catalog import load_model
 from tuneserve.text import TextEncoder
 
 Texts = dict[str, list[str]]
@@ -45,8 +47,8 @@ def reference(*, checkpoint: str, texts: Texts) -> dict[str, list[str]]:
         return {name: [label(text) for text in some] for name, some in texts.items()}
 
 
-def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seconds: int) -> list[dict[str, Any]]:
-    """How fast `Classifier.predict` answers, tokens and all, without a server around it.
+async def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seconds: int) -> list[dict[str, Any]]:
+    """How fast the model answers, tokens, queue and all, without a server around it.
 
     Args:
         checkpoint: the version's folder.
@@ -61,16 +63,17 @@ def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seco
     """
     version = read_version(Path(checkpoint))
     encoder = TextEncoder.from_folder(version.folder, max_tokens=version.metadata["settings"]["num_max_positions"])
-    classifier = load_classifier(Path(checkpoint))
+    settings = Settings.from_environ({})
+    model = load_model(version, settings, threads=THREADS)
     rows = []
     for name, some in texts.items():
         tokens = sum(len(one.ids) for one in encoder.encode(some)) / len(some)
         for size in BATCHES:
-            classifier.predict(some[:size])  # whatever is done once is done now
+            await model.answer(some[:size])  # whatever is done once is done now
             began, answered = time.perf_counter(), 0
             while (taken := time.perf_counter() - began) < seconds:
                 first = answered % len(some)
-                answered += len(classifier.predict(some[first : first + size]))
+                answered += len(await model.answer(some[first : first + size]))
             rate = answered / taken
             needed = 2 * body * tokens * rate
             figures = {"texts_per_s": rate, "tokens_per_s": rate * tokens, "rate_share": needed / flops}
@@ -78,18 +81,11 @@ def engine_alone(*, checkpoint: str, texts: Texts, body: int, flops: float, seco
     return rows
 
 
-def load_classifier(folder: Path) -> Any:
-    """The classifier with the engine that the server would take here."""
-    from tuneserve.serving import classifier
-
-    return classifier.load_classifier(read_version(folder), Settings.from_environ({}), threads=THREADS)
-
-
 if __name__ == "__main__":
     verb, values = sys.argv[1], json.loads(sys.stdin.read())
     try:
         with redirect_stdout(sys.stderr):  # whatever the libraries print
-            answer: Any = {"reference": reference, "engine-alone": engine_alone}[verb](**values)
+            answer: Any = reference(**values) if verb == "reference" else asyncio.run(engine_alone(**values))
     except TuneserveError as error:
         sys.exit(str(error))
     print(json.dumps(answer))

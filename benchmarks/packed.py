@@ -4,7 +4,7 @@
 
 The files have a column `text`. The model is the packaged base model with a new head, whose answers mean nothing and
 take as long as any. Speed is of the engine alone, without tokenizing: the median of all rounds and how far they lie
-apart. Texts go in calls of so many, in their order, each call in batches of like length as `Classifier.predict` has
+apart. Texts go in calls of so many, in their order, each call in batches of like length as the classifier makes
 them; "mixed" are both files' texts in turns.
 """
 

@@ -1,6 +1,7 @@
 """`from tuneserve import load`: a version in Python, in a process of its own as a notebook's is."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import tuneserve
 from tuneserve.errors import NoModelError, StoreError, TextError
+from tuneserve.settings import PROJECT
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -45,3 +47,12 @@ def test_a_folder_that_holds_no_model_is_said_plainly(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(StoreError, match="has no labels"):
         tuneserve.load(tmp_path)
+
+
+def test_the_snippets_of_the_documentation_run(python: Python, store: Path, tmp_path: Path) -> None:
+    snippets = re.findall(r"^```python\n(.*?)^```", (PROJECT / "docs" / "scoring.md").read_text(), re.M | re.S)
+    assert len(snippets) == 2
+    (tmp_path / "models").symlink_to(store)
+    for snippet in snippets:
+        done = python("-c", f"import os; os.chdir({str(tmp_path)!r})\n{snippet}")
+        assert done.returncode == 0, done.stderr

@@ -121,6 +121,10 @@ class Model(ABC):
 
 
 def wait_for(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end, on a thread of its own, since the caller's may have an event loop running."""
+    """Run a coroutine to its end; where an event loop is running already, as in a notebook, on another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
