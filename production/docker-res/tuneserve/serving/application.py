@@ -10,6 +10,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
+from tuneserve.adapters.catalog import ADAPTERS
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, StoreError
 from tuneserve.lifecycle.drift import Window
@@ -31,9 +32,6 @@ from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.task import Task
 
 logger = logging.getLogger(__name__)
-
-ADAPTERS: Sequence[Adapter] = ()
-"""The platforms' routes. A new adapter is a module in `adapters/`, and a line here."""
 
 LOAD_S = 0.5
 """Seconds that a model which is just being loaded is waited for."""

@@ -1,0 +1,7 @@
+"""The adapters that there are. A new one is a module in this folder, and a line here."""
+
+from collections.abc import Sequence
+
+from tuneserve.serving.http.app import Adapter
+
+ADAPTERS: Sequence[Adapter] = []
