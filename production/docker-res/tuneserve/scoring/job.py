@@ -18,7 +18,7 @@ from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
 from tuneserve.settings import Settings
 from tuneserve.tables.columns import format_value
 from tuneserve.tables.format import Answer
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import has_surrogates
 
 logger = logging.getLogger(__name__)
 

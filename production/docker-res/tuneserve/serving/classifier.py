@@ -12,9 +12,7 @@ from tuneserve.artifact import GOLDEN_INT8, Golden, Version, read_golden, torn_f
 from tuneserve.errors import EngineError, StoreError, TextError
 from tuneserve.serving.engine import Engine, infer, load_engine, load_int8_engine
 from tuneserve.settings import Settings
-from tuneserve.text import TextEncoder, Tokens
-from tuneserve.token_budget import split_by_tokens
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import TextEncoder, Tokens, has_surrogates, split_by_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import has_surrogates
 
 
 def _string(value: Any) -> Any:

@@ -16,8 +16,7 @@ from tuneserve.serving.batcher import Batcher, Outcome, Stages
 from tuneserve.serving.classifier import Classifier, Prediction
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.monitor import Monitor
-from tuneserve.text import Tokens
-from tuneserve.token_budget import split_by_tokens
+from tuneserve.text import Tokens, split_by_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tuneserve.errors import DataError
 from tuneserve.tables.columns import check_type, format_value
 from tuneserve.tables.formats import file_type
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import has_surrogates
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 20
