@@ -35,7 +35,6 @@ GROUND = (
     "settings_docs",
     "signals",
     "text",
-    "yielding",
 )
 
 

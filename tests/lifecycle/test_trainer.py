@@ -132,17 +132,17 @@ def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, mon
 
 
 @pytest.mark.parametrize("serves", [True, False])
-def test_a_training_yields_only_where_a_model_answers(make: Make, serves: bool) -> None:
-    assert run(make("import sys; raise SystemExit(3 if '--beside' in sys.argv else 0)", serves=serves)).exit_code == (
-        3 if serves else 0
-    )
+def test_a_training_runs_in_the_background_only_where_a_model_answers(make: Make, serves: bool) -> None:
+    assert run(
+        make("import sys; raise SystemExit(3 if '--background' in sys.argv else 0)", serves=serves)
+    ).exit_code == (3 if serves else 0)
 
 
 @pytest.mark.parametrize(("wanted", "policy", "nice"), [("", os.SCHED_IDLE, 0), ("7", os.SCHED_OTHER, 7)])
-def test_a_training_that_yields_is_idle_work_or_as_nice_as_it_is_told(wanted: str, policy: int, nice: int) -> None:
+def test_a_background_training_is_idle_work_or_as_nice_as_it_is_told(wanted: str, policy: int, nice: int) -> None:
     ask = (
-        "import os; from tuneserve.settings import Settings; from tuneserve.yielding import yield_to_server; "
-        "settings = yield_to_server(Settings.from_environ(os.environ)); "
+        "import os; from tuneserve.settings import Settings; from tuneserve.hardware import run_in_background; "
+        "settings = run_in_background(Settings.from_environ(os.environ)); "
         "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads)"
     )
     said = subprocess.run(
@@ -172,7 +172,7 @@ def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, stor
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    child = "import sys, time; from tuneserve.yielding import end_with_parent; end_with_parent(); print(1, flush=True)"
+    child = "import sys, time; from tuneserve.signals import end_with_parent; end_with_parent(); print(1, flush=True)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; time.sleep(60)'!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", parent],
