@@ -107,9 +107,9 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
 
 def versions(settings: "Settings", version: str | None) -> None:
     """Print a table of the store's versions."""
-    from tuneserve.lifecycle import listing
+    from tuneserve.lifecycle.store import Store
 
-    print(listing.table(settings.model_path))
+    print(Store(settings.model_path).table())
 
 
 def promote(settings: "Settings", version: str | None) -> None:
