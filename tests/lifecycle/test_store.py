@@ -20,13 +20,6 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store(tmp_path / "models")
-    store.prepare()
-    return store
-
-
 def add(store: Store, name: str, **metadata: Any) -> Version:
     folder = store.versions_folder / name
     with new_version(folder) as temporary:

@@ -6,43 +6,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from lifecycle.conftest import SLEEP, Make
 
 from tuneserve.errors import BusyError
-from tuneserve.lifecycle.retraining import DRIFT_PAUSE, Retraining
-from tuneserve.lifecycle.schedule import Schedule
 from tuneserve.lifecycle.status import Status, read_status
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.settings import PROJECT
 
-Make = Callable[..., Trainer]
 PROGRAM = PROJECT / "production" / "docker-res"
-SLEEP = "import time; time.sleep(60)"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store(tmp_path / "models")
-    store.prepare()
-    return store
-
-
-@pytest.fixture
-def make(store: Store) -> Iterator[Make]:
-    trainers = []
-
-    def make(program: str, *, serves: bool = False) -> Trainer:
-        trainers.append(Trainer([sys.executable, "-c", program], store, serves=lambda: serves))
-        return trainers[-1]
-
-    yield make
-    for trainer in trainers:
-        trainer.close()
 
 
 def run(trainer: Trainer) -> Job:
@@ -188,38 +163,3 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not Path(f"/proc/{children[0]}").exists()
-
-
-def test_the_schedule_and_drift_start_trainings_one_at_a_time(make: Make, tmp_path: Path) -> None:
-    noon = datetime(2026, 3, 2, 12, tzinfo=UTC)
-    drift: list[str | None] = [None]
-    trainer = make("")
-    schedule = Schedule("30 * * * *", "UTC", jitter_s=0, memory=tmp_path / "schedule.json")
-    retraining = Retraining(trainer, schedule=schedule, drift=lambda: drift[0])
-
-    def look(minutes: float) -> str | None:
-        before = len(trainer.jobs())
-        retraining.look(noon + timedelta(minutes=minutes))
-        while trainer.running:
-            time.sleep(0.01)
-        jobs = trainer.jobs()
-        return max(jobs, key=lambda job: (job.started_at, job.id)).why if len(jobs) > before else None
-
-    assert look(0) is None
-    assert look(31) == "RETRAIN_SCHEDULE"
-    assert look(32) is None
-    drift[0] = "texts are longer"
-    assert look(33) is not None
-    assert look(34) is None
-    assert look(35 + DRIFT_PAUSE / timedelta(minutes=1)) is not None  # the schedule first, then drift again
-
-
-def test_what_is_due_while_a_training_runs_waits_for_its_end(make: Make, tmp_path: Path) -> None:
-    noon = datetime(2026, 3, 2, 12, tzinfo=UTC)
-    trainer = make(SLEEP)
-    schedule = Schedule("30 * * * *", "UTC", jitter_s=0, memory=tmp_path / "schedule.json")
-    schedule.due(noon)
-    trainer.start("POST /retrain")
-    Retraining(trainer, schedule=schedule).look(noon + timedelta(hours=1))
-    assert schedule.due(noon + timedelta(hours=1))
-    assert len(trainer.jobs()) == 1
