@@ -12,7 +12,6 @@ import pytest
 from lifecycle.conftest import SLEEP, Make
 
 from tuneserve.errors import BusyError
-from tuneserve.lifecycle.status import Status, read_status
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.settings import PROJECT
@@ -90,20 +89,6 @@ def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store
     assert trainer.progress() == {"phase": "training", "epoch": 2}
     store.status_file.write_text("{")
     assert trainer.progress() == {"phase": "preparing"}
-
-
-def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("tuneserve.lifecycle.status.time.monotonic", lambda: now)
-    with Status(store.status_file) as status:
-        status.training(steps=100, epochs=4)
-        now += 2
-        status.step(51, {"loss": 0.5})  # the first, from a checkpoint at step 50
-        assert read_status(store.status_file)["eta_s"] == 98
-        now += 8
-        status.step(60, {"loss": 0.5})
-    seen = read_status(store.status_file)
-    assert {name: seen[name] for name in ("epoch", "progress", "eta_s")} == {"epoch": 3, "progress": 0.6, "eta_s": 40}
 
 
 @pytest.mark.parametrize("serves", [True, False])
