@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from tuneserve.errors import DataError
 from tuneserve.tables.format import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut
-from tuneserve.tables.utf8 import as_text
+from tuneserve.tables.streams import as_text
 
 
 class Delimited:
