@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 
 from tuneserve.errors import DataError
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
-from tuneserve.tables.columns import check_type, find_columns
 from tuneserve.tables.format import Answer, Chunk
 from tuneserve.tables.formats import file_type, is_known, known_endings
+from tuneserve.tables.rows import check_type, find_columns
 
 STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call that which changes with a file's content; the first one found counts."""
