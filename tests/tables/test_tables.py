@@ -19,8 +19,7 @@ from tuneserve.scoring.job import score_rows
 from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.source import Source
 from tuneserve.serving.classifier import Prediction
-from tuneserve.tables import formats
-from tuneserve.tables.format import Answer, Chunk, cut
+from tuneserve.tables import Answer, Chunk, cut
 from tuneserve.tables.formats import FORMATS
 from tuneserve.tables.rows import Columns
 from tuneserve.training.data import read
@@ -208,7 +207,7 @@ class Words:
 
 
 def test_a_new_format_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(formats.FORMATS, ".words", Words())
+    monkeypatch.setitem(FORMATS, ".words", Words())
     source = tmp_path / "in.words.gz"
     source.write_bytes(gzip.compress(b"a film|x\nanother|y\n"))
     assert labelled(source, tmp_path / "cache") == [("a film", "x"), ("another", "y")]

@@ -16,7 +16,7 @@ from tuneserve.scoring.parts import Parts
 from tuneserve.scoring.source import Source
 from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
 from tuneserve.settings import Settings
-from tuneserve.tables.format import Answer
+from tuneserve.tables import Answer
 from tuneserve.tables.rows import format_value
 from tuneserve.text import has_surrogates
 

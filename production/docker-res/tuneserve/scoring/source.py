@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from tuneserve.errors import DataError
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
-from tuneserve.tables.format import Answer, Chunk
+from tuneserve.tables import Answer, Chunk
 from tuneserve.tables.formats import file_type, is_known, known_endings
 from tuneserve.tables.rows import check_type, find_columns
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, BinaryIO, TextIO
 
 from tuneserve.errors import DataError
-from tuneserve.tables.format import Answer, Chunk, Wanted, answer_names, cut
+from tuneserve.tables import Answer, Chunk, Wanted, answer_names, cut
 from tuneserve.tables.streams import BLOCK_BYTES, as_text
 
 FIRST_RECORDS = 1000
