@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneserve.errors import DataError, SettingsError
+from tuneserve.scoring.input import Input
 from tuneserve.scoring.job import score_rows
-from tuneserve.scoring.parts import Parts
-from tuneserve.scoring.source import Source
+from tuneserve.scoring.output import Output
 from tuneserve.serving.classifier import Prediction
 from tuneserve.tables import Answer, Chunk, cut
 from tuneserve.tables.formats import FORMATS
@@ -64,8 +64,8 @@ def write(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def score(source: Path, output: Path) -> None:
-    rows = Source(str(source), text_column="text")
-    parts = Parts(str(output), rows, shard=0, shards=1)
+    rows = Input(str(source), text_column="text")
+    parts = Output(str(output), rows, shard=0, shards=1)
     score_rows(rows, parts, predict, model_version="v", chunk_rows=4)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from tuneserve.errors import SettingsError, TextError, TuneserveError
 from tuneserve.lifecycle.store import Store
 from tuneserve.progress import Progress
-from tuneserve.scoring.parts import Parts
-from tuneserve.scoring.source import Source
+from tuneserve.scoring.input import Input
+from tuneserve.scoring.output import Output
 from tuneserve.serving.classifier import Classifier, Prediction, load_classifier
 from tuneserve.settings import Settings
 from tuneserve.tables import Answer
@@ -42,8 +42,8 @@ def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> No
     if missing:
         raise SettingsError(f"`predict` wants {' and '.join(missing)}: the rows to score, and where to write them.")
     version = Store(settings.model_path).champion()
-    source = Source(settings.input, text_column=settings.text_column, label_column=settings.label_column)
-    parts = Parts(settings.output, source, shard=shard, shards=settings.shards)
+    source = Input(settings.input, text_column=settings.text_column, label_column=settings.label_column)
+    parts = Output(settings.output, source, shard=shard, shards=settings.shards)
     loaded: list[Classifier] = []
 
     def predict(texts: Sequence[str]) -> Sequence[Prediction | TextError]:
@@ -71,8 +71,8 @@ def choose_shard(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def score_rows(
-    source: Source,
-    parts: Parts,
+    source: Input,
+    parts: Output,
     predict: Predict,
     *,
     model_version: str,
