@@ -1,8 +1,5 @@
 """Files scored: real files of every kind, real processes that are killed, shards, and what is refused."""
 
-import csv
-import io
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from tabular import Row, parse, read, write
 
 from tuneserve.artifact import Golden, Version, write_golden
 from tuneserve.errors import DataError, SettingsError, StoreError, TuneserveError
@@ -30,7 +28,6 @@ from tuneserve.settings import PROJECT, Settings
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-Row = dict[str, Any]
 
 ENDINGS = [".csv", ".tsv", ".jsonl", ".parquet"]
 ANSWER = ["label", "score", "scores", "tokens", "truncated", "error", "model_version"]
@@ -45,45 +42,6 @@ TEXTS = [
     " film ",
     "film " * 40,
 ]
-
-
-def write(path: Path, rows: Sequence[Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=7)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            table.writeheader()
-            table.writerows(rows)
-    return path
-
-
-def parse(content: bytes, ending: str) -> list[Row]:
-    """The rows of a file, with the answers' types undone where the format has none."""
-    if ending == ".parquet":
-        rows = pq.read_table(io.BytesIO(content)).to_pylist()
-        return [row | {"scores": dict(row["scores"]) if row["scores"] is not None else None} for row in rows]
-    if ending == ".jsonl":
-        return [json.loads(line) for line in content.decode().split("\n") if line]
-    table = csv.DictReader(
-        io.StringIO(content.decode(), newline=""), delimiter="\t" if ending == ".tsv" else ",", strict=True
-    )
-    typed = ("score", "scores", "tokens", "truncated")
-    empty = ("label", "error", *typed)
-    return [
-        {
-            name: None if name in empty and not cell else json.loads(cell) if name in typed else cell
-            for name, cell in row.items()
-        }
-        for row in table
-    ]
-
-
-def read(path: Path) -> list[Row]:
-    return parse(path.read_bytes(), path.suffix)
 
 
 def run(
