@@ -30,8 +30,7 @@ from tuneserve.network.forward import Padded
 from tuneserve.serving.engines.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, infer
 from tuneserve.serving.engines.torch_engine import TorchEngine
 from tuneserve.settings import Settings
-from tuneserve.text import TextEncoder
-from tuneserve.token_budget import split_by_tokens
+from tuneserve.text import TextEncoder, split_by_tokens
 from tuneserve.training import base_model, model
 
 Ids = list[list[int]]

@@ -35,9 +35,6 @@ GROUND = (
     "settings_docs",
     "signals",
     "text",
-    "token_budget",
-    "unicode",
-    "yielding",
 )
 
 

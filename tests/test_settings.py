@@ -205,7 +205,7 @@ def test_a_table_that_drifted_is_filled_anew() -> None:
 def test_the_module_writes_config_env_and_the_table(tmp_path: Path, python: Python) -> None:
     package = tmp_path / "clone" / "production" / "docker-res" / "tuneserve"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "settings.py", "settings_docs.py", "errors.py", "unicode.py"):
+    for name in ("__init__.py", "settings.py", "settings_docs.py", "errors.py", "text.py"):
         shutil.copy(RUN.parent / "tuneserve" / name, package)
     page = tmp_path / "clone" / "docs" / "configuration.md"
     page.parent.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tuneserve.text import TextEncoder, Tokens, plain
+from tuneserve.text import TextEncoder, Tokens, has_surrogates, plain, split_by_tokens
 
 FIRST, LAST, UNKNOWN = 1, 2, 3
 WORDS = {"[PAD]": 0, "[CLS]": FIRST, "[SEP]": LAST, "[UNK]": UNKNOWN, "a": 4, "good": 5, "film": 6}
@@ -94,3 +94,30 @@ def test_the_default_base_model_reads_more_than_its_own_tokenizer_would() -> Non
     short, long = encoder.encode(["Hello<br />world", "film " * 200])
     assert short.ids == [101, 7592, 2088, 102]
     assert (len(long.ids), long.truncated) == (202, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", False), ("a\n", False), ("é😀\ud7ff\ue000", False), ("a\ud83d", True), ("\ude00a", True), ("\udcff", True)],
+    ids=range(6),
+)
+def test_half_a_surrogate_pair_is_found(text: str, found: bool) -> None:
+    assert has_surrogates(text) == found
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "padded", "parts"),
+    [
+        ([], 10, False, []),
+        ([4, 6, 1], 10, False, [[4, 6], [1]]),
+        ([4, 6, 1], 10, True, [[4], [6], [1]]),
+        ([1, 5, 5], 10, True, [[1, 5], [5]]),
+        ([11, 12], 10, False, [[11], [12]]),
+        ([11, 1, 12], 10, True, [[11], [1], [12]]),
+        ([5, 5, 5, 5], 10, True, [[5, 5], [5, 5]]),
+    ],
+)
+def test_a_part_ends_before_the_text_that_would_exceed_the_budget(
+    lengths: list[int], max_tokens: int, padded: bool, parts: list[list[int]]
+) -> None:
+    assert [lengths[part] for part in split_by_tokens(lengths, max_tokens, padded=padded)] == parts

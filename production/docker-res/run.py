@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneserve.signals import Stop
+from tuneserve.signals import Stop, end_with_parent
 
 if TYPE_CHECKING:
     from tuneserve.settings import Settings
@@ -29,17 +29,14 @@ def main(arguments: list[str]) -> int:
     stop.listen()  # before all else: a container's first process ignores the signals that it does not listen to
     from tuneserve import logs
     from tuneserve.errors import TuneserveError
-    from tuneserve.hardware import set_threads
+    from tuneserve.hardware import run_in_background, set_threads
     from tuneserve.settings import Settings
-    from tuneserve.yielding import end_with_parent, yield_to_server
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
     parser.add_argument("version", nargs="?", help="of promote")
-    parser.add_argument(
-        "--child", action="store_true", help=argparse.SUPPRESS
-    )  # of a server, which it will not outlive
-    parser.add_argument("--beside", action="store_true", help=argparse.SUPPRESS)  # a model that answers meanwhile
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
+    parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
     wanted = parser.parse_args(arguments)
     if (wanted.verb == "promote") != (wanted.version is not None):
         parser.error("promote takes a version's id, and no other verb does; `versions` lists them")
@@ -51,8 +48,8 @@ def main(arguments: list[str]) -> int:
             return 0
         if wanted.child:
             end_with_parent()
-        if wanted.beside:
-            settings = yield_to_server(settings)
+        if wanted.background:
+            settings = run_in_background(settings)
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
@@ -110,9 +107,9 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
 
 def versions(settings: "Settings", version: str | None) -> None:
     """Print a table of the store's versions."""
-    from tuneserve.lifecycle import listing
+    from tuneserve.lifecycle.store import Store
 
-    print(listing.table(settings.model_path))
+    print(Store(settings.model_path).table())
 
 
 def promote(settings: "Settings", version: str | None) -> None:

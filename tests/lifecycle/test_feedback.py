@@ -13,7 +13,8 @@ import pytest
 
 from tuneserve.errors import NotFoundError, UnavailableError
 from tuneserve.lifecycle import feedback as module
-from tuneserve.lifecycle.feedback import FILE, Feedback, labelled_texts, open_database, wilson
+from tuneserve.lifecycle.feedback import FILE, Feedback, labelled_texts, open_database
+from tuneserve.lifecycle.statistics import wilson
 from tuneserve.settings import PROJECT
 
 CHILD = """
@@ -48,21 +49,6 @@ def child(folder: Path, name: str, count: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", CHILD, str(folder / FILE), name, str(count)]
     environment = os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-@pytest.mark.parametrize(
-    ("right", "count", "low", "high"),
-    [
-        (0, 10, 0.0, 0.2775),
-        (10, 10, 0.7225, 1.0),
-        (5, 10, 0.2366, 0.7634),
-        (81, 263, 0.2553, 0.3662),  # Newcombe, Statistics in Medicine 17 (1998), table I
-        (15, 148, 0.0624, 0.1605),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float) -> None:
-    assert wilson(right, count) == pytest.approx((low, high), abs=6e-5)
 
 
 def test_an_answer_is_found_while_it_waits_and_after_it_is_written(tmp_path: Path) -> None:

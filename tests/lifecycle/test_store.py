@@ -16,16 +16,8 @@ from tuneserve.artifact import METADATA, Version, new_version, read_version
 from tuneserve.errors import NoModelError, StoreError
 from tuneserve.files import replace_file, write_json
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
-from tuneserve.lifecycle.listing import table
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store(tmp_path / "models")
-    store.prepare()
-    return store
 
 
 def add(store: Store, name: str, **metadata: Any) -> Version:
@@ -412,7 +404,7 @@ def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.L
 def test_promote_and_rollback_mend_a_pointer_that_cannot_be_read(store: Store, garbage: bytes) -> None:
     accept(store, "one", "two")
     store.pointer.write_bytes(garbage)
-    assert "one" in table(store.root)
+    assert "one" in store.table()
     assert store.rollback()[0].id == store.champion_id() == "one"
     store.pointer.write_bytes(garbage)
     store.promote("two")
@@ -445,12 +437,12 @@ def test_the_last_good_versions_come_when_the_champion_cannot(store: Store) -> N
     assert [version.id for version in store.last_good()] == ["two", "three", "one"]
 
 
-def test_a_listing_shows_each_version_with_its_decision(store: Store) -> None:
-    assert "no version" in table(store.root)
+def test_the_table_shows_each_version_with_its_decision(store: Store) -> None:
+    assert "no version" in store.table()
     accept(store, "one", "two")
     store.rollback()
     add(store, "zero", metrics={"test": {"accuracy": 0.875}}, created_at="2026-01-02T03:04:05+00:00")
-    lines = table(store.root).splitlines()
+    lines = store.table().splitlines()
     assert [line.split()[0] for line in lines] == ["version", "one", "two", "zero"]
     assert "champion" in lines[1]
     assert "previous" in lines[2]
@@ -465,16 +457,16 @@ def test_of_a_challenger_the_table_says_that_it_is_one_and_what_became_of_it(sto
         write_decision(version, Decision(version.id, "accepted", "gate", "is good", None))
     store.set_champion(versions[0])
     store.set_challenger(versions[1])
-    assert [line.split()[:2] for line in table(store.root).splitlines()[1:]] == [
+    assert [line.split()[:2] for line in store.table().splitlines()[1:]] == [
         ["a", "champion"],
         ["b", "challenger"],
         ["c", "accepted:"],
     ]
     store.set_challenger(versions[1])  # the same again is no news
-    assert "took its place" not in table(store.root)
+    assert "took its place" not in store.table()
     store.set_challenger(versions[2])
-    assert "is good; c took its place in the champion's shadow" in table(store.root)
+    assert "is good; c took its place in the champion's shadow" in store.table()
     store.challenger_pointer.write_bytes(b"\xff")
-    assert f"{store.challenger_pointer} cannot be read" in table(store.root)
+    assert f"{store.challenger_pointer} cannot be read" in store.table()
     store.set_challenger(versions[2])
     assert store.challenger_id() == "c"

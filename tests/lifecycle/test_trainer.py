@@ -6,43 +6,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from lifecycle.conftest import SLEEP, Make
 
 from tuneserve.errors import BusyError
-from tuneserve.lifecycle.retraining import DRIFT_PAUSE, Retraining
-from tuneserve.lifecycle.schedule import Schedule
-from tuneserve.lifecycle.status import Status, read_status
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.settings import PROJECT
 
-Make = Callable[..., Trainer]
 PROGRAM = PROJECT / "production" / "docker-res"
-SLEEP = "import time; time.sleep(60)"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store(tmp_path / "models")
-    store.prepare()
-    return store
-
-
-@pytest.fixture
-def make(store: Store) -> Iterator[Make]:
-    trainers = []
-
-    def make(program: str, *, serves: bool = False) -> Trainer:
-        trainers.append(Trainer([sys.executable, "-c", program], store, serves=lambda: serves))
-        return trainers[-1]
-
-    yield make
-    for trainer in trainers:
-        trainer.close()
 
 
 def run(trainer: Trainer) -> Job:
@@ -117,32 +91,18 @@ def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store
     assert trainer.progress() == {"phase": "preparing"}
 
 
-def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("tuneserve.lifecycle.status.time.monotonic", lambda: now)
-    with Status(store.status_file) as status:
-        status.training(steps=100, epochs=4)
-        now += 2
-        status.step(51, {"loss": 0.5})  # the first, from a checkpoint at step 50
-        assert read_status(store.status_file)["eta_s"] == 98
-        now += 8
-        status.step(60, {"loss": 0.5})
-    seen = read_status(store.status_file)
-    assert {name: seen[name] for name in ("epoch", "progress", "eta_s")} == {"epoch": 3, "progress": 0.6, "eta_s": 40}
-
-
 @pytest.mark.parametrize("serves", [True, False])
-def test_a_training_yields_only_where_a_model_answers(make: Make, serves: bool) -> None:
-    assert run(make("import sys; raise SystemExit(3 if '--beside' in sys.argv else 0)", serves=serves)).exit_code == (
-        3 if serves else 0
-    )
+def test_a_training_runs_in_the_background_only_where_a_model_answers(make: Make, serves: bool) -> None:
+    assert run(
+        make("import sys; raise SystemExit(3 if '--background' in sys.argv else 0)", serves=serves)
+    ).exit_code == (3 if serves else 0)
 
 
 @pytest.mark.parametrize(("wanted", "policy", "nice"), [("", os.SCHED_IDLE, 0), ("7", os.SCHED_OTHER, 7)])
-def test_a_training_that_yields_is_idle_work_or_as_nice_as_it_is_told(wanted: str, policy: int, nice: int) -> None:
+def test_a_background_training_is_idle_work_or_as_nice_as_it_is_told(wanted: str, policy: int, nice: int) -> None:
     ask = (
-        "import os; from tuneserve.settings import Settings; from tuneserve.yielding import yield_to_server; "
-        "settings = yield_to_server(Settings.from_environ(os.environ)); "
+        "import os; from tuneserve.settings import Settings; from tuneserve.hardware import run_in_background; "
+        "settings = run_in_background(Settings.from_environ(os.environ)); "
         "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads)"
     )
     said = subprocess.run(
@@ -172,7 +132,7 @@ def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, stor
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    child = "import sys, time; from tuneserve.yielding import end_with_parent; end_with_parent(); print(1, flush=True)"
+    child = "import sys, time; from tuneserve.signals import end_with_parent; end_with_parent(); print(1, flush=True)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; time.sleep(60)'!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", parent],
@@ -188,38 +148,3 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not Path(f"/proc/{children[0]}").exists()
-
-
-def test_the_schedule_and_drift_start_trainings_one_at_a_time(make: Make, tmp_path: Path) -> None:
-    noon = datetime(2026, 3, 2, 12, tzinfo=UTC)
-    drift: list[str | None] = [None]
-    trainer = make("")
-    schedule = Schedule("30 * * * *", "UTC", jitter_s=0, memory=tmp_path / "schedule.json")
-    retraining = Retraining(trainer, schedule=schedule, drift=lambda: drift[0])
-
-    def look(minutes: float) -> str | None:
-        before = len(trainer.jobs())
-        retraining.look(noon + timedelta(minutes=minutes))
-        while trainer.running:
-            time.sleep(0.01)
-        jobs = trainer.jobs()
-        return max(jobs, key=lambda job: (job.started_at, job.id)).why if len(jobs) > before else None
-
-    assert look(0) is None
-    assert look(31) == "RETRAIN_SCHEDULE"
-    assert look(32) is None
-    drift[0] = "texts are longer"
-    assert look(33) is not None
-    assert look(34) is None
-    assert look(35 + DRIFT_PAUSE / timedelta(minutes=1)) is not None  # the schedule first, then drift again
-
-
-def test_what_is_due_while_a_training_runs_waits_for_its_end(make: Make, tmp_path: Path) -> None:
-    noon = datetime(2026, 3, 2, 12, tzinfo=UTC)
-    trainer = make(SLEEP)
-    schedule = Schedule("30 * * * *", "UTC", jitter_s=0, memory=tmp_path / "schedule.json")
-    schedule.due(noon)
-    trainer.start("POST /retrain")
-    Retraining(trainer, schedule=schedule).look(noon + timedelta(hours=1))
-    assert schedule.due(noon + timedelta(hours=1))
-    assert len(trainer.jobs()) == 1

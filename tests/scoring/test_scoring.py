@@ -1,8 +1,5 @@
 """Files scored: real files of every kind, real processes that are killed, shards, and what is refused."""
 
-import csv
-import io
-import json
 import os
 import signal
 import subprocess
@@ -18,20 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from tabular import Row, parse, read, write
 
 from tuneserve.artifact import Golden, Version, write_golden
 from tuneserve.errors import DataError, EngineError, SettingsError, StoreError
 from tuneserve.files import write_json
+from tuneserve.scoring.input import Input
 from tuneserve.scoring.job import CHUNK_ROWS, choose_shard, score, score_rows
-from tuneserve.scoring.parts import MANIFEST, Parts
-from tuneserve.scoring.source import Source
+from tuneserve.scoring.output import MANIFEST, Output
 from tuneserve.serving.model import Answers
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.tasks.classifier import Classifier, Prediction
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-Row = dict[str, Any]
 
 ENDINGS = [".csv", ".tsv", ".jsonl", ".parquet"]
 ANSWER = ["label", "score", "scores", "tokens", "truncated", "error", "model_version"]
@@ -48,45 +45,6 @@ TEXTS = [
 ]
 
 
-def write(path: Path, rows: Sequence[Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=7)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            table.writeheader()
-            table.writerows(rows)
-    return path
-
-
-def parse(content: bytes, ending: str) -> list[Row]:
-    """The rows of a file, with the answers' types undone where the format has none."""
-    if ending == ".parquet":
-        rows = pq.read_table(io.BytesIO(content)).to_pylist()
-        return [row | {"scores": dict(row["scores"]) if row["scores"] is not None else None} for row in rows]
-    if ending == ".jsonl":
-        return [json.loads(line) for line in content.decode().split("\n") if line]
-    table = csv.DictReader(
-        io.StringIO(content.decode(), newline=""), delimiter="\t" if ending == ".tsv" else ",", strict=True
-    )
-    typed = ("score", "scores", "tokens", "truncated")
-    empty = ("label", "error", *typed)
-    return [
-        {
-            name: None if name in empty and not cell else json.loads(cell) if name in typed else cell
-            for name, cell in row.items()
-        }
-        for row in table
-    ]
-
-
-def read(path: Path) -> list[Row]:
-    return parse(path.read_bytes(), path.suffix)
-
-
 def run(
     classifier: Classifier,
     source: Path | str,
@@ -99,8 +57,8 @@ def run(
     model_version: str = "",
     how: dict[str, str] | None = None,
 ) -> None:
-    rows = Source(str(source), text_column=text_column)
-    parts = Parts(str(output), rows, shard=shard, shards=shards)
+    rows = Input(str(source), text_column=text_column)
+    parts = Output(str(output), rows, shard=shard, shards=shards)
     score_rows(
         rows,
         parts,
@@ -205,8 +163,8 @@ def test_a_text_that_the_model_fails_on_does_not_fail_its_neighbours(classifier:
         failed = EngineError("The model gave a figure that is not a number.")
         return [failed if text == "three" else one for text, one in zip(texts, classifier.predict(texts), strict=True)]
 
-    source = Source(str(write(tmp_path / "in.csv", [{"text": text} for text in ("one", "two", "three", "a", "the")])))
-    score_rows(source, Parts(str(tmp_path / "out.csv"), source, shard=0, shards=1), predict, model_version="v")
+    source = Input(str(write(tmp_path / "in.csv", [{"text": text} for text in ("one", "two", "three", "a", "the")])))
+    score_rows(source, Output(str(tmp_path / "out.csv"), source, shard=0, shards=1), predict, model_version="v")
     found = read(tmp_path / "out.csv")
     assert [row["error"] for row in found] == [None, None, "The model gave a figure that is not a number.", None, None]
 
@@ -215,8 +173,8 @@ def test_a_damaged_model_is_no_texts_fault(tmp_path: Path) -> None:
     def predict(texts: Sequence[str]) -> list[Prediction]:
         raise StoreError("damaged")
 
-    source = Source(str(write(tmp_path / "in.csv", [{"text": "one"}, {"text": "two"}])))
-    parts = Parts(str(tmp_path / "out.csv"), source, shard=0, shards=1)
+    source = Input(str(write(tmp_path / "in.csv", [{"text": "one"}, {"text": "two"}])))
+    parts = Output(str(tmp_path / "out.csv"), source, shard=0, shards=1)
     with pytest.raises(StoreError, match="damaged"):
         score_rows(source, parts, predict, model_version="v")
 
@@ -315,7 +273,7 @@ def test_a_file_from_the_web_is_scored(classifier: Classifier, tmp_path: Path, w
     run(classifier, f"{address}/in.csv?signature=secret", tmp_path / "out.csv")
     assert len(read(tmp_path / "out.csv")) == 10
     with pytest.raises(DataError, match="cannot be read") as caught:
-        Source(f"{address}/none.csv?signature=secret")
+        Input(f"{address}/none.csv?signature=secret")
     assert f"{address}/none.csv" in str(caught.value)
     assert "secret" not in str(caught.value)
 
@@ -350,25 +308,25 @@ def test_an_input_that_cannot_be_read_is_a_data_error(
 def test_a_folder_holds_one_kind_of_file_with_one_set_of_columns(classifier: Classifier, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(DataError, match=r"no \.csv"):
-        Source(str(tmp_path / "in"))
+        Input(str(tmp_path / "in"))
     write(tmp_path / "in" / "a.csv", [{"text": "film"}])
     write(tmp_path / "in" / "b.csv", [{"text": "film", "id": "1"}])
     with pytest.raises(DataError, match=r"b\.csv has the columns text \(text\), id \(text\); .*a\.csv has"):
-        Source(str(tmp_path / "in"))
+        Input(str(tmp_path / "in"))
     write(tmp_path / "in" / "b.jsonl", [{"text": "film"}])
     with pytest.raises(DataError, match=r"\.csv, \.jsonl"):
-        Source(str(tmp_path / "in"))
+        Input(str(tmp_path / "in"))
 
 
 def test_bytes_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [b"film"]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match="holds binary"):
-        Source(str(tmp_path / "in.parquet"))
+        Input(str(tmp_path / "in.parquet"))
 
 
 def test_an_output_that_does_not_go_with_the_input_is_refused(tmp_path: Path) -> None:
-    source = Source(str(write(tmp_path / "in" / "in.csv", [{"text": "film"}])))
-    folder = Source(str(tmp_path / "in"))
+    source = Input(str(write(tmp_path / "in" / "in.csv", [{"text": "film"}])))
+    folder = Input(str(tmp_path / "in"))
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "in")
     (tmp_path / "link.csv").symlink_to(tmp_path / "in" / "in.csv")
@@ -382,10 +340,10 @@ def test_an_output_that_does_not_go_with_the_input_is_refused(tmp_path: Path) ->
         (tmp_path / "in" / ".." / "in" / "in.csv", source, 1, "is in INPUT"),
         (tmp_path / "link" / "in.csv", source, 1, "is in INPUT"),
         (tmp_path / "link", folder, 1, "is in INPUT"),
-        (tmp_path / "in" / "in.csv", Source(str(tmp_path / "link.csv")), 1, "is in INPUT"),
+        (tmp_path / "in" / "in.csv", Input(str(tmp_path / "link.csv")), 1, "is in INPUT"),
     ]:
         with pytest.raises(SettingsError, match=message):
-            Parts(str(output), rows, shard=0, shards=shards)
+            Output(str(output), rows, shard=0, shards=shards)
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["in.csv"]
 
 
@@ -488,17 +446,17 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from tuneserve.tasks.classifier import Prediction as make
-from tuneserve.scoring.parts import Parts
+from tuneserve.scoring.output import Output
 from tuneserve.scoring.job import score_rows
-from tuneserve.scoring.source import Source
+from tuneserve.scoring.input import Input
 
 SCORES = {"bad": 0.25, "good": 0.75}
 
 def predict(texts):
     return [make(label="good", scores=SCORES, tokens=len(text), truncated=False, model_version="v") for text in texts]
 
-source = Source(sys.argv[1])
-score_rows(source, Parts(sys.argv[2], source, shard=0, shards=1), predict, model_version="v")
+source = Input(sys.argv[1])
+score_rows(source, Output(sys.argv[2], source, shard=0, shards=1), predict, model_version="v")
 assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """

@@ -1,72 +1,29 @@
 """Every format with every compression, through training's reading and through scoring, and what is said of faults."""
 
-import bz2
-import csv
 import gzip
-import io
-import json
-import lzma
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from tabular import COMPRESS, read, write
 
 from tuneserve.errors import DataError, SettingsError
+from tuneserve.scoring.input import Input
 from tuneserve.scoring.job import score_rows
-from tuneserve.scoring.parts import Parts
-from tuneserve.scoring.source import Source
-from tuneserve.tables import formats
-from tuneserve.tables.format import Answer, Chunk, cut
+from tuneserve.scoring.output import Output
+from tuneserve.tables import Answer, Chunk, cut
 from tuneserve.tables.formats import FORMATS
 from tuneserve.tables.rows import Columns
 from tuneserve.tasks.classifier import Prediction
-from tuneserve.training.data import read
+from tuneserve.training import data
 
-Row = dict[str, Any]
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
-}
-EXPAND: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".zst": lambda content: pa.CompressedInputStream(pa.BufferReader(content), "zstd").read(),
-}
 ROWS = [{"id": f"{number:02}", "text": f'"film" {number},\n\tü', "label": f"l{number % 2}"} for number in range(11)]
 
 
-def content(rows: Sequence[Row], ending: str) -> bytes:
-    if ending == ".parquet":
-        file = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(list(rows)), file, row_group_size=3)
-        return file.getvalue()
-    if ending == ".json":
-        return json.dumps(list(rows), indent=1).encode()
-    if ending == ".jsonl":
-        return "".join(json.dumps(row) + "\n" for row in rows).encode()
-    separator = "\t" if ending == ".tsv" else ","
-    cells = [list(rows[0]), *(row.values() for row in rows)]
-    quoted = [separator.join('"' + str(cell).replace('"', '""') + '"' for cell in line) for line in cells]
-    return "\n".join(quoted).encode()
-
-
-def write(path: Path, rows: Sequence[Row]) -> Path:
-    ending, compression = [*path.suffixes, ""][:2]
-    path.write_bytes(COMPRESS[compression](content(rows, ending)))
-    return path
-
-
 def score(source: Path, output: Path) -> None:
-    rows = Source(str(source), text_column="text")
-    parts = Parts(str(output), rows, shard=0, shards=1)
+    rows = Input(str(source), text_column="text")
+    parts = Output(str(output), rows, shard=0, shards=1)
     score_rows(rows, parts, predict, model_version="v", chunk_rows=4)
 
 
@@ -75,22 +32,8 @@ def predict(texts: Sequence[str]) -> list[Prediction]:
 
 
 def labelled(path: Path, cache: Path) -> list[tuple[str, str]]:
-    rows = read(str(path), Columns(), cache=cache)["train"].rows
+    rows = data.read(str(path), Columns(), cache=cache)["train"].rows
     return list(zip(rows["text"], rows["label"], strict=True))
-
-
-def scored(path: Path) -> list[Row]:
-    """The rows of an output, read by other code than what is tested."""
-    ending, compression = [*path.suffixes, ""][:2]
-    plain = EXPAND[compression](path.read_bytes())
-    if ending == ".parquet":
-        return list(pq.read_table(io.BytesIO(plain)).to_pylist())
-    if ending == ".json":
-        return list(json.loads(plain))
-    if ending == ".jsonl":
-        return [json.loads(line) for line in plain.decode().splitlines()]
-    lines = io.StringIO(plain.decode(), newline="")
-    return list(csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ","))
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -102,14 +45,14 @@ def test_every_format_is_read_for_training_and_scored_whatever_its_compression(
     assert labelled(source, tmp_path / "cache") == [(row["text"], row["label"]) for row in ROWS]
     output = tmp_path / f"out{ending}{compression}"
     score(source, output)
-    found = scored(output)
+    found = read(output)
     assert [{name: row[name] for name in ROWS[0]} for row in found] == ROWS
     assert [(row["predicted_label"], int(row["tokens"])) for row in found] == [
         ("good", len(row["text"])) for row in ROWS
     ]
     score(source, tmp_path / "parts")
     parts = sorted((tmp_path / "parts").glob(f"part-*{ending}{compression}"))
-    assert [row["id"] for part in parts for row in scored(part)] == [row["id"] for row in ROWS]
+    assert [row["id"] for part in parts for row in read(part)] == [row["id"] for row in ROWS]
     assert len(parts) == 3
 
 
@@ -144,7 +87,7 @@ def test_a_folder_with_compressed_splits_is_read(tmp_path: Path) -> None:
     (tmp_path / "reviews").mkdir()
     write(tmp_path / "reviews" / "train.csv.gz", ROWS)
     write(tmp_path / "reviews" / "test.json.zst", ROWS[:2])
-    found = read(str(tmp_path / "reviews"), Columns(), cache=tmp_path / "cache")
+    found = data.read(str(tmp_path / "reviews"), Columns(), cache=tmp_path / "cache")
     assert {split: len(source.rows) for split, source in found.items()} == {"train": 11, "test": 2}
 
 
@@ -183,7 +126,7 @@ def test_a_fault_is_told_in_the_same_words_for_training_and_scoring(
 def test_an_array_without_records_is_an_array_when_scored(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text("[]")
     score(tmp_path / "in.json", tmp_path / "out.json")
-    assert scored(tmp_path / "out.json") == []
+    assert read(tmp_path / "out.json") == []
 
 
 class Words:
@@ -208,7 +151,7 @@ class Words:
 
 
 def test_a_new_format_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(formats.FORMATS, ".words", Words())
+    monkeypatch.setitem(FORMATS, ".words", Words())
     source = tmp_path / "in.words.gz"
     source.write_bytes(gzip.compress(b"a film|x\nanother|y\n"))
     assert labelled(source, tmp_path / "cache") == [("a film", "x"), ("another", "y")]

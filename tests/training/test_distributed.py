@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tuneserve.lifecycle.lock import hold
+from tuneserve.lifecycle.status import hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.training import launch

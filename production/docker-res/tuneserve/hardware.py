@@ -1,4 +1,4 @@
-"""What this process may compute with: CPU threads, device, number format."""
+"""What this process may compute with: CPU threads, priority, device, number format."""
 
 import math
 import os
@@ -11,6 +11,8 @@ from tuneserve.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
+
+    from tuneserve.settings import Settings
 
 Precision = Literal["fp32", "bf16"]
 
@@ -63,6 +65,20 @@ def set_threads(setting: int | Literal["auto"]) -> int:
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     return threads
+
+
+def run_in_background(settings: "Settings") -> "Settings":
+    """Lower this process's priority, and return the settings of a training that leaves room for a server."""
+    if settings.retrain_nice == "idle":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # anyone may, and threads and children inherit it
+    else:
+        os.nice(settings.retrain_nice)
+    threads = settings.retrain_threads
+    if threads == "auto":
+        threads = max(1, int(cpu_quota() if settings.omp_num_threads == "auto" else settings.omp_num_threads) // 2)
+    # Read by torch's allocator when it starts, in the workers of a training in several processes too.
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{settings.retrain_gpu_fraction}"
+    return settings.model_copy(update={"omp_num_threads": threads})
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"]) -> tuple["torch.device", str]:

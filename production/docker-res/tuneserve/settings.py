@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from tuneserve.errors import SettingsError
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import has_surrogates
 
 PROJECT = Path(__file__).resolve().parents[3]
 """The folder that holds `production/`: the clone's root, and `/` in the image."""

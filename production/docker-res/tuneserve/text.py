@@ -1,12 +1,14 @@
-"""From text to token ids: one way, for training and for serving, so that both read a text alike."""
+"""From text to token ids to batches: one way, for training and for serving, so that both read a text alike."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenizers import Encoding, Tokenizer
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 LINE_BREAK_TAG = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
 
@@ -17,6 +19,18 @@ def plain(text: str) -> str:
     Only `<br>` goes, in all its spellings: other markup may be what a text is about ("the <b> tag").
     """
     return LINE_BREAK_TAG.sub(" ", text)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a string holds half a surrogate pair, which no encoding of Unicode can write.
+
+    An escape in JSON can make one, and so can bytes of the environment that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 WINDOW_OVERLAP = 0.25
@@ -41,7 +55,7 @@ class Tokens:
         return self.windows[0]
 
 
-def unknown_id(tokenizer: Tokenizer) -> int | None:
+def unknown_id(tokenizer: "Tokenizer") -> int | None:
     """The id of what the vocabulary does not have; none for tokenizers that can spell everything, such as GPT-2's."""
     model = json.loads(tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:  # Unigram
@@ -57,7 +71,7 @@ class TextEncoder:
     padded here.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, windows: bool = False) -> None:
+    def __init__(self, tokenizer: "Tokenizer", *, max_tokens: int, windows: bool = False) -> None:
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
@@ -70,11 +84,15 @@ class TextEncoder:
     @classmethod
     def from_folder(cls, folder: Path, *, max_tokens: int, windows: bool = False) -> "TextEncoder":
         """Read `tokenizer.json` from a model's folder."""
+        from tokenizers import Tokenizer
+
         return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens=max_tokens, windows=windows)
 
     @classmethod
     def from_json(cls, tokenizer: str, *, max_tokens: int) -> "TextEncoder":
         """Read the content of a `tokenizer.json`."""
+        from tokenizers import Tokenizer
+
         return cls(Tokenizer.from_str(tokenizer), max_tokens=max_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
@@ -82,7 +100,7 @@ class TextEncoder:
         encodings = self._tokenizer.encode_batch_fast([plain(text) for text in texts])
         return [self._read(encoding) for encoding in encodings]
 
-    def _read(self, encoding: Encoding) -> Tokens:
+    def _read(self, encoding: "Encoding") -> Tokens:
         if not self._windows or not encoding.overflowing:
             ids = encoding.ids
             return Tokens([ids], len(ids), bool(encoding.overflowing))
@@ -93,3 +111,21 @@ class TextEncoder:
     def to_json(self) -> str:
         """The tokenizer and its limits as JSON: equal texts encode equally wherever this string is equal."""
         return json.dumps({"tokenizer": self._tokenizer.to_str(), "max_tokens": self.max_tokens})
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> Iterator[slice]:
+    """Batches of consecutive texts as slices, in order, with at most `max_tokens` tokens and at least one text each.
+
+    Args:
+        lengths: tokens of each text.
+        max_tokens: of a slice, unless a single text is longer.
+        padded: whether every text of a slice counts as many tokens as the longest.
+    """
+    begin = tokens = longest = 0
+    for end, length in enumerate(lengths):
+        tokens, longest = tokens + length, max(longest, length)
+        if end > begin and ((end - begin + 1) * longest if padded else tokens) > max_tokens:
+            yield slice(begin, end)
+            begin, tokens, longest = end, length, length
+    if lengths:
+        yield slice(begin, len(lengths))

@@ -1,1 +1,1 @@
-"""The life of a model between training and serving: where versions are kept and which one answers."""
+"""The life of a model between training and serving: where versions are kept, which one answers, when one is trained."""

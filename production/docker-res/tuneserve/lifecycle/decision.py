@@ -58,6 +58,11 @@ class Decision:
         """Whether the version may serve."""
         return self.verdict == "accepted" and self.withdrawn_at is None
 
+    @property
+    def summary(self) -> str:
+        """The verdict, or when it was withdrawn, and the reason."""
+        return f"{f'withdrawn {self.withdrawn_at}' if self.withdrawn_at else self.verdict}: {self.sentence}"
+
     def overrides(self, other: "Decision") -> bool:
         """Whether people chose this version after the other one had been decided on."""
         return self.by == "person" and self.at >= other.at

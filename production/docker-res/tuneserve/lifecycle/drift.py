@@ -16,7 +16,7 @@ import numpy as np
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.lifecycle.two_samples import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
+from tuneserve.lifecycle.statistics import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

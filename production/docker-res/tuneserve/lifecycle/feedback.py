@@ -6,7 +6,6 @@ for one text the newer counts. SQLite's write-ahead log lets many processes of o
 """
 
 import logging
-import math
 import sqlite3
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tuneserve.errors import NotFoundError, UnavailableError
+from tuneserve.lifecycle.statistics import wilson
 
 logger = logging.getLogger(__name__)
 
@@ -272,18 +272,3 @@ def labelled_texts(path: Path, complain: Callable[[str], None]) -> list[tuple[st
     except UnavailableError as error:
         complain(str(error))
         return []
-
-
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson, Probable inference, 1927): it holds for few labels and near 0 and 1 too.
-
-    Args:
-        right: of the share.
-        count: of all, above 0.
-        z: quantile of the normal distribution.
-    """
-    share = right / count
-    middle = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    whole = 1 + z * z / count
-    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)

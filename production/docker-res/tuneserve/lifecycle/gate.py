@@ -22,6 +22,7 @@ from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence, unlearned
+from tuneserve.lifecycle.statistics import paired_bootstrap
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 ENGINE_POINTS = 0.01
 """How far the engine's accuracy may lie from torch's on the same texts."""
 BORDERLINE = 0.05
@@ -290,27 +289,6 @@ def _not_worse(right: Array, right_before: Array, clean: Array, max_drop: float,
         f"{verdict} the champion: {100 * difference:+.2f} points on {clean.sum()} texts, with 95% confidence at least "
         f"{100 * low:+.2f} where {-100 * max_drop:+g} is allowed (MAX_ACCURACY_DROP){said}",
     )
-
-
-def paired_bootstrap(right: Array, right_before: Array, *, seed: int = 0) -> tuple[float, float]:
-    """One-sided 95% bounds of the difference in accuracy, both models having answered the same texts.
-
-    The texts are drawn anew with replacement (Efron and Tibshirani, An Introduction to the Bootstrap, 1993). A text
-    counts +1, 0 or -1, so a draw of all is one of the three counts: no loop over texts is needed.
-
-    Args:
-        right: whether the candidate answered rightly, bool [texts].
-        right_before: whether the champion did, bool [texts].
-        seed: of the draws.
-    """
-    count = len(right)
-    gained, lost = int((right & ~right_before).sum()), int((~right & right_before).sum())
-    draws = np.random.default_rng(seed).multinomial(
-        count, [gained / count, lost / count, (count - gained - lost) / count], size=RESAMPLES
-    )
-    differences = (draws[:, 0] - draws[:, 1]) / count
-    low, high = np.quantile(differences, [1 - CONFIDENCE, CONFIDENCE])
-    return float(low), float(high)
 
 
 def _not_above(name: str, unit: str, value: float, before: float, max_increase: float) -> Check:

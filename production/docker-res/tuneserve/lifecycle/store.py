@@ -27,6 +27,7 @@ from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 logger = logging.getLogger(__name__)
 
 MEND = "Choose one with run.py promote <version>; run.py versions lists them."
+COLUMNS = ("version", "created", "test accuracy", "serves", "decision")
 ABANDONED_S = 3600
 """Age at which a half-written version is taken for a killed run's and not for one that is being written."""
 
@@ -49,7 +50,7 @@ class Store:
         """Make the folders and clear away what killed runs left half-written.
 
         Raises:
-            StoreError: the place cannot be written to.
+            StoreError: the folder cannot be written to.
         """
         try:
             for folder in (self.versions_folder, self.checkpoints_folder):
@@ -66,11 +67,11 @@ class Store:
         """All finished versions that can be read, oldest first (ids begin with their time)."""
         found = []
         for folder in sorted(path.parent for path in self.versions_folder.glob(f"*/{METADATA}")):
-            if not folder.name.startswith("."):
-                try:
+            try:
+                if not folder.name.startswith("."):
                     found.append(read_version(folder))
-                except StoreError as error:
-                    logger.warning("%s", error)
+            except StoreError as error:
+                logger.warning("%s", error)
         return found
 
     def free_folder(self, name: str) -> Path:
@@ -83,11 +84,7 @@ class Store:
 
     def find(self, fingerprint: str) -> Version | None:
         """The newest version trained with these settings on these data, if there is one that is undamaged."""
-        same = [
-            version
-            for version in self.versions()
-            if version.metadata.get("fingerprint") == fingerprint and is_whole(version)
-        ]
+        same = [one for one in self.versions() if one.metadata.get("fingerprint") == fingerprint and is_whole(one)]
         return same[-1] if same else None
 
     def champion(self) -> Version:
@@ -127,20 +124,17 @@ class Store:
 
         If nothing says which one the champion is, it was probably the one that was decided on last.
         """
-        previous = self.previous()
-        decided = [(found.at, one) for one in self.versions() if (found := read_decision(one)) and found.stands]
-        passed = [one for _, one in reversed(decided)]
+        versions = {one.id: one for one in self.versions()}
+        decided = {name: found.at for name, one in versions.items() if (found := read_decision(one)) and found.stands}
+        previous = [before.id] if (before := self.previous()) else []
+        names = [*previous, *reversed(decided)]
         try:
             self.champion()
         except NoModelError:
             pass
         except StoreError:
-            passed = [one for _, one in sorted(decided, key=lambda pair: (pair[0], pair[1].id), reverse=True)]
-            return [*passed, *([previous] if previous and all(one.id != previous.id for one in passed) else [])]
-        return [
-            *([previous] if previous else []),
-            *(one for one in passed if previous is None or one.id != previous.id),
-        ]
+            names = [*sorted(decided, key=lambda name: (decided[name], name), reverse=True), *previous]
+        return [versions[name] for name in dict.fromkeys(names) if name in versions]
 
     def set_champion(self, version: Version) -> None:
         """Let this version answer from now on, and remember the one before it.
@@ -149,12 +143,9 @@ class Store:
             StoreError: a pointer cannot be written.
         """
         before = self._readable_champion_id()  # what cannot be read cannot be gone back to
-        try:
-            if before not in (None, version.id):
-                replace_file(self.previous_pointer, f"{before}\n".encode())
-            replace_file(self.pointer, f"{version.id}\n".encode())
-        except OSError as error:
-            raise StoreError(f"{self.pointer} cannot be written: {error}") from error
+        if before not in (None, version.id):
+            _write_pointer(self.previous_pointer, before)
+        _write_pointer(self.pointer, version.id)
 
     def _readable_champion_id(self) -> str | None:
         try:
@@ -179,13 +170,7 @@ class Store:
         """
         if version is not None:
             self._push_out(version)
-        try:
-            if version is None:
-                self.challenger_pointer.unlink(missing_ok=True)
-            else:
-                replace_file(self.challenger_pointer, f"{version.id}\n".encode())
-        except OSError as error:
-            raise StoreError(f"{self.challenger_pointer} cannot be written: {error}") from error
+        _write_pointer(self.challenger_pointer, version.id if version else None)
 
     def _push_out(self, newer: Version) -> None:
         with suppress(StoreError):  # an unreadable pointer, or a version that is gone
@@ -204,8 +189,7 @@ class Store:
         version = self.version(name)
         if not is_whole(version):
             raise StoreError(f"version {version.id} is damaged and cannot be promoted.")
-        decision = read_decision(version)
-        if decision is not None and not decision.stands:
+        if (decision := read_decision(version)) and not decision.stands:
             why = f"it was withdrawn {decision.withdrawn_at}" if decision.withdrawn_at else decision.sentence
             logger.warning("version %s is promoted though: %s", version.id, why)
         champion = self._readable_champion_id()
@@ -226,16 +210,15 @@ class Store:
         version = self.previous()
         if version is None or not is_whole(version):
             raise StoreError(f"MODEL_PATH={self.root} remembers no version to go back to; see run.py versions.")
-        decision = read_decision(version)
-        if decision is not None and decision.withdrawn_at is not None:
+        if (decision := read_decision(version)) and decision.withdrawn_at:
             raise StoreError(
                 f"the version before, {version.id}, was withdrawn itself; choose one: run.py promote <version>."
             )
         try:  # first the mark: killed in between, the same command goes on
             left = self.version(withdrawn or "")
             write_decision(left, (read_decision(left) or Decision.unknown(left.id)).withdrawn())
-        except StoreError as error:
-            logger.warning("%s", error)  # it may not be there any more, which is a reason to go back
+        except StoreError as error:  # it may not be there any more, which is a reason to go back
+            logger.warning("%s", error)
         self.set_champion(version)
         return version, withdrawn
 
@@ -245,7 +228,7 @@ class Store:
         Raises:
             StoreError: there is none of this name.
         """
-        if not name or Path(name).name != name or name.startswith("."):
+        if not _is_id(name):
             raise StoreError(f"{name!r} is no version's id; run.py versions lists them.")
         return read_version(self.versions_folder / name)
 
@@ -266,6 +249,42 @@ class Store:
             shutil.rmtree(self.evidence_folder / version.id, ignore_errors=True)
         return [version.id for version in surplus]
 
+    def table(self) -> str:
+        """The versions for people, oldest first: id, when, accuracy, which one serves, what was decided and why."""
+        roles, problems = {before.id: "previous"} if (before := self.previous()) else {}, list[str]()
+        for role, pointer in (("challenger", self.challenger_id), ("champion", self.champion_id)):
+            try:
+                roles[pointer() or ""] = role
+            except StoreError as error:
+                problems.append(str(error))
+        rows = [COLUMNS]
+        for version in self.versions():
+            decision = read_decision(version)
+            accuracy = version.metadata.get("metrics", {}).get("test", {}).get("accuracy")
+            shown = f"{accuracy:.2%}" if isinstance(accuracy, float) else ""
+            created, serves = str(version.metadata.get("created_at", "")), roles.get(version.id, "")
+            rows.append((version.id, created, shown, serves, decision.summary if decision else "not judged"))
+        if len(rows) == 1:
+            return f"There is no version in MODEL_PATH={self.root} yet."
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join([*lines, *problems])
+
+
+def _is_id(name: str) -> bool:
+    """Whether a folder of versions could have this name, and no other folder is meant by it."""
+    return bool(name) and Path(name).name == name and not name.startswith(".")
+
+
+def _write_pointer(path: Path, name: str | None) -> None:
+    try:
+        if name is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_file(path, f"{name}\n".encode())
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error}") from error
+
 
 def _read_pointer(path: Path) -> str | None:
     try:
@@ -276,6 +295,6 @@ def _read_pointer(path: Path) -> str | None:
         raise StoreError(f"{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise StoreError(f"{path} cannot be read: {error}. {MEND}") from error
-    if not name or Path(name).name != name or name.startswith("."):
+    if not _is_id(name):
         raise StoreError(f"{path} should hold a version's id, but holds {name!r}. {MEND}")
     return name

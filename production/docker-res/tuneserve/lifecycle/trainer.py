@@ -46,7 +46,7 @@ class Trainer:
     """Starts trainings and remembers them.
 
     Args:
-        command: that trains; `--beside` is added when a model answers meanwhile.
+        command: that trains; `--background` is added when a model answers meanwhile.
         store: that it trains for.
         serves: whether a model answers now.
         on_end: told of each job that ended, on a thread of its own.
@@ -141,16 +141,16 @@ class Trainer:
 
     def _run(self, job: Job) -> None:
         # The child ends when the thread that started it does: this one waits for it.
-        beside = ["--beside"] if self._serves() else []
+        background = ["--background"] if self._serves() else []
         try:
-            if beside and not self._store.versions_folder.is_dir():
-                # A training would find nothing to be compared with, and make a champion in the empty place.
+            if background and not self._store.versions_folder.is_dir():
+                # A training would find no champion to be compared with, and publish without a comparison.
                 raise FileNotFoundError(f"MODEL_PATH={self._store.root} no longer holds the versions that it held")
             with self._lock:
                 self._child = None
                 if not self._closed:
                     self._store.status_file.unlink(missing_ok=True)  # what it says is of the training before
-                    self._child = subprocess.Popen([*self._command, *beside], env=self._environ)
+                    self._child = subprocess.Popen([*self._command, *background], env=self._environ)
             code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)
         except OSError as error:

@@ -12,17 +12,17 @@ from typing import Any
 from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.store import Store
 from tuneserve.progress import Progress
-from tuneserve.scoring.parts import Parts
-from tuneserve.scoring.source import Source
+from tuneserve.scoring.input import Input
+from tuneserve.scoring.output import Output
 from tuneserve.serving.model import Answers
 from tuneserve.serving.service import Service
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tables.columns import format_value
-from tuneserve.tables.format import Answer
+from tuneserve.tables import Answer
+from tuneserve.tables.rows import format_value
 from tuneserve.tasks.catalog import load_model
 from tuneserve.tasks.classifier import Prediction
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import has_surrogates
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> No
     if missing:
         raise SettingsError(f"`predict` wants {' and '.join(missing)}: the rows to score, and where to write them.")
     version = Store(settings.model_path).champion()
-    source = Source(settings.input, text_column=settings.text_column, label_column=settings.label_column)
-    parts = Parts(settings.output, source, shard=shard, shards=settings.shards)
+    source = Input(settings.input, text_column=settings.text_column, label_column=settings.label_column)
+    parts = Output(settings.output, source, shard=shard, shards=settings.shards)
     slot = Slot()
     service = Service.of(slot)
 
@@ -79,8 +79,8 @@ def choose_shard(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def score_rows(
-    source: Source,
-    parts: Parts,
+    source: Input,
+    parts: Output,
     predict: Predict,
     *,
     model_version: str,

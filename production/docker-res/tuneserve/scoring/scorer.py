@@ -9,8 +9,8 @@ from tuneserve import load
 from tuneserve.errors import DataError
 from tuneserve.scoring.job import answer
 from tuneserve.serving.model import Model
-from tuneserve.tables.columns import find_columns
 from tuneserve.tables.parquet import append_answers
+from tuneserve.tables.rows import find_columns
 
 
 class Scorer:

@@ -15,8 +15,7 @@ from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, StoreError
 from tuneserve.lifecycle.drift import Window
 from tuneserve.lifecycle.feedback import FILE, Feedback
-from tuneserve.lifecycle.retraining import Retraining
-from tuneserve.lifecycle.schedule import Schedule
+from tuneserve.lifecycle.retraining import Retraining, Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
 from tuneserve.serving.follower import Follower

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from tuneserve.errors import DataError
-from tuneserve.tables.format import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut
-from tuneserve.tables.utf8 import as_text
+from tuneserve.tables import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut
+from tuneserve.tables.streams import as_text
 
 
 class Delimited:

@@ -7,11 +7,11 @@ from pathlib import PurePath
 from typing import BinaryIO
 
 from tuneserve.errors import DataError
-from tuneserve.tables.compression import COMPRESSIONS, compressing, decompressed
+from tuneserve.tables import Format
 from tuneserve.tables.delimited import Delimited
-from tuneserve.tables.format import Format
 from tuneserve.tables.parquet import Parquet
 from tuneserve.tables.records import Records
+from tuneserve.tables.streams import COMPRESSIONS, compressing, decompressed
 
 FORMATS: dict[str, Format] = {
     ".csv": Delimited(","),

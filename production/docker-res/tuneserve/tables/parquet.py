@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tuneserve.errors import DataError
-from tuneserve.tables.compression import BLOCK_BYTES
-from tuneserve.tables.format import Answer, Chunk, Wanted, answer_names
+from tuneserve.tables import Answer, Chunk, Wanted, answer_names
+from tuneserve.tables.streams import BLOCK_BYTES
 
 ANSWER_TYPES = {
     "label": pa.string(),

@@ -10,9 +10,8 @@ from itertools import islice
 from typing import Any, BinaryIO, TextIO
 
 from tuneserve.errors import DataError
-from tuneserve.tables.compression import BLOCK_BYTES
-from tuneserve.tables.format import Answer, Chunk, Wanted, answer_names, cut
-from tuneserve.tables.utf8 import as_text
+from tuneserve.tables import Answer, Chunk, Wanted, answer_names, cut
+from tuneserve.tables.streams import BLOCK_BYTES, as_text
 
 FIRST_RECORDS = 1000
 """Records whose fields together are taken for the columns: a record may lack some."""

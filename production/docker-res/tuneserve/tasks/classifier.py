@@ -21,9 +21,7 @@ from tuneserve.serving.engines.engine import Engine
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model, wait_for
 from tuneserve.settings import Settings
-from tuneserve.text import TextEncoder, Tokens
-from tuneserve.token_budget import split_by_tokens
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import TextEncoder, Tokens, has_surrogates, split_by_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tuneserve.network.forward import Texts
-from tuneserve.token_budget import split_by_tokens
+from tuneserve.text import split_by_tokens
 from tuneserve.training.tokens import TokenizedSplit
 
 Array = np.ndarray[Any, np.dtype[Any]]

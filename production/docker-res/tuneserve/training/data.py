@@ -16,9 +16,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.errors import DataError, StoreError
 from tuneserve.settings import SAMPLE, without_password
-from tuneserve.tables.columns import find_columns, format_value
 from tuneserve.tables.formats import file_type, is_known, known_endings
-from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, in_batches, read_file
+from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, find_columns, format_value, in_batches, read_file
 from tuneserve.training import hub
 
 logger = logging.getLogger(__name__)

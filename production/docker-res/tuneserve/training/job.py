@@ -23,8 +23,7 @@ from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
 from tuneserve.lifecycle.feedback import FILE, labelled_texts
-from tuneserve.lifecycle.lock import hold
-from tuneserve.lifecycle.status import Status
+from tuneserve.lifecycle.status import Status, hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop

@@ -21,7 +21,7 @@ from tuneserve.extras import require
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.network.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
-from tuneserve.token_budget import split_by_tokens
+from tuneserve.text import split_by_tokens
 from tuneserve.training.export import MOST_ACCURACY_LOST
 from tuneserve.training.tokens import TokenizedSplit
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tuneserve.unicode import has_surrogates
+from tuneserve.text import has_surrogates
 
 
 class Readiness(BaseModel):

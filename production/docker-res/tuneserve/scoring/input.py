@@ -8,16 +8,16 @@ from typing import Any, BinaryIO
 
 from tuneserve.errors import DataError
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
-from tuneserve.tables.columns import check_type, find_columns
-from tuneserve.tables.format import Answer, Chunk
+from tuneserve.tables import Answer, Chunk
 from tuneserve.tables.formats import file_type, is_known, known_endings
+from tuneserve.tables.rows import check_type, find_columns
 
 STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call that which changes with a file's content; the first one found counts."""
 
 
 @dataclass(frozen=True, slots=True)
-class SourceChunk:
+class InputChunk:
     """A chunk by its number in the whole input; its rows are None where they were not wanted."""
 
     number: int
@@ -25,7 +25,7 @@ class SourceChunk:
     share_read: float
 
 
-class Source:
+class Input:
     """What INPUT names.
 
     Raises:
@@ -48,7 +48,7 @@ class Source:
         self.columns = [name for name, _ in self._types]
         self.text_column = self._find_text(text_column, label_column) if self.columns else ""
 
-    def chunks(self, *, chunk_rows: int, wanted: Callable[[int], bool]) -> Iterator[SourceChunk]:
+    def chunks(self, *, chunk_rows: int, wanted: Callable[[int], bool]) -> Iterator[InputChunk]:
         """All chunks in order. One never holds rows of two files.
 
         Raises:
@@ -63,7 +63,7 @@ class Source:
                 ):
                     here = raw.tell() if chunk.share_read is None else chunk.share_read * n_bytes
                     share = min(1.0, (before + here) / total)
-                    yield SourceChunk(number, None if chunk.rows is None else chunk, share)
+                    yield InputChunk(number, None if chunk.rows is None else chunk, share)
                     number += 1
             before += n_bytes
 

@@ -1,13 +1,14 @@
-"""Compressed files, read and written as a stream: memory does not grow with the file."""
+"""A file's bytes, read and written as a stream (memory does not grow with the file): compressed, and as UTF-8 text."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 import pyarrow as pa
 
@@ -99,3 +100,43 @@ def compressing(raw: BinaryIO, compression: str) -> Iterator[BinaryIO]:
         stream = ZstdWriter(raw)
     with stream:
         yield stream
+
+
+class CheckedUtf8(io.RawIOBase):
+    """Bytes that are UTF-8 so far; closing this leaves the file open."""
+
+    def __init__(self, file: BinaryIO, where: str) -> None:
+        self._file, self._where, self._line = file, where, 1
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end.
+
+        Raises:
+            DataError: a byte is not UTF-8; the message names its line.
+        """
+        block = self._file.read(len(buffer))
+        try:
+            self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line = self._line + error.object[: error.start].count(b"\n")
+            byte = error.object[error.start]
+            raise DataError(
+                f"{self._where}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8."
+            ) from None
+        self._line += block.count(b"\n")
+        buffer[: len(block)] = block
+        return len(block)
+
+
+@contextmanager
+def as_text(file: BinaryIO, where: str, *, newline: str | None) -> Iterator[TextIO]:
+    """A file in UTF-8, with or without a byte order mark, as text; it is left open to whoever opened it."""
+    with io.TextIOWrapper(
+        io.BufferedReader(CheckedUtf8(file, where), BLOCK_BYTES), encoding="utf-8-sig", newline=newline
+    ) as text:
+        yield text

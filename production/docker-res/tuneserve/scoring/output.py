@@ -14,15 +14,15 @@ from typing import Any, BinaryIO
 
 from tuneserve.errors import SettingsError, StoreError
 from tuneserve.files import sync
+from tuneserve.scoring.input import Input
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
-from tuneserve.scoring.source import Source
 from tuneserve.tables.formats import file_type, is_known
 
 MANIFEST = "manifest.json"
 JOINED = ".joined"
 
 
-class Parts:
+class Output:
     """What OUTPUT names.
 
     Raises:
@@ -30,9 +30,9 @@ class Parts:
         StoreError: it cannot be written to.
     """
 
-    def __init__(self, location: str, source: Source, *, shard: int, shards: int) -> None:
+    def __init__(self, location: str, rows: Input, *, shard: int, shards: int) -> None:
         self.where = f"OUTPUT={shown(location)}"
-        self._source, self._shard = source, shard
+        self._rows, self._shard = rows, shard
         with self._writing():
             self.location = locate(location)
             self.is_file = is_known(self.location.name)
@@ -91,7 +91,7 @@ class Parts:
         """
         with self._writing():
             with self._whole_file() as file:
-                self._source.join(((self.folder / self._name(number)).open() for number in range(count)), file)
+                self._rows.join(((self.folder / self._name(number)).open() for number in range(count)), file)
             self.folder.files.rm(self.folder.path, recursive=True)
 
     @contextmanager
@@ -109,19 +109,17 @@ class Parts:
                 yield file
 
     def _check(self, shards: int) -> None:
-        location, source = self.location, self._source
-        if self.is_file and file_type(location.name, self.where).ending != source.type.ending:
+        location, rows = self.location, self._rows
+        if self.is_file and file_type(location.name, self.where).ending != rows.type.ending:
             raise SettingsError(
-                f"{self.where} should end with {source.type.ending}, as the rows of INPUT are, or be a folder."
+                f"{self.where} should end with {rows.type.ending}, as the rows of INPUT are, or be a folder."
             )
         if self.is_file and shards > 1:
             raise SettingsError(f"{self.where} is one file, but SHARDS={shards} write at once; name a folder.")
         if self.is_file and location.files.isdir(location.path):
-            raise SettingsError(
-                f"{self.where} is a folder; a name that ends with {source.type.ending} should be a file."
-            )
-        inside = {source.location.real, *(file.real for file in source.files)}
-        if location.real in inside or (source.is_folder and location.real.parent in inside):
+            raise SettingsError(f"{self.where} is a folder; a name that ends with {rows.type.ending} should be a file.")
+        inside = {rows.location.real, *(file.real for file in rows.files)}
+        if location.real in inside or (rows.is_folder and location.real.parent in inside):
             raise SettingsError(f"{self.where} is in INPUT, which would change what is scored; choose another.")
 
     def _clear_leftovers(self) -> None:
@@ -131,7 +129,7 @@ class Parts:
                 path.unlink(missing_ok=True)
 
     def _name(self, number: int) -> str:
-        return f"part-{self._shard:05}-{number:08}{self._source.type.ending}"
+        return f"part-{self._shard:05}-{number:08}{self._rows.type.ending}"
 
     def _writing(self) -> Any:
         return refused_as(StoreError, f"{self.where} cannot be written to")

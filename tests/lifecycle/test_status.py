@@ -1,4 +1,4 @@
-"""One trainer a store, among real processes that are killed."""
+"""One trainer a store, among real processes that are killed, and how far it says it is."""
 
 import errno
 import fcntl
@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from tuneserve.errors import BusyError, StoreError
-from tuneserve.lifecycle import lock
-from tuneserve.lifecycle.lock import hold
+from tuneserve.lifecycle.status import REFUSALS, Status, hold, read_status
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import PROJECT
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from tuneserve.lifecycle.lock import hold
+from tuneserve.lifecycle.status import hold
 with hold(Path(sys.argv[1])):
     child = subprocess.Popen(["sleep", "60"], close_fds=False)
     print(child.pid, flush=True)
@@ -30,7 +31,7 @@ RIVAL = """
 import os, sys, time
 from pathlib import Path
 from tuneserve.errors import BusyError
-from tuneserve.lifecycle.lock import hold
+from tuneserve.lifecycle.status import hold
 path, log = Path(sys.argv[1]), os.open(sys.argv[2], os.O_APPEND | os.O_WRONLY | os.O_CREAT)
 done = 0
 while done < 5:
@@ -48,7 +49,7 @@ while done < 5:
 FORKED = """
 import os, signal, sys
 from pathlib import Path
-from tuneserve.lifecycle.lock import hold
+from tuneserve.lifecycle.status import hold
 path = Path(sys.argv[1])
 try:
     with hold(path):
@@ -65,7 +66,7 @@ finally:
     os.kill(child, signal.SIGKILL)
 """
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lock.__file__).parents[2])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")}
 OF_THE_PREVIOUS_RELEASE = (
     b'{"host": "elsewhere", "boot": "1", "pids": "pid:[1]", "pid": 1, "started": 1, "since": "2026"}'
 )
@@ -164,7 +165,7 @@ def test_a_holder_is_told_that_its_file_was_removed(path: Path) -> None:
                 first.require()
 
 
-@pytest.mark.parametrize("number", lock.REFUSALS)
+@pytest.mark.parametrize("number", REFUSALS)
 def test_a_file_system_without_locks_is_trained_on_with_a_warning(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
@@ -185,3 +186,17 @@ def test_a_disk_that_refuses_is_a_clear_error(disk: Any, fail: str) -> None:
     getattr(disk, fail)()
     with pytest.raises(StoreError, match=r"trainer\.lock cannot be written"), hold(disk.path / "trainer.lock"):
         pass
+
+
+def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("tuneserve.lifecycle.status.time.monotonic", lambda: now)
+    with Status(store.status_file) as status:
+        status.training(steps=100, epochs=4)
+        now += 2
+        status.step(51, {"loss": 0.5})  # the first, from a checkpoint at step 50
+        assert read_status(store.status_file)["eta_s"] == 98
+        now += 8
+        status.step(60, {"loss": 0.5})
+    seen = read_status(store.status_file)
+    assert {name: seen[name] for name in ("epoch", "progress", "eta_s")} == {"epoch": 3, "progress": 0.6, "eta_s": 40}

@@ -1,13 +1,15 @@
-"""Occurrences of a schedule: once each, missed ones as one, and clocks that jump."""
+"""When trainings start by themselves: occurrences of a schedule, clocks that jump, drift."""
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from lifecycle.conftest import SLEEP, Make
 
 from tuneserve.errors import SettingsError
-from tuneserve.lifecycle.schedule import Schedule
+from tuneserve.lifecycle.retraining import DRIFT_PAUSE, Retraining, Schedule
 from tuneserve.settings import Settings
 
 NOON = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
@@ -121,3 +123,35 @@ def test_a_memory_that_cannot_be_written_is_said_and_nothing_else(
 def test_what_cron_does_not_understand_is_refused_at_once(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=rf"{variable}='.+' is not"):
         Settings.from_environ({variable: value})
+
+
+def test_the_schedule_and_drift_start_trainings_one_at_a_time(make: Make, memory: Path) -> None:
+    drift: list[str | None] = [None]
+    trainer = make("")
+    retraining = Retraining(trainer, schedule=hourly(memory), drift=lambda: drift[0])
+
+    def look(minutes: float) -> str | None:
+        before = len(trainer.jobs())
+        retraining.look(NOON + timedelta(minutes=minutes))
+        while trainer.running:
+            time.sleep(0.01)
+        jobs = trainer.jobs()
+        return max(jobs, key=lambda job: (job.started_at, job.id)).why if len(jobs) > before else None
+
+    assert look(0) is None
+    assert look(31) == "RETRAIN_SCHEDULE"
+    assert look(32) is None
+    drift[0] = "texts are longer"
+    assert look(33) is not None
+    assert look(34) is None
+    assert look(35 + DRIFT_PAUSE / timedelta(minutes=1)) is not None  # the schedule first, then drift again
+
+
+def test_what_is_due_while_a_training_runs_waits_for_its_end(make: Make, memory: Path) -> None:
+    trainer = make(SLEEP)
+    schedule = hourly(memory)
+    schedule.due(NOON)
+    trainer.start("POST /retrain")
+    Retraining(trainer, schedule=schedule).look(NOON + timedelta(hours=1))
+    assert schedule.due(NOON + timedelta(hours=1))
+    assert len(trainer.jobs()) == 1

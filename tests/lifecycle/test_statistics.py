@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tuneserve.lifecycle.two_samples import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
+from tuneserve.lifecycle.statistics import (
+    chi_square,
+    fisher,
+    holm,
+    kolmogorov_smirnov,
+    paired_bootstrap,
+    rank_sum,
+    wilson,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -56,3 +64,30 @@ def test_p_values_are_corrected_for_their_number() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1, 1]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (81, 263, 0.2553, 0.3662),  # Newcombe, Statistics in Medicine 17 (1998), table I
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float) -> None:
+    assert wilson(right, count) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_the_bootstrap_covers_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    below = 0
+    for seed in range(400):
+        gains = rng.random(500)
+        right, before = gains < 0.86, (gains < 0.80) | (gains > 0.96)  # truly 86% and 84%
+        low, high = paired_bootstrap(right, before, seed=seed)
+        assert low <= high
+        below += low > 0.02
+    assert 0.02 < below / 400 < 0.08

@@ -1,11 +1,11 @@
-"""What a training beside it costs a server: p99 and requests/s alone and beside each kind of training, in turns.
+"""What a training in the background costs a server: p99 and requests/s alone and beside each kind of training.
 
-    python benchmarks/beside.py
-    python benchmarks/beside.py --clients 32 --pause-ms 0     cores that are full: does a training still get on?
+    python benchmarks/background.py
+    python benchmarks/background.py --clients 32 --pause-ms 0     cores that are full: does a training still get on?
 
 One `run.py serve` under clients that ask short texts. Each kind of training runs as the server would start it
-(`run.py train --beside`), in a store of its own, stopped by SIGSTOP while it is not its turn. The table has medians of
-the rounds; a training's texts/s come from its own progress.
+(`run.py train --background`), in a store of its own, stopped by SIGSTOP while it is not its turn. The table has medians
+of the rounds; a training's texts/s come from its own progress.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Training:
     def __init__(self, kind: dict[str, str], environment: dict[str, str], folder: Path) -> None:
         self.status = folder / "training.json"
         self.process = subprocess.Popen(
-            [sys.executable, str(RUN), "train", "--beside"],
+            [sys.executable, str(RUN), "train", "--background"],
             env=os.environ | environment | kind | {"MODEL_PATH": str(folder), "N_EPOCHS": str(EPOCHS)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
