@@ -47,6 +47,11 @@ class TokenizedSplit:
         """Tokens of each text, int64 [texts]."""
         return np.diff(self.starts)
 
+    @property
+    def truncated_share(self) -> float:
+        """Share of the texts that were longer than what was read."""
+        return float(self.truncated.mean())
+
     def text_ids(self, row: int) -> Array:
         """The token ids of one text, int32 [its length]."""
         return self.ids[self.starts[row] : self.starts[row + 1]]
