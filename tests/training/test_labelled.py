@@ -76,7 +76,7 @@ def gathered(environment: dict[str, str], **changed: str) -> tuple[str, dict[str
     """A run's fingerprint and findings."""
     settings = Settings.from_environ(environment | changed)
     base, splits = job.gather(settings, job.read_feedback(settings, ALONE))
-    return job.fingerprint_run(settings, base, splits), splits.findings
+    return job.fingerprint_run(settings, base, splits, []), splits.findings
 
 
 def test_feedback_changes_a_run_and_nothing_else_does(

@@ -32,9 +32,9 @@ from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data, labelled
 from tuneserve.training.checkpoint import Checkpoints
+from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.publication import publish
-from tuneserve.training.quantization import require_nncf
 from tuneserve.training.recipe import Run
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
@@ -68,8 +68,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         SystemExit: a signal came; what was learned so far is in a checkpoint.
     """
     require_extra(settings.mlflow_tracking_uri.get_secret_value())
-    if settings.precision == "int8":
-        require_nncf()
+    exporters = choose_exporters(settings)
     device, precision = prepare_device(settings, threads)
     store = Store(settings.model_path)
     with World.joined(environ or {}, device) as world, ExitStack() as held:
@@ -84,7 +83,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         with world.one_a_node_first():
             base, splits = gather(settings, feedback)
 
-        fingerprint = fingerprint_run(settings, base, splits)
+        fingerprint = fingerprint_run(settings, base, splits, exporters)
         known = store.find(fingerprint) if lock else None
         if world.any(known is not None):
             if lock and known:
@@ -128,7 +127,9 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             "processes": world.size,
             **seen.record(),
         }
-        version = publish(store, model, tokenizer, tokens, metadata, precision=precision, began=began)
+        version = publish(
+            store, model, tokenizer, tokens, metadata, precision=precision, exporters=exporters, began=began
+        )
         trackers.finish(version)
         checkpoints.remove()
 
@@ -247,16 +248,17 @@ def read_tokens(
     return tokenizer, tokens
 
 
-def fingerprint_run(settings: Settings, base: base_model.BaseModel, splits: checks.Splits) -> str:
+def fingerprint_run(
+    settings: Settings, base: base_model.BaseModel, splits: checks.Splits, exporters: Sequence[Exporter]
+) -> str:
     """What names a run: equal fingerprints mean equal settings, data, base model and code."""
     decisive = settings.model_dump(mode="json", include=DECISIVE)
-    content: dict[str, Any] = {
+    content = {
         "settings": decisive,
         "data": splits.fingerprints,
         "base_model": base.content,
         "recipe": tuneserve.__version__,
         "code": code_hash("text.py", "training", "network"),
+        "exporters": [exporter.name for exporter in exporters],
     }
-    if settings.precision == "int8":  # a version is never changed, so one without that graph cannot be given it
-        content["int8"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
