@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.batches import Batch, collate
 from tuneserve.training.gradient import Gradient, Step, is_out_of_memory
 from tuneserve.training.loop import Learner, Recipe
+from tuneserve.training.tokens import Batch, collate
 from tuneserve.training.world import ALONE, World
 
 CPU = torch.device("cpu")

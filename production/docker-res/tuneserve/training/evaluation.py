@@ -14,8 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from tuneserve.network.forward import Forward
 from tuneserve.progress import counted
-from tuneserve.training.batches import collate, sorted_batches
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.tokens import TokenizedSplit, collate, sorted_batches
 from tuneserve.training.world import ALONE, World
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -20,8 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tuneserve.errors import StoreError
 from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, probe
 from tuneserve.progress import counted
-from tuneserve.training.batches import Array, collate, sorted_batches
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.tokens import Array, TokenizedSplit, collate, sorted_batches
 
 logger = logging.getLogger(__name__)
 

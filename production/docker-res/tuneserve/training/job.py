@@ -30,7 +30,7 @@ from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
-from tuneserve.training import base_model, checks, data, labelled
+from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.model import build_model, load_tokenizer
@@ -219,7 +219,9 @@ def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tupl
     )
     joined: dict[str, int] = {}
     if feedback:
-        sources, joined = labelled.join(sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path)
+        sources, joined = data.join_feedback(
+            sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path
+        )
     splits = checks.check(
         sources,
         num_train=settings.num_train,

@@ -16,11 +16,10 @@ from tuneserve.hardware import Precision
 from tuneserve.network.forward import Forward
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.progress import Progress
-from tuneserve.training.batches import Batch, shuffled_batches
 from tuneserve.training.checkpoint import Checkpoints, Position
 from tuneserve.training.gradient import Gradient
 from tuneserve.training.model import loss_of
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.tokens import Batch, TokenizedSplit, shuffled_batches
 from tuneserve.training.world import ALONE, World
 
 logger = logging.getLogger(__name__)

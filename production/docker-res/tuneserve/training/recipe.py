@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FEATURES_CODE = (
     "text.py",
     "network",
-    *(f"training/{name}.py" for name in ("batches", "features", "model", "recipe")),
+    *(f"training/{name}.py" for name in ("features", "model", "recipe", "tokens")),
 )
 """What makes a frozen body's features; an edit in it makes them anew."""
 HEAD_PASSES = 100
