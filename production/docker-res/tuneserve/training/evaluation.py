@@ -84,6 +84,20 @@ def score_epoch(logits: Array, label_ids: Array, labels: Sequence[str]) -> dict[
     }
 
 
+def validate(
+    forward: Forward,
+    split: TokenizedSplit,
+    labels: Sequence[str],
+    *,
+    device: torch.device,
+    stopping: Callable[[], bool],
+    world: World,
+) -> dict[str, float]:
+    """The figures of an epoch; see `predict_logits` and `score_epoch`."""
+    logits = predict_logits(forward, split, labels=len(labels), device=device, stopping=stopping, world=world)
+    return score_epoch(logits, split.label_ids, labels)
+
+
 def expected_calibration_error(probabilities: Array, label_ids: Array) -> float:
     """Mean gap between confidence and accuracy over 15 equal-width bins of confidence (Guo et al., 1706.04599)."""
     confidence = probabilities.max(axis=1)

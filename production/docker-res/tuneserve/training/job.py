@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,9 +34,10 @@ from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
+from tuneserve.training.features import fit_head
+from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.publication import publish
-from tuneserve.training.recipe import Run
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
 from tuneserve.training.world import World
@@ -108,10 +110,10 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             status.step(step, figures)
 
         with stop.deferred():  # a signal that comes in here leaves a checkpoint
-            run = Run(
-                settings, model, tokens, splits.labels, precision, checkpoints, lambda: stop.requested, world, record
-            )
-            seen = run.learn() if settings.train_body else run.learn_head(base.content)
+            run = Run(checkpoints, lambda: stop.requested, record, world)
+            recipe = choose_recipe(settings, tokens["train"], splits.labels)
+            fit = fit_model if settings.train_body else partial(fit_head, body=base.content, cache=settings.data_path)
+            seen = fit(model, tokens, splits.labels, recipe, run, precision=precision)
         if not lock:
             return None
 
@@ -146,6 +148,25 @@ def prepare_device(settings: Settings, threads: int) -> tuple[torch.device, Prec
     precision = choose_precision(settings.precision, device)
     logger.info("device: %s (%s), %s, %d CPU threads", device.type, reason, precision, threads)
     return device, precision
+
+
+def choose_recipe(settings: Settings, train: TokenizedSplit, labels: Sequence[str]) -> Recipe:
+    """The settings as the training loop takes them."""
+    weights = None
+    if settings.class_weights == "balanced":
+        sizes = np.bincount(train.label_ids, minlength=len(labels))
+        weights = (len(train) / (len(labels) * sizes)).tolist()
+    return Recipe(
+        epochs=settings.n_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        max_norm=settings.max_norm,
+        seed=settings.seed,
+        class_weights=weights,
+        label_smoothing=settings.label_smoothing,
+        patience=settings.patience,
+        select_by=settings.select_by,
+    )
 
 
 def judge(
