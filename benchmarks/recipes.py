@@ -23,15 +23,13 @@ import torch
 import transformers
 from torch import nn
 
-from tuneserve.settings import Settings
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints, Position
+from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer
-from tuneserve.training.recipe import Run
 from tuneserve.training.tokens import tokenize
-from tuneserve.training.world import ALONE
 
 
 class NoCheckpoints(Checkpoints):
@@ -115,10 +113,9 @@ def main() -> None:
         for seed in range(options.seeds):
             model = build_model(base.folder, splits.labels, dropout=dropout, seed=seed, device=device)
             start(model.base_model.pooler.dense)
-            settings = Settings.from_environ({"N_EPOCHS": str(options.epochs), "LR": str(rate), "SEED": str(seed)})
-            splits_read = {"train": train, "valid": valid}
-            run = Run(settings, model, splits_read, splits.labels, precision, NoCheckpoints(), lambda: False, ALONE)
-            seen = run.learn()
+            recipe = Recipe(epochs=options.epochs, batch_size=32, learning_rate=rate, max_norm=1.0, seed=seed)
+            tokens, run = {"train": train, "valid": valid}, Run(NoCheckpoints())
+            seen = fit_model(model, tokens, splits.labels, recipe, run, precision=precision)
             accuracies.append(100 * seen.history[-1]["validation_accuracy"])
             speeds.append(seen.texts / seen.fit_s)
         shown = " ".join(f"{accuracy:.1f}" for accuracy in accuracies)

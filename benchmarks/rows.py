@@ -70,8 +70,8 @@ def prepare(path: Path, base_model: str, cache: Path) -> Iterator[str]:
     from tuneserve.tables.rows import Columns
     from tuneserve.text import TextEncoder
     from tuneserve.training import base_model as bases
-    from tuneserve.training import batches, checks, data, evaluation
-    from tuneserve.training.tokens import tokenize
+    from tuneserve.training import checks, data, evaluation
+    from tuneserve.training.tokens import collate, shuffled_batches, tokenize
 
     cpu = torch.device("cpu")
     folder = bases.resolve(base_model or bases.PACKAGED, revision="", cache=cache).folder
@@ -84,8 +84,8 @@ def prepare(path: Path, base_model: str, cache: Path) -> Iterator[str]:
     for name in ("tokenize", "tokenize again"):
         train, _, test = (tokenize(one, encoder, cache=cache) for one in (splits.train, splits.valid, splits.test))
         yield name
-    for rows in batches.shuffled_batches(train.lengths, 32, np.random.default_rng(0)):
-        batches.collate(train, rows, cpu)
+    for rows in shuffled_batches(train.lengths, 32, np.random.default_rng(0)):
+        collate(train, rows, cpu)
     yield "an epoch's batches"
     guess = torch.zeros(1, len(splits.labels))
     logits = evaluation.predict_logits(lambda _: guess, test, labels=len(splits.labels), device=cpu)

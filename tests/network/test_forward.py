@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tuneserve.network import attention
 from tuneserve.network.forward import Forward, Packed, Padded, cast, choose_forward
-from tuneserve.training.batches import Batch, collate
+from tuneserve.training.tokens import Batch, collate
 
 CPU = torch.device("cpu")
 NARROW = {"local_attention": 8, "global_attn_every_n_layers": 2}

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from tuneserve.network.forward import choose_forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.batches import Batch, collate
 from tuneserve.training.model import freeze_body
+from tuneserve.training.tokens import Batch, collate
 
 CPU = torch.device("cpu")
 WORDS, STEPS, TEXTS = 60, 30, 10

@@ -266,7 +266,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_file_that_cannot_be_read_is_refused_with_the_place(kind: str, tmp_path: Path, cache: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused_with_its_row(kind: str, tmp_path: Path, cache: Path) -> None:
     name, content, words = UNREADABLE[kind]
     assert words in refusal(write(tmp_path / name, content), cache)
 
@@ -276,11 +276,11 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path, cache: Path) -> 
     assert "no rows" in refusal(path, cache)
 
 
-def test_a_place_is_the_row_as_its_author_counts(tmp_path: Path, cache: Path) -> None:
+def test_rows_are_numbered_as_their_author_counts(tmp_path: Path, cache: Path) -> None:
     table = write(tmp_path / "a.csv", 'text,label\n"one\ntext",x\nanother,y\n')
     lines = write_lines(tmp_path / "a.jsonl", {"text": "one", "label": "x"})
-    assert read(str(table), Columns(), cache=cache)["train"].place(1) == f"{table}, row 3"  # row 1 is the header
-    assert read(str(lines), Columns(), cache=cache)["train"].place(0) == f"{lines}, row 1"
+    assert read(str(table), Columns(), cache=cache)["train"].locate(1) == f"{table}, row 3"  # row 1 is the header
+    assert read(str(lines), Columns(), cache=cache)["train"].locate(0) == f"{lines}, row 1"
 
 
 @pytest.mark.parametrize("valid", ["valid.csv", "validation.csv", "dev.tsv", "dev.jsonl"])
@@ -316,13 +316,13 @@ def test_two_files_for_one_split_are_refused(pair: tuple[str, str], tmp_path: Pa
     assert all(name in message for name in pair)
 
 
-def test_parts_of_a_split_are_read_together_and_each_row_keeps_its_place(tmp_path: Path, cache: Path) -> None:
+def test_parts_of_a_split_are_read_together_and_each_row_keeps_its_number(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "reviews"
     write(folder / "train.csv", "text,label\na,x\nb,y\n")
     write(folder / "train-2026-11.jsonl", json.dumps({"text": "c", "label": "x"}))
     source = read(str(folder), Columns(), cache=cache)["train"]
     assert sorted(source.rows["text"][:]) == ["a", "b", "c"]
-    places = {source.rows[index]["text"]: source.place(index) for index in range(3)}
+    places = {source.rows[index]["text"]: source.locate(index) for index in range(3)}
     assert places["b"] == f"{folder / 'train.csv'}, row 3"
     assert places["c"] == f"{folder / 'train-2026-11.jsonl'}, row 1"
 

@@ -19,7 +19,7 @@ from tuneserve.errors import StoreError
 from tuneserve.network.forward import choose_forward
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.training import features, job, recipe
+from tuneserve.training import features, job
 from tuneserve.training.tokens import TokenizedSplit
 
 
@@ -192,10 +192,10 @@ def test_another_base_model_is_encoded_anew(head_only: dict[str, str], encoded: 
 def test_edited_code_encodes_anew(
     head_only: dict[str, str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert {"network", "training/features.py", "training/model.py"} < set(recipe.FEATURES_CODE)
+    assert {"network", "training/features.py", "training/model.py"} < set(features.CODE)
     train(head_only)
     encoded.clear()
-    monkeypatch.setattr(recipe, "code_hash", lambda *names: f"edited {names}")
+    monkeypatch.setattr(features, "code_hash", lambda *names: f"edited {names}")
     train(head_only, LR="3e-3")
     assert sum(encoded) > 150
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import Stop
-from tuneserve.training import job, recipe
+from tuneserve.training import job, loop
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 
@@ -252,20 +253,22 @@ def weights(version: Version) -> bytes:
 
 def interrupt(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, after_looks: int) -> None:
     """Run the job and let a signal come, as far as the loop can see; it looks before and after each gradient."""
-    stop, fit, asked = Stop(), recipe.fit, 0
+    stop, fit, asked = Stop(), loop.fit, 0
 
-    def interrupted_fit(*arguments: Any, stopping: Any, **named: Any) -> Any:
+    def interrupted_fit(*arguments: Any, **named: Any) -> Any:
+        *others, run = arguments
+
         def counting() -> bool:
             nonlocal asked
             asked += 1
             if asked > after_looks:
                 stop.signal = signal.SIGTERM
-            return bool(stopping())
+            return bool(run.stopping())
 
-        return fit(*arguments, stopping=counting, **named)
+        return fit(*others, replace(run, stopping=counting), **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "fit", interrupted_fit)
+        patch.setattr(loop, "fit", interrupted_fit)
         with pytest.raises(SystemExit) as end:
             job.train(Settings.from_environ(environment), stop, threads=1)
     assert end.value.code == 143

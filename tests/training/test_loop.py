@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import choose_forward
 from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.loop import Recipe, fit, warm_up_and_fall
+from tuneserve.training.loop import Recipe, Run, fit, warm_up_and_fall
 
 LENGTHS = [5, 9, 12, 4, 7, 7, 20, 3]
 STEPS = 3
@@ -40,7 +40,7 @@ class Exam:
         self.model, self.scores = model, scores
         self.weights: list[dict[str, torch.Tensor]] = []
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
         f1, *accuracy, loss = self.scores[len(self.weights)]
         self.weights.append({name: one.detach().clone() for name, one in self.model.state_dict().items()})
         return {"validation_loss": loss, "validation_accuracy": (accuracy or [f1])[0], "validation_macro_f1": f1}
@@ -63,13 +63,12 @@ def run(
     position = fit(
         model,
         choose_forward(model),
-        split,
+        {"train": split, "valid": split},
+        ["a", "b", "c"],
         Recipe(**named),
+        Run(Checkpoints(folder / "checkpoints", every_minutes=every_minutes), stopping, record),
         precision="fp32",
         validate=exam,
-        checkpoints=Checkpoints(folder / "checkpoints", every_minutes=every_minutes),
-        stopping=stopping,
-        record=record,
     )
     return model, exam, position
 

@@ -45,10 +45,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Golden:
-    """Texts, and the probability of each label that a version gave them when it was saved.
-
-    Those of the version are torch's in fp32; those of its int8 graph are that graph's own.
-    """
+    """Texts, and the probability of each label that a version gave them when it was saved, or that an export gave."""
 
     texts: list[str]
     scores: list[dict[str, float]]

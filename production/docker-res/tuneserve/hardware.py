@@ -122,10 +122,10 @@ def _cuda_obstacle() -> str | None:
     return "no NVIDIA device is visible (start the container with --gpus all or --runtime=nvidia)"
 
 
-def choose_precision(setting: Literal["auto", "fp32", "bf16", "int8"], device: "torch.device") -> Precision:
+def choose_precision(setting: str, device: "torch.device") -> Precision:
     """The number format of torch's matrix products; `auto` takes bf16 only where the device computes in it natively.
 
-    `int8` is `auto` here: it is a graph made of what was trained, and torch does not run it.
+    Any other setting is `auto` here: it asks for an export of what was trained, and torch does not run that.
 
     Raises:
         DeviceError: `bf16` is asked for on a GPU that lacks it.
@@ -138,9 +138,7 @@ def choose_precision(setting: Literal["auto", "fp32", "bf16", "int8"], device: "
             raise DeviceError("PRECISION=bf16, but this GPU does not compute in bf16; use PRECISION=fp32.")
     else:
         native = cpu_has_bf16()
-    if setting == "auto" or setting == "int8":
-        return "bf16" if native else "fp32"
-    return setting
+    return "bf16" if setting == "bf16" or (native and setting != "fp32") else "fp32"
 
 
 def cpu_has_bf16() -> bool:

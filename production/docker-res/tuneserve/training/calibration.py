@@ -31,14 +31,14 @@ def fit_temperature(logits: Array, label_ids: Array) -> float:
     It is 1, which changes nothing, where the other would not lessen the calibration error: a model that has hardly
     learned is wrong by more than its scale, and the log loss alone would make it surer than it is right.
     """
-    places = np.arange(len(label_ids))
+    rows = np.arange(len(label_ids))
 
     def logarithms(log_temperature: float) -> Array:
         found: Array = log_softmax(logits.astype(np.float64) / np.exp(log_temperature), axis=1)
         return found
 
     def loss(log_temperature: float) -> float:
-        surprise = -logarithms(log_temperature)[places, label_ids].sum()
+        surprise = -logarithms(log_temperature)[rows, label_ids].sum()
         return float(surprise + (log_temperature / PRIOR) ** 2 / 2)
 
     def error(log_temperature: float) -> float:

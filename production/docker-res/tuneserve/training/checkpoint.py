@@ -10,6 +10,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,6 +69,16 @@ class Position:
     def best(self) -> dict[str, float] | None:
         """The figures of the best epoch so far."""
         return self.history[self.best_epoch - 1] if self.best_epoch else None
+
+    def record(self) -> dict[str, Any]:
+        """What a version's metadata says of its run."""
+        return {
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "fit_s": round(self.fit_s, 3),
+            "tokens_per_s": round(self.tokens / self.fit_s, 1),
+            "padding_share": round(1 - self.tokens / self.places, 4),
+        }
 
     def count_epoch(self, figures: dict[str, float], *, better: bool, epochs: int, patience: int) -> None:
         """One more epoch is validated; `better`: it is the best so far."""

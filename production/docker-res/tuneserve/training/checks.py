@@ -159,7 +159,7 @@ def _scan(source: Source, vocabulary: dict[str, int]) -> _Rows:
     for chunk in source.rows.data.to_batches(max_chunksize=BATCH_ROWS):
         for text, label in zip(chunk["text"].to_pylist(), chunk["label"].to_pylist(), strict=True):
             if not label:
-                raise DataError(f"{source.place(row)}: the label is missing.")
+                raise DataError(f"{source.locate(row)}: the label is missing.")
             content.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
             keys[row] = key_of(text)
             labels[row] = vocabulary.setdefault(label, len(vocabulary))
@@ -224,7 +224,7 @@ def _require_known_labels(train: _Rows, held_out: Mapping[str, _Rows], labels: l
         strange = np.flatnonzero(~np.isin(one.labels, known))
         if len(strange):
             name = labels[one.labels[strange[0]]]
-            raise DataError(f"{one.source.place(int(strange[0]))}: no training text has the label {name!r}.")
+            raise DataError(f"{one.source.locate(int(strange[0]))}: no training text has the label {name!r}.")
 
 
 def _require_class_sizes(train: _Rows, labels: list[str], findings: Mapping[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Reading labelled texts: a file, a folder, a URL or a hub name becomes splits of rows, memory-mapped on disk."""
+"""Reading labelled texts: a file, folder, URL or hub name becomes memory-mapped splits of rows, and feedback joins."""
 
 import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -15,10 +15,11 @@ from datasets import ClassLabel, Dataset, concatenate_datasets, disable_progress
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.errors import DataError, StoreError
+from tuneserve.lifecycle.evidence import key_of
 from tuneserve.settings import SAMPLE, without_password
 from tuneserve.tables.formats import file_type, is_known, known_endings
 from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, find_columns, format_value, in_batches, read_file
-from tuneserve.training import hub
+from tuneserve.training.base_model import connect_to_hub
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ class Source:
     rows: Dataset
     where: str
     more: tuple[tuple[int, str], ...] = ()
-    """Where the rows from this index on are found, if that is another place."""
+    """Where the rows from this index on are found, if they come from somewhere else."""
 
-    def place(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         """Where the author of the data finds a row; `index` counts from 0."""
         where = next((where for first, where in reversed(self.more) if first <= index), self.where)
         return f"{where}, row {self.rows[index]['row']}"
@@ -69,6 +70,55 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
         return {split: _read_files(parts, columns, shown, cache) for split, parts in files.items()}
     except OSError as error:
         raise StoreError(f"DATA_PATH={cache} cannot be written to: {error}") from error
+
+
+def join_feedback(
+    sources: Mapping[str, Source], labelled: Sequence[tuple[str, str]], *, test_fraction: float, cache: Path
+) -> tuple[dict[str, Source], dict[str, int]]:
+    """The sources with feedback behind their rows, and what became of it.
+
+    If the data bring test texts, a share of the feedback joins them, the same texts each time: a model that is trained
+    after its world has changed must be tested on the new one too. Texts that the data hold out already stay where they
+    are, those that they train with are never moved to the test, and labels that they do not know are left out.
+
+    Args:
+        sources: as read; `train` is among them.
+        labelled: texts and labels, the newest last: of texts that differ in case or spaces alone it counts.
+        test_fraction: share of the feedback that joins the test texts.
+        cache: where rows are kept.
+    """
+    known = {label for source in sources.values() for label in source.rows.unique("label")}
+    newest = {key_of(text): (text, label) for text, label in labelled if text.strip()}
+    usable = {key: row for key, row in newest.items() if row[1] in known}
+    keys_of = {split: _find_keys(source, usable.keys()) for split, source in sources.items()}
+    held_out = {key for split, keys in keys_of.items() if split != "train" for key in keys}
+    parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    for key, row in usable.items():
+        if key not in held_out:
+            tests = "test" in sources and key not in keys_of["train"] and key % 2**32 < test_fraction * 2**32
+            parts["test" if tests else "train"].append(row)
+    joined = dict(sources)
+    for split, rows in parts.items():
+        if rows:
+            more = memory_map(((row, text, label) for row, (text, label) in enumerate(rows, 1)), "feedback", cache)
+            joined[split] = sources[split].followed_by(Source(more, "feedback"))
+    found = {
+        **{split: len(rows) for split, rows in parts.items()},
+        "unknown_label": len(newest) - len(usable),
+        "already_held_out": len(held_out),
+    }
+    logger.info(
+        "feedback: %d texts join the training texts and %d the test texts; %d left out for labels that the data do not "
+        "know, %d because the data hold them out already",
+        *found.values(),
+    )
+    return joined, found
+
+
+def _find_keys(source: Source, keys: Set[int]) -> set[int]:
+    """Which of these keys are among a source's texts."""
+    chunks = source.rows.data.to_batches(max_chunksize=BATCH_ROWS)
+    return {key for chunk in chunks for text in chunk["text"].to_pylist() if (key := key_of(text)) in keys}
 
 
 def _fetch(url: str, shown: str, folder: Path) -> Path:
@@ -140,7 +190,7 @@ def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:
 
 def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     name, _, configuration = dataset.partition(":")
-    reached = hub.connect()
+    reached = connect_to_hub()
     logger.info("reading %s from the Hugging Face hub%s", dataset, "" if reached else "'s copy on disk")
     try:
         found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"))

@@ -14,8 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from tuneserve.network.forward import Forward
 from tuneserve.progress import counted
-from tuneserve.training.batches import collate, sorted_batches
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.tokens import TokenizedSplit, collate, sorted_batches
 from tuneserve.training.world import ALONE, World
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -83,6 +82,20 @@ def score_epoch(logits: Array, label_ids: Array, labels: Sequence[str]) -> dict[
         "validation_accuracy": figures["accuracy"],
         "validation_macro_f1": figures["macro_f1"],
     }
+
+
+def validate(
+    forward: Forward,
+    split: TokenizedSplit,
+    labels: Sequence[str],
+    *,
+    device: torch.device,
+    stopping: Callable[[], bool],
+    world: World,
+) -> dict[str, float]:
+    """The figures of an epoch; see `predict_logits` and `score_epoch`."""
+    logits = predict_logits(forward, split, labels=len(labels), device=device, stopping=stopping, world=world)
+    return score_epoch(logits, split.label_ids, labels)
 
 
 def expected_calibration_error(probabilities: Array, label_ids: Array) -> float:

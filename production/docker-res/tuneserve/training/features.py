@@ -1,13 +1,16 @@
-"""A frozen body's work, done once: what the head reads of every text, kept on disk.
+"""Training the head alone: a frozen body's work is done once, and what the head reads of every text is kept on disk.
 
 With TRAIN_BODY=0 the body gives the same states in every epoch and every run; so each text goes through it once, and
 what is left to train reads a table.
 """
 
 import copy
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +20,89 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
-from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, probe
+from tuneserve.hardware import Precision
+from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, cast, choose_forward, probe
 from tuneserve.progress import counted
-from tuneserve.training.batches import Array, collate, sorted_batches
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.checkpoint import Position
+from tuneserve.training.loop import Recipe, Run, fit, fit_model
+from tuneserve.training.model import freeze_body
+from tuneserve.training.tokens import Array, TokenizedSplit, collate, sorted_batches
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 
+CODE = ("text.py", "network", *(f"training/{name}.py" for name in ("features", "model", "tokens")))
+"""What makes the features; an edit in it makes them anew."""
+HEAD_PASSES = 100
+"""Most passes over the features; N_EPOCHS may ask for more."""
+HEAD_PATIENCE = 5
+"""Passes without a better validation after which the head has converged."""
+
 WINDOW_TEXTS = 8192
 """Texts that are encoded, sorted by length, between two notes of how far the table has come."""
 ENCODING_TOKENS = 4096
 """Tokens that go through the model at once."""
+
+
+def fit_head(
+    model: PreTrainedModel,
+    tokens: Mapping[str, TokenizedSplit],
+    labels: Sequence[str],
+    recipe: Recipe,
+    run: Run,
+    *,
+    precision: Precision,
+    body: str,
+    cache: Path,
+) -> Position:
+    """Train what follows the body's last hidden state, as `loop.fit_model` trains the whole model.
+
+    Passes go on until the validation has not improved for a while: they cost next to nothing.
+
+    Args:
+        model: in fp32; its body stays as it is.
+        tokens: the splits by name.
+        labels: names by id.
+        recipe: epochs, rates, seed.
+        run: checkpoints, signals, trackers.
+        precision: in which the body computes.
+        body: what names it among the features that are kept.
+        cache: folder that they are kept in.
+
+    Raises:
+        TrainingError: as `loop.fit`.
+        StoreError: features or a checkpoint cannot be written.
+    """
+    freeze_body(model)
+    began = time.perf_counter()
+    frozen = copy.deepcopy(model).eval()
+    encoder, head = Encoder(frozen, choose_forward(frozen, learns=False)), Head(model)
+    if not agree(encoder, head):
+        logger.info("the head of this model cannot be trained by itself: every pass goes through the body")
+        return fit_model(model, tokens, labels, recipe, run, precision=precision)
+    cast(frozen, precision)
+    tables = {}
+    for name in SPLITS:
+        folder = cache / "features" / _key(body, precision, tokens[name])
+        tables[name] = encode(encoder, tokens[name], folder, stopping=run.stopping)
+        if run.stopping():
+            return Position()
+    encoded_s = time.perf_counter() - began
+    forward = LookUp(head, tables, model.device)
+    recipe = replace(recipe, epochs=max(HEAD_PASSES, recipe.epochs), patience=recipe.patience or HEAD_PATIENCE)
+    seen = fit(head, forward, as_splits(tokens), labels, recipe, run, precision="fp32")
+    count = int(tokens["train"].starts[-1])
+    return replace(seen, fit_s=seen.fit_s + encoded_s, tokens=count, places=count)
+
+
+def _key(body: str, precision: Precision, split: TokenizedSplit) -> str:
+    key = hashlib.sha256(f"{body} {precision} {code_hash(*CODE)}".encode())
+    for array in (split.starts, split.ids):
+        key.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return key.hexdigest()[:32]
 
 
 class Head(nn.Module):

@@ -12,8 +12,7 @@ import torch
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.batches import Array, Batch, collate, split_rows
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.tokens import Array, Batch, TokenizedSplit, collate, split_rows
 from tuneserve.training.world import World
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,18 +24,19 @@ from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
 from tuneserve.lifecycle.feedback import FILE, labelled_texts
-from tuneserve.lifecycle.status import Status, hold
+from tuneserve.lifecycle.status import Lock, Status, hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
-from tuneserve.training import base_model, checks, data, labelled
+from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints
+from tuneserve.training.exporters import Exporter, choose_exporters
+from tuneserve.training.features import fit_head
+from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.publication import publish
-from tuneserve.training.quantization import require_nncf
-from tuneserve.training.recipe import Run
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
 from tuneserve.training.world import World
@@ -67,34 +69,119 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         SystemExit: a signal came; what was learned so far is in a checkpoint.
     """
     require_extra(settings.mlflow_tracking_uri.get_secret_value())
-    if settings.precision == "int8":
-        require_nncf()
+    exporters = choose_exporters(settings)
+    device, precision = prepare_device(settings, threads)
+    store = Store(settings.model_path)
+    with World.joined(environ or {}, device) as world, ExitStack() as held:
+        lock, status = None, Status(None)
+        if world.leads:  # of several processes, this one alone writes
+            store.prepare()
+            lock = held.enter_context(hold(store.lock))
+            status = held.enter_context(Status(store.status_file))
+        began = time.perf_counter()
+
+        feedback = read_feedback(settings, world)
+        with world.one_a_node_first():
+            base, splits = gather(settings, feedback)
+
+        fingerprint = fingerprint_run(settings, base, splits, exporters)
+        known = store.find(fingerprint) if lock else None
+        if world.any(known is not None):
+            if lock and known:
+                logger.info("nothing to train: version %s has these settings and data", known.id)
+                judge(settings, store, known, splits, lock, status)
+            return known
+
+        with world.one_a_node_first():
+            tokenizer, tokens = read_tokens(settings, base, splits)
+        model = build_model(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
+
+        checkpoints = Checkpoints(
+            store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes
+        )
+        trackers = held.enter_context(_trackers(settings, fingerprint, checkpoints, world))
+        trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
+        steps = math.ceil(len(splits.train) / settings.batch_size)
+        status.training(steps=steps * settings.n_epochs, epochs=settings.n_epochs)
+
+        def record(step: int, figures: Mapping[str, float]) -> None:
+            trackers.record(step, figures)
+            status.step(step, figures)
+
+        with stop.deferred():  # a signal that comes in here leaves a checkpoint
+            run = Run(checkpoints, lambda: stop.requested, record, world)
+            recipe = choose_recipe(settings, tokens["train"], splits.labels)
+            fit = fit_model if settings.train_body else partial(fit_head, body=base.content, cache=settings.data_path)
+            seen = fit(model, tokens, splits.labels, recipe, run, precision=precision)
+        if not lock:
+            return None
+
+        status.phase("testing")
+        metadata = {
+            "fingerprint": fingerprint,
+            "labels": splits.labels,
+            "settings": settings.public(),
+            "base_model": base.record(),
+            "data": describe_data(settings, splits, tokens),
+            "device": device.type,
+            "precision": precision,
+            "processes": world.size,
+            **seen.record(),
+        }
+        version = publish(
+            store, model, tokenizer, tokens, metadata, precision=precision, exporters=exporters, began=began
+        )
+        trackers.finish(version)
+        checkpoints.remove()
+
+        judge(settings, store, version, splits, lock, status)
+        return version
+
+
+def prepare_device(settings: Settings, threads: int) -> tuple[torch.device, Precision]:
+    """The device and the number format to compute with; libraries are told to be quiet and to use so many threads."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     device, reason = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     logger.info("device: %s (%s), %s, %d CPU threads", device.type, reason, precision, threads)
-    with World.joined(environ or {}, device) as world:
-        return _train(settings, stop, device, precision, world)
+    return device, precision
 
 
-def _train(settings: Settings, stop: Stop, device: torch.device, precision: Precision, world: World) -> Version | None:
-    store = Store(settings.model_path)
-    with ExitStack() as stack:
-        status = Status(None)
-        if world.leads:
-            store.prepare()
-            lock = stack.enter_context(hold(store.lock))
-            status = stack.enter_context(Status(store.status_file))
-        version, splits = _find_or_learn(settings, stop, device, precision, world, store, status)
-        if version is not None and world.leads:
-            status.phase("judging")
-            keep_evidence(store, version, splits, seed=settings.seed)
-            lock.require()
-            before = read_decision(version)
-            status.decided(gate.admit(store, version, settings), before=before)
-    return version
+def choose_recipe(settings: Settings, train: TokenizedSplit, labels: Sequence[str]) -> Recipe:
+    """The settings as the training loop takes them."""
+    weights = None
+    if settings.class_weights == "balanced":
+        sizes = np.bincount(train.label_ids, minlength=len(labels))
+        weights = (len(train) / (len(labels) * sizes)).tolist()
+    return Recipe(
+        epochs=settings.n_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        max_norm=settings.max_norm,
+        seed=settings.seed,
+        class_weights=weights,
+        label_smoothing=settings.label_smoothing,
+        patience=settings.patience,
+        select_by=settings.select_by,
+    )
+
+
+def judge(
+    settings: Settings, store: Store, version: Version, splits: checks.Splits, lock: Lock, status: Status
+) -> None:
+    """Keep the version's evidence, and let the gate decide about it, also about one that was trained before.
+
+    Raises:
+        RefusedError: it did not pass.
+        StoreError: another process may hold the lock meanwhile.
+    """
+    status.phase("judging")
+    keep_evidence(store, version, splits, seed=settings.seed)
+    lock.require()
+    before = read_decision(version)
+    status.decided(gate.admit(store, version, settings), before=before)
 
 
 def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed: int) -> None:
@@ -110,83 +197,14 @@ def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed
     write_evidence(folder, Evidence(list(texts), labels), chain(splits.train, splits.valid))
 
 
-def _find_or_learn(
-    settings: Settings,
-    stop: Stop,
-    device: torch.device,
-    precision: Precision,
-    world: World,
-    store: Store,
-    status: Status,
-) -> tuple[Version | None, checks.Splits]:
-    began = time.perf_counter()
-    feedback = read_feedback(settings, world)
-    with world.one_a_node_first():
-        base, splits = gather(settings, feedback)
-    fingerprint = fingerprint_run(settings, base, splits)
-    known = store.find(fingerprint) if world.leads else None
-    if world.any(known is not None):
-        if known is not None:
-            logger.info("nothing to train: version %s has these settings and data", known.id)
-        return known, splits
-
-    with world.one_a_node_first():
-        tokenizer, tokens = read_tokens(settings, base, splits)
-    truncated = {name: float(one.truncated.mean()) for name, one in tokens.items()}
-    shares = ", ".join(f"{share:.1%} of {name}" for name, share in truncated.items())
-    logger.info("texts cut at %d tokens: %s", settings.num_max_positions, shares)
-
-    model = build_model(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
-    checkpoints = Checkpoints(store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes)
-    with _trackers(settings, fingerprint, checkpoints, world) as trackers:
-        trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
-        steps = math.ceil(len(splits.train) / settings.batch_size)
-        status.training(steps=steps * settings.n_epochs, epochs=settings.n_epochs)
-
-        def record(step: int, figures: Mapping[str, float]) -> None:
-            trackers.record(step, figures)
-            status.step(step, figures)
-
-        with stop.deferred():
-            run = Run(
-                settings,
-                model,
-                tokens,
-                splits.labels,
-                precision,
-                checkpoints,
-                lambda: stop.requested,
-                world,
-                record,
-            )
-            seen = run.learn() if settings.train_body else run.learn_head(base.content)
-        if not world.leads:
-            return None, splits
-        status.phase("testing")
-        metadata = {
-            "fingerprint": fingerprint,
-            "labels": splits.labels,
-            "settings": settings.public(),
-            "base_model": base.record(),
-            "data": {
-                "dataset": settings.dataset,
-                "fingerprints": splits.fingerprints,
-                **splits.findings,
-                "truncated_share": truncated,
-            },
-            "device": device.type,
-            "precision": precision,
-            "processes": world.size,
-            "history": seen.history,
-            "best_epoch": seen.best_epoch,
-            "fit_s": round(seen.fit_s, 3),
-            "tokens_per_s": round(seen.tokens / seen.fit_s, 1),
-            "padding_share": round(1 - seen.tokens / seen.places, 4),
-        }
-        version = publish(store, model, tokenizer, tokens, metadata, precision=precision, began=began)
-        trackers.finish(version)
-    checkpoints.remove()
-    return version, splits
+def describe_data(settings: Settings, splits: checks.Splits, tokens: Mapping[str, TokenizedSplit]) -> dict[str, Any]:
+    """What a version's metadata says of its data."""
+    return {
+        "dataset": settings.dataset,
+        "fingerprints": splits.fingerprints,
+        **splits.findings,
+        "truncated_share": {name: one.truncated_share for name, one in tokens.items()},
+    }
 
 
 def _trackers(settings: Settings, fingerprint: str, checkpoints: Checkpoints, world: World) -> Trackers:
@@ -221,7 +239,9 @@ def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tupl
     )
     joined: dict[str, int] = {}
     if feedback:
-        sources, joined = labelled.join(sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path)
+        sources, joined = data.join_feedback(
+            sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path
+        )
     splits = checks.check(
         sources,
         num_train=settings.num_train,
@@ -244,19 +264,23 @@ def read_tokens(
     tokenizer = load_tokenizer(base.folder, max_tokens=settings.num_max_positions)
     encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=settings.num_max_positions)
     named = {"train": splits.train, "valid": splits.valid, "test": splits.test}
-    return tokenizer, {name: tokenize(split, encoder, cache=settings.data_path) for name, split in named.items()}
+    tokens = {name: tokenize(split, encoder, cache=settings.data_path) for name, split in named.items()}
+    shares = ", ".join(f"{one.truncated_share:.1%} of {name}" for name, one in tokens.items())
+    logger.info("texts cut at %d tokens: %s", settings.num_max_positions, shares)
+    return tokenizer, tokens
 
 
-def fingerprint_run(settings: Settings, base: base_model.BaseModel, splits: checks.Splits) -> str:
+def fingerprint_run(
+    settings: Settings, base: base_model.BaseModel, splits: checks.Splits, exporters: Sequence[Exporter]
+) -> str:
     """What names a run: equal fingerprints mean equal settings, data, base model and code."""
     decisive = settings.model_dump(mode="json", include=DECISIVE)
-    content: dict[str, Any] = {
+    content = {
         "settings": decisive,
         "data": splits.fingerprints,
         "base_model": base.content,
         "recipe": tuneserve.__version__,
         "code": code_hash("text.py", "training", "network"),
+        "exporters": [exporter.name for exporter in exporters],
     }
-    if settings.precision == "int8":  # a version is never changed, so one without that graph cannot be given it
-        content["int8"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

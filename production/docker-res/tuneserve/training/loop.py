@@ -10,17 +10,18 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tuneserve.errors import TrainingError
 from tuneserve.hardware import Precision
-from tuneserve.network.forward import Forward
+from tuneserve.network.forward import Forward, choose_forward
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.progress import Progress
-from tuneserve.training.batches import Batch, shuffled_batches
 from tuneserve.training.checkpoint import Checkpoints, Position
+from tuneserve.training.evaluation import validate
 from tuneserve.training.gradient import Gradient
 from tuneserve.training.model import loss_of
-from tuneserve.training.tokens import TokenizedSplit
+from tuneserve.training.tokens import Batch, TokenizedSplit, shuffled_batches
 from tuneserve.training.world import ALONE, World
 
 logger = logging.getLogger(__name__)
@@ -52,18 +53,49 @@ class Recipe:
     select_by: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a training is surrounded by.
+
+    Args:
+        checkpoints: where this run's are kept.
+        stopping: asked after each step and, in one process, between the parts of a step.
+        record: told the figures of each step and epoch.
+        world: the processes that train together; each takes its share of every batch.
+    """
+
+    checkpoints: Checkpoints
+    stopping: Callable[[], bool] = lambda: False
+    record: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None
+    world: World = ALONE
+
+
+def fit_model(
+    model: PreTrainedModel,
+    tokens: Mapping[str, TokenizedSplit],
+    labels: Sequence[str],
+    recipe: Recipe,
+    run: Run,
+    *,
+    precision: Precision,
+) -> Position:
+    """Train all of the model that needs a gradient, the fastest way that it can be fed; see `fit`."""
+    forward = choose_forward(model)
+    position = fit(model, forward, tokens, labels, recipe, run, precision=precision)
+    forward.remove()
+    return position
+
+
 def fit(
     model: nn.Module,
     forward: Forward,
-    train: TokenizedSplit,
+    tokens: Mapping[str, TokenizedSplit],
+    labels: Sequence[str],
     recipe: Recipe,
+    run: Run,
     *,
     precision: Precision,
-    validate: Callable[[], dict[str, float]],
-    checkpoints: Checkpoints,
-    stopping: Callable[[], bool] = lambda: False,
-    record: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None,
-    world: World = ALONE,
+    validate: Callable[..., dict[str, float]] = validate,
 ) -> Position:
     """Train `model` in place, on the device it is on, and leave it with its best epoch's weights, in fp32.
 
@@ -73,20 +105,18 @@ def fit(
     Args:
         model: in fp32; parameters that need no gradient stay as they are.
         forward: how a batch goes through it.
-        train: the texts; every epoch sees each once.
+        tokens: `train`, of which every epoch sees each text once, and `valid`.
+        labels: names by id.
         recipe: epochs, rates, seed.
+        run: checkpoints, signals, trackers, other processes.
         precision: of the model's products; master weights, word embeddings and the optimizer stay fp32.
-        validate: figures at the end of an epoch, the model being in evaluation mode: `validation_loss` and the metric
-            that the recipe selects by.
-        checkpoints: where this run's are kept.
-        stopping: asked after each step and, in one process, between the parts of a step.
-        record: told the figures of each step and epoch.
-        world: the processes that train together; each takes its share of every batch.
+        validate: figures at the end of an epoch, `validation_loss` and the metric that the recipe selects by.
 
     Raises:
         TrainingError: the loss is not a finite number any more, or memory does not hold a single text.
         StoreError: a checkpoint cannot be written.
     """
+    train, checkpoints, world = tokens["train"], run.checkpoints, run.world
     steps = math.ceil(len(train) / recipe.batch_size)
     guess = math.log(max(2, int(train.label_ids.max()) + 1))
     with Optimizer(
@@ -96,7 +126,7 @@ def fit(
         if position.texts:
             logger.info("resuming in epoch %d after batch %d of %d", position.epoch + 1, position.step, steps)
         learn = Learner(forward, recipe, optimizer.gradient.device)
-        gradient = Gradient(learn, optimizer, train, seed=recipe.seed, stopping=stopping, world=world)
+        gradient = Gradient(learn, optimizer, train, seed=recipe.seed, stopping=run.stopping, world=world)
         gradient.part_tokens = position.part_tokens or gradient.part_tokens
 
         while not position.finished:
@@ -117,7 +147,7 @@ def fit(
                         _require_sense(position, step.loss, norm, guess, recipe.learning_rate)
                         progress.advance(len(rows), loss=step.loss)
                         rate = recipe.learning_rate * share
-                        record(done + 1, {"loss": step.loss, "learning_rate": rate, "gradient_norm": norm})
+                        run.record(done + 1, {"loss": step.loss, "learning_rate": rate, "gradient_norm": norm})
                     if step.stop or checkpoints.due():
                         checkpoints.save(position, optimizer, world)
                     if step.stop:
@@ -125,13 +155,16 @@ def fit(
                         return position
             optimizer.settle()
             model.eval()
-            figures = {"train_loss": position.loss_sum / len(train), **validate()}
-            if world.any(stopping()):
+            validated = validate(
+                forward, tokens["valid"], labels, device=gradient.device, stopping=run.stopping, world=world
+            )
+            figures = {"train_loss": position.loss_sum / len(train), **validated}
+            if world.any(run.stopping()):
                 checkpoints.save(position, optimizer, world)
                 logger.info(INTERRUPTED, position.epoch + 1, position.step, steps)
                 return position
             logger.info("epoch=%d; %s", position.epoch + 1, " ".join(f"{k}={v:.4f};" for k, v in figures.items()))
-            record(position.epoch * steps + steps, figures)
+            run.record(position.epoch * steps + steps, figures)
             better = position.best is None or rank(figures, recipe.select_by) > rank(position.best, recipe.select_by)
             position.count_epoch(figures, better=better, epochs=recipe.epochs, patience=recipe.patience)
             if better and not position.finished:

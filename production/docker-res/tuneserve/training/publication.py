@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,25 +15,16 @@ from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
-from tuneserve.artifact import (
-    GOLDEN_INT8,
-    METADATA,
-    Golden,
-    Version,
-    new_version,
-    read_version,
-    write_golden,
-)
+from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.network.forward import cast, choose_forward
-from tuneserve.text import TextEncoder, unknown_id
+from tuneserve.text import TextEncoder
 from tuneserve.training import calibration
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
-from tuneserve.training.export import export
-from tuneserve.training.quantization import graph_logits, quantize
+from tuneserve.training.exporters import Exporter, Saved, export
 from tuneserve.training.tokens import TokenizedSplit
 
 logger = logging.getLogger(__name__)
@@ -48,14 +38,25 @@ def publish(
     metadata: dict[str, Any],
     *,
     precision: Precision,
+    exporters: Sequence[Exporter],
     began: float,
 ) -> Version:
-    """Calibrate the model, save it, load it again as anyone would, and test what was loaded.
+    """Calibrate the model, save it, load it again as anyone would, test what was loaded, and export it.
+
+    Args:
+        store: where the version is put.
+        model: trained, in fp32.
+        tokenizer: the model's.
+        tokens: the splits by name.
+        metadata: what is known of the run.
+        precision: of the device's products.
+        exporters: of the forms that engines run.
+        began: when the run did, by `time.perf_counter()`.
 
     Raises:
         StoreError: the store cannot be written.
     """
-    created = datetime.now(UTC)
+    created, seed = datetime.now(UTC), metadata["settings"]["seed"]
     folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{metadata['fingerprint'][:8]}")
     temperature = calibrate(model, tokens["valid"], precision)
     with new_version(folder) as temporary:
@@ -65,18 +66,15 @@ def publish(
         saved.to(model.device)
         logits = {name: _logits(saved, tokens[name], precision) for name in ("valid", "test")}
         metrics, errors = test(logits, tokens, metadata["labels"], temperature)
+        encoder = TextEncoder.from_json(
+            tokenizer.backend_tokenizer.to_str(), max_tokens=int(tokenizer.model_max_length)
+        )
+        golden = golden_answers(saved.cpu(), encoder, metadata["labels"])
+        write_golden(temporary, golden)
         threads = torch.get_num_threads()
-        engine = export(saved.cpu(), temporary, tokens["valid"], threads=threads)
-        if engine is not None and metadata["settings"]["precision"] == "int8":
-            engine = quantize(
-                temporary, tokens["train"], tokens["valid"], threads=threads, seed=metadata["settings"]["seed"]
-            )
-            if engine["int8"]["accepted"]:
-                answers_of_int8 = golden_answers_of_int8(temporary, tokenizer, metadata["labels"], threads=threads)
-                write_golden(temporary, answers_of_int8, GOLDEN_INT8)
-        write_golden(temporary, golden_answers(saved, tokenizer, metadata["labels"]))
-        answers = answers_to([tokens["valid"], tokens["test"]], [logits["valid"], logits["test"]], tokenizer)
-        write_reference(temporary, answers, seed=metadata["settings"]["seed"])
+        engine = export(exporters, Saved(saved, tokens, golden, encoder, seed, threads), temporary)
+        answers = answers_to([tokens["valid"], tokens["test"]], [logits["valid"], logits["test"]], encoder)
+        write_reference(temporary, answers, seed=seed)
         (temporary / "report").mkdir()
         for name, figures in metrics.items():
             write_json(temporary / "report" / f"{name}.json", figures)
@@ -119,30 +117,14 @@ GOLDEN_TEXTS = (
 
 
 @torch.inference_mode()
-def golden_answers(saved: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> Golden:
+def golden_answers(saved: PreTrainedModel, encoder: TextEncoder, labels: list[str]) -> Golden:
     """What the model, in fp32 on the CPU, says to the golden texts."""
-    limit = int(tokenizer.model_max_length)
-    encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=limit)
     scores = []
     for tokens in encoder.encode(GOLDEN_TEXTS):
         ids = torch.tensor([tokens.ids])
         logits = saved(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
         scores.append(dict(zip(labels, logits.softmax(0).tolist(), strict=True)))
     return Golden(list(GOLDEN_TEXTS), scores)
-
-
-def golden_answers_of_int8(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, labels: list[str], *, threads: int
-) -> Golden:
-    """What the int8 graph itself says to the golden texts: torch's answers would tell nothing about its files.
-
-    It differs from torch by more than a damaged file might, so it is held to its own answers, as closely as the others.
-    """
-    limit = int(tokenizer.model_max_length)
-    encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=limit)
-    texts = [tokens.ids for tokens in encoder.encode(GOLDEN_TEXTS)]
-    rows = softmax(graph_logits(folder, texts, int8=True, threads=threads, max_tokens=limit).astype(np.float64), axis=1)
-    return Golden(list(GOLDEN_TEXTS), [dict(zip(labels, row.tolist(), strict=True)) for row in rows])
 
 
 def calibrate(model: PreTrainedModel, valid: TokenizedSplit, precision: Precision) -> float:
@@ -163,12 +145,10 @@ def test(
     return metrics, errors
 
 
-def answers_to(
-    splits: Sequence[TokenizedSplit], logits: Sequence[Array], tokenizer: PreTrainedTokenizerBase
-) -> Answers:
+def answers_to(splits: Sequence[TokenizedSplit], logits: Sequence[Array], encoder: TextEncoder) -> Answers:
     """What a server would note of these texts, whose logits are float [texts, labels]."""
     rows = np.concatenate(logits)
-    unknown = unknown_id(tokenizer.backend_tokenizer)
+    unknown = encoder.unknown_id
     return Answers(
         label_ids=rows.argmax(axis=1),
         confidences=softmax(rows.astype(np.float64), axis=1).max(axis=1),

@@ -1,11 +1,11 @@
-"""Texts as token ids on disk: tokenized once, memory-mapped, found again by content.
+"""Texts as token ids on disk, tokenized once and found again by content; and which of them share a batch.
 
 A folder holds `ids.i32` (all texts end to end), `starts.npy` (where each begins, and the end) and `cut.npy` (whether it
 was longer than what was read).
 """
 
 import hashlib
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
 from tuneserve.files import new_folder
+from tuneserve.network.forward import Texts
 from tuneserve.tables.rows import in_batches
-from tuneserve.text import TextEncoder
+from tuneserve.text import TextEncoder, split_by_tokens
 from tuneserve.training.checks import Split
 
-logger = logging.getLogger(__name__)
-
 Array = np.ndarray[Any, np.dtype[Any]]
+
+WINDOW_BATCHES = 16
+"""Batches' worth of shuffled texts that are sorted by length together: little padding, still a random order."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class TokenizedSplit:
     def lengths(self) -> Array:
         """Tokens of each text, int64 [texts]."""
         return np.diff(self.starts)
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of the texts that were longer than what was read."""
+        return float(self.truncated.mean())
 
     def text_ids(self, row: int) -> Array:
         """The token ids of one text, int32 [its length]."""
@@ -99,3 +107,39 @@ def _write(split: Split, encoder: TextEncoder, folder: Path) -> None:
     except OSError:
         if not _is_whole(folder):  # else another job has just done the same
             raise
+
+
+@dataclass(frozen=True)
+class Batch(Texts):
+    """Texts to learn from or to be tested on: `label_ids` int64 [texts]."""
+
+    label_ids: torch.Tensor
+
+
+def shuffled_batches(lengths: Array, batch_size: int, rng: np.random.Generator) -> list[Array]:
+    """Rows of each batch of one epoch: random, but texts of like length together (fewer padding tokens)."""
+    order = rng.permutation(len(lengths))
+    window = batch_size * WINDOW_BATCHES
+    batches: list[Array] = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return [batches[index] for index in rng.permutation(len(batches))]
+
+
+def sorted_batches(lengths: Array, max_tokens: int) -> list[Array]:
+    """Rows of each batch, shortest texts first: for evaluation, where order does not matter."""
+    return split_rows(np.argsort(lengths, kind="stable"), lengths, max_tokens)
+
+
+def split_rows(rows: Array, lengths: Array, max_tokens: int) -> list[Array]:
+    """The rows in their order, in parts of at most `max_tokens` tokens, padding included, and at least one text."""
+    return [rows[part] for part in split_by_tokens(lengths[rows].tolist(), max_tokens, padded=True)]
+
+
+def collate(split: TokenizedSplit, rows: Sequence[int] | Array, device: torch.device) -> Batch:
+    """The given rows of a split as one batch on the device."""
+    input_ids = np.concatenate([split.text_ids(row) for row in rows]).astype(np.int64)
+    label_ids = split.label_ids[np.asarray(rows)]
+    return Batch(torch.from_numpy(input_ids).to(device), split.lengths[rows], torch.from_numpy(label_ids).to(device))

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from tuneserve.extras import require
+from tuneserve.artifact import Golden
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.network.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
-from tuneserve.text import split_by_tokens
-from tuneserve.training.export import MOST_ACCURACY_LOST
+from tuneserve.text import TextEncoder, split_by_tokens
+from tuneserve.training.openvino_graph import MOST_ACCURACY_LOST
 from tuneserve.training.tokens import TokenizedSplit
 
 logger = logging.getLogger(__name__)
@@ -34,15 +34,6 @@ TEXTS_TOGETHER = 10
 """Texts of a calibration batch: enough to fill rows as a server's batches do."""
 
 BATCH_TOKENS = 1024
-
-
-def require_nncf() -> None:
-    """Refuse to train for a graph that could not be made afterwards.
-
-    Raises:
-        SettingsError: NNCF is not installed.
-    """
-    require("nncf", wanted_by="PRECISION=int8", product="NNCF", extra="int8")
 
 
 def quantize(
@@ -90,6 +81,17 @@ def quantize(
     description["int8"] = found
     write_json(folder / FOLDER / DESCRIPTION, description)
     return description
+
+
+def golden_answers(folder: Path, golden: Golden, encoder: TextEncoder, *, threads: int) -> Golden:
+    """What the int8 graph itself says to the golden texts: torch's answers would tell nothing about its files.
+
+    It differs from torch by more than a damaged file might, so it is held to its own answers, as closely as the others.
+    """
+    texts, limit = [one.ids for one in encoder.encode(golden.texts)], encoder.max_tokens
+    rows = softmax(graph_logits(folder, texts, int8=True, threads=threads, max_tokens=limit).astype(np.float64), axis=1)
+    labels = golden.scores[0]
+    return Golden(golden.texts, [dict(zip(labels, row.tolist(), strict=True)) for row in rows])
 
 
 def graph_logits(folder: Path, texts: Sequence[Any], *, int8: bool, threads: int, max_tokens: int) -> Array:

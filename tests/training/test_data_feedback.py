@@ -10,7 +10,7 @@ from tuneserve.lifecycle.evidence import key_of
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.settings import Settings
 from tuneserve.tables.rows import Columns
-from tuneserve.training import data, job, labelled
+from tuneserve.training import data, job
 from tuneserve.training.world import ALONE
 
 Rows = list[tuple[str, str]]
@@ -32,7 +32,7 @@ def joined(folder: Path, said: Rows, **changed: Any) -> tuple[dict[str, Rows], d
     """The rows that feedback added to each split, and what is said of it."""
     cache = folder.parent / "cache"
     sources = data.read(str(folder), Columns(), cache=cache)
-    found, counts = labelled.join(sources, said, cache=cache, **{"test_fraction": 0.2} | changed)
+    found, counts = data.join_feedback(sources, said, cache=cache, **{"test_fraction": 0.2} | changed)
     more: dict[str, Rows] = {}
     for split, source in found.items():
         rows = list(zip(source.rows["text"], source.rows["label"], strict=True))
@@ -76,7 +76,7 @@ def gathered(environment: dict[str, str], **changed: str) -> tuple[str, dict[str
     """A run's fingerprint and findings."""
     settings = Settings.from_environ(environment | changed)
     base, splits = job.gather(settings, job.read_feedback(settings, ALONE))
-    return job.fingerprint_run(settings, base, splits), splits.findings
+    return job.fingerprint_run(settings, base, splits, []), splits.findings
 
 
 def test_feedback_changes_a_run_and_nothing_else_does(
