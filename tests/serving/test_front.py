@@ -4,13 +4,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi.telemetry import TelemetryConfig
 from pydantic import SecretStr
-from wire import BODY, LIVEZ, Client, served, write
+from wire import BODY, LIVEZ, Client, served, wait_until, write
 
 from tuneserve.serving import inference
 from tuneserve.serving.api import Direct
@@ -142,14 +141,14 @@ def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
     with served(settings, slot) as port:
         first, leaves, stays = (Client(port) for _ in range(3))
         first.send(write())
-        wait(lambda: hasattr(engine_of(slot), "running"))
+        wait_until(lambda: hasattr(engine_of(slot), "running"))
         second = len(slot.model().classifier.read(["film"])[0].ids)
         for client in (leaves, stays):
             before = slot.model().batcher.tokens_waiting
             client.send(write())
-            wait(lambda before=before: slot.model().batcher.tokens_waiting == before + second)
+            wait_until(lambda before=before: slot.model().batcher.tokens_waiting == before + second)
         leaves.close()
-        wait(lambda: counted(slot, "499") == 1)
+        wait_until(lambda: counted(slot, "499") == 1)
         go.set()
         assert (first.read()[0], stays.read()[0]) == (200, 200)
         first.close()
@@ -167,10 +166,10 @@ def test_a_client_that_disconnects_behind_pipelined_requests_leaves_no_error(
         for _ in range(5):
             client = Client(port)
             client.send(write() * 30 + LIVEZ)
-            wait(lambda: slot.model().in_flight > 0)
+            wait_until(lambda: slot.model().in_flight > 0)
             client.close()
         go.set()
-        wait(lambda: sum(counts(slot).values()) >= 5 and slot.model().in_flight == 0)
+        wait_until(lambda: sum(counts(slot).values()) >= 5 and slot.model().in_flight == 0)
     assert not caplog.records
     assert {status for _, status in counts(slot)} <= {"200", "499"}
 
@@ -220,13 +219,6 @@ def counts(slot: Slot) -> dict[tuple[str, str], float]:
 
 def counted(slot: Slot, status: str) -> float:
     return counts(slot).get(("/inference", status), 0)
-
-
-def wait(until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def engine_of(slot: Slot) -> Any:
