@@ -4,7 +4,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,6 +37,13 @@ def write(body: bytes = BODY, *headers: str, path: str = "/inference", http: str
     return "\r\n".join(lines).encode() + body
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
 class Client:
     """A connection whose answers are read one after another."""
 
@@ -58,8 +65,8 @@ class Client:
             headers[name] = value
         return int(first.split()[1]), headers, self._file.read(int(headers.get("content-length", 0)))
 
-    def is_answered_within(self, seconds: float) -> bool:
-        return bool(select.select([self.socket], [], [], seconds)[0])
+    def is_answered(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
 
     def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
         self.send(request)
@@ -97,8 +104,7 @@ def served(
         server = Server(uvicorn.Config(app, **options), drain)
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        wait_until(lambda: server.started)
         try:
             yield listener.getsockname()[1]
         finally:
@@ -140,10 +146,7 @@ class Full:
     def make_room(self) -> None:
         """Let what waits be answered."""
         self.go.set()
-        deadline = time.monotonic() + 10
-        while self.batcher.tokens_waiting:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: not self.batcher.tokens_waiting)
 
     def close(self) -> None:
         self.go.set()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from wire import BODY, LIVEZ, Client, batcher_of, served, write
+from wire import BODY, LIVEZ, Client, batcher_of, served, wait_until, write
 
 from tuneserve.serving.http import front
 from tuneserve.serving.http.protocol import UNREAD_BYTES
@@ -118,10 +118,7 @@ def test_a_body_that_nobody_wants_is_read_up_to_a_limit(client: Client) -> None:
 
 
 def wait_until_it_computes(slot: Slot) -> None:
-    deadline = time.monotonic() + 30
-    while not hasattr(batcher_of(slot)._engine, "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: hasattr(batcher_of(slot)._engine, "running"))
 
 
 def test_a_server_that_is_to_leave_waits_for_no_body_but_finishes_what_it_has(

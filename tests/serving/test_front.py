@@ -4,13 +4,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi.telemetry import TelemetryConfig
 from pydantic import SecretStr
-from wire import BODY, LIVEZ, Client, batcher_of, served, write
+from wire import BODY, LIVEZ, Client, batcher_of, served, wait_until, write
 
 from tuneserve.artifact import Version
 from tuneserve.serving.http.routes import Direct
@@ -143,14 +142,14 @@ def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
     with served(settings, slot) as port:
         first, leaves, stays = (Client(port) for _ in range(3))
         first.send(write())
-        wait(lambda: hasattr(engine_of(slot), "running"))
+        wait_until(lambda: hasattr(engine_of(slot), "running"))
         second = 3  # tokens of the body's text
         for client in (leaves, stays):
             before = batcher_of(slot).tokens_waiting
             client.send(write())
-            wait(lambda before=before: batcher_of(slot).tokens_waiting == before + second)
+            wait_until(lambda before=before: batcher_of(slot).tokens_waiting == before + second)
         leaves.close()
-        wait(lambda: counted(slot, "499") == 1)
+        wait_until(lambda: counted(slot, "499") == 1)
         go.set()
         assert (first.read()[0], stays.read()[0]) == (200, 200)
         first.close()
@@ -168,10 +167,10 @@ def test_a_client_that_disconnects_behind_pipelined_requests_leaves_no_error(
         for _ in range(5):
             client = Client(port)
             client.send(write() * 30 + LIVEZ)
-            wait(lambda: in_flight(slot) > 0)
+            wait_until(lambda: in_flight(slot) > 0)
             client.close()
         go.set()
-        wait(lambda: sum(counts(slot).values()) >= 5 and in_flight(slot) == 0)
+        wait_until(lambda: sum(counts(slot).values()) >= 5 and in_flight(slot) == 0)
     assert not caplog.records
     assert {status for _, status in counts(slot)} <= {"200", "499"}
 
@@ -221,13 +220,6 @@ def counts(slot: Slot) -> dict[tuple[str, str], float]:
 
 def counted(slot: Slot, status: str) -> float:
     return counts(slot).get(("/inference", status), 0)
-
-
-def wait(until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def in_flight(slot: Slot) -> int:

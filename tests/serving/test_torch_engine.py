@@ -90,11 +90,11 @@ def test_on_a_cpu_the_work_is_done_when_the_result_is_asked_for(make: Make) -> N
     """For the batcher measures from `begin` to `result`, and delivers the batch before once the next has begun."""
     engine = make(max_batch_tokens=16384)
     prepared = engine.prepare([[5] * 60] * 250)
-    began = time.perf_counter()
+    began = time.process_time()
     engine.begin(prepared)
-    begun = time.perf_counter()
+    begun = time.process_time()
     engine.result()
-    assert begun - began < 0.2 * (time.perf_counter() - begun)
+    assert begun - began < 0.2 * (time.process_time() - begun)
 
 
 def test_bf16_is_a_matter_of_the_weights_and_differs_by_its_rounding(make: Make, tmp_path: Path) -> None:
