@@ -9,7 +9,16 @@ import pytest
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
 from tuneserve.lifecycle import drift
-from tuneserve.lifecycle.drift import Answers, Reference, Window, compare, judge, read_reference, write_reference
+from tuneserve.lifecycle.drift import (
+    Answers,
+    Observation,
+    Reference,
+    Window,
+    compare,
+    judge,
+    read_reference,
+    write_reference,
+)
 
 LABELS = ["bad", "good"]
 
@@ -37,7 +46,7 @@ def window_of(some: Answers, **options: Any) -> Window:
     window = Window(**options)
     columns = (some.label_ids, some.confidences, some.tokens, some.unknown, some.truncated)
     for row in zip(*(column.tolist() for column in columns), strict=True):
-        window.add(*row)
+        window.add(Observation(*row))
     return window
 
 
@@ -128,7 +137,7 @@ def test_the_window_forgets_by_number_and_by_age(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(drift.time, "time", lambda: now)
     window = Window(max_texts=60, hours=2)
     for number in range(100):
-        window.add(0, 0.9, number, 0, False)
+        window.add(Observation(0, 0.9, number, 0, False))
         now += 60
     at, kept = window.read()
     assert kept.tokens.tolist() == list(range(40, 100))
@@ -145,7 +154,7 @@ def test_the_window_may_be_read_while_it_is_written() -> None:
     def write() -> None:
         number = 0
         while not ended.is_set():
-            window.add(0, 0.9, number, 0, False)
+            window.add(Observation(0, 0.9, number, 0, False))
             number += 1
 
     writer = threading.Thread(target=write)

@@ -5,7 +5,6 @@ Real sockets, the application that `run.py serve` runs, and a store whose champi
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from outside import echo_adapter, echo_task
 from outside.echo_task import ECHO, GO, ROOM, EchoModel
-from wire import Client, app_of, write
+from wire import Client, app_of, wait_until, write
 
 from tuneserve.artifact import Version
 from tuneserve.lifecycle.decision import Decision, write_decision
@@ -47,44 +46,46 @@ def store(settings: Settings) -> Store:
 
 
 @pytest.fixture
-def connect(store: Store, settings: Settings) -> Iterator[Callable[[], Client]]:
+def connect(application: Application, settings: Settings) -> Iterator[Callable[[], Client]]:
     """Connections to a server of echoes, which may answer at once."""
     GO.set()
-    with served(settings) as port:
+    with served(application, settings) as port:
         clients: list[Client] = []
 
         def connect() -> Client:
             clients.append(Client(port))
             return clients[-1]
 
-        wait(lambda: connect().ask(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")[0] == 200)
+        wait_until(lambda: connect().ask(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")[0] == 200)
         yield connect
         GO.set()
         for client in clients:
             client.close()
 
 
+@pytest.fixture
+def application(store: Store, settings: Settings) -> Application:
+    return Application(settings, threads=1, task=ECHO, adapters=[echo_adapter.routes])
+
+
+@pytest.fixture
+def slot(application: Application) -> Slot:
+    return application.slot
+
+
 @contextmanager
-def served(settings: Settings) -> Iterator[int]:
+def served(application: Application, settings: Settings) -> Iterator[int]:
     with listen("127.0.0.1", 0) as listener:
-        application = Application(settings, threads=1, listener=listener, task=ECHO, adapters=[echo_adapter.routes])
         server = open_server(application, settings)
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
-        wait(lambda: server.started)
+        wait_until(lambda: server.started)
         try:
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
             thread.join()
             application.close()
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def ask(client: Client, path: str, body: bytes) -> Any:
@@ -115,21 +116,18 @@ def test_echoes_are_asked_for_over_http_one_by_one_in_batches_and_by_the_platfor
 
 
 @pytest.mark.parametrize("path", ["/echo", "/echo/batch", "/invocations"])
-def test_a_model_without_room_refuses_before_the_body_is_sent(connect: Callable[[], Client], path: str) -> None:
+def test_a_model_without_room_refuses_before_the_body_is_sent(
+    connect: Callable[[], Client], slot: Any, path: str
+) -> None:
     waiting, late = [connect() for _ in range(ROOM)], connect()
     GO.clear()
     for client in waiting:
         client.send(write(ASKED, path="/echo"))
-
-    def is_refused() -> bool:
-        late = connect()
-        late.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n".encode())
-        if not late.is_answered_within(0.2):
-            return False
-        status, headers, _ = late.read()
-        return (status, headers.get("retry-after")) == (429, "7")
-
-    wait(is_refused)
+    wait_until(lambda: slot.model().waiting == ROOM)
+    late.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n".encode())
+    status, headers, _ = late.read()
+    assert (status, headers["retry-after"]) == (429, "7")
+    late = connect()
     assert late.ask(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")[0] == 200
     GO.set()
     assert [client.read()[0] for client in waiting] == [200] * ROOM
@@ -143,8 +141,8 @@ def test_a_swap_loses_no_request_and_the_old_model_answers_what_it_was_asked(
     GO.clear()
     asked.send(write(ASKED, path="/echo/batch"))
     store.set_champion(store.version("second"))
-    wait(lambda: b"second" in follows.ask(b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n")[2])
-    assert not asked.is_answered_within(0)
+    wait_until(lambda: b"second" in follows.ask(b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n")[2])
+    assert not asked.is_answered()
     GO.set()
     assert {one["model_version"] for one in json.loads(asked.read()[2])} == {"first"}
     assert ask(asked, "/echo/batch", ASKED)[0]["model_version"] == "second"

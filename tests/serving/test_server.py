@@ -121,7 +121,7 @@ UNFINISHED = "not all that was accepted could be finished"
 HANGING = """
 import sys, time
 import run
-from tuneserve.serving import batcher, follower
+from tuneserve.serving import batcher, follower, slot
 from tuneserve.serving.http import server
 
 def hang(*about, **options):
@@ -129,16 +129,26 @@ def hang(*about, **options):
     time.sleep(600)
 
 server.LEAVE_S, server.DRAIN_S = 2, 0.5
-{where} = hang
+{how}
 sys.exit(run.main(["serve"]))
 """
 """A server in which something never ends; its 25 seconds are 2, which is all that is changed of its leaving."""
+
+ENGINE_HANGS = """
+take = slot.Slot.take
+
+def take_then_hang(*about):
+    take(*about)
+    batcher.Batcher._finish = hang
+
+slot.Slot.take = take_then_hang
+"""
 
 
 def test_an_engine_that_hangs_does_not_keep_a_server_that_was_told_to_leave(
     start: Start, environment: dict[str, str]
 ) -> None:
-    server = start(environment, "-c", HANGING.format(where="batcher.Batcher._finish"))
+    server = start(environment, "-c", HANGING.format(how=ENGINE_HANGS))
     server.wait_until_ready()
     with socket.create_connection(("127.0.0.1", int(environment["PORT"]))) as client:
         client.sendall(write())
@@ -151,7 +161,7 @@ def test_an_engine_that_hangs_does_not_keep_a_server_that_was_told_to_leave(
 def test_a_model_that_takes_long_to_load_does_not_keep_a_server_that_was_told_to_leave(
     start: Start, environment: dict[str, str]
 ) -> None:
-    server = start(environment, "-c", HANGING.format(where="follower.Follower._take"))
+    server = start(environment, "-c", HANGING.format(how="follower.Follower._take = hang"))
     server.wait_for_line("it hangs")
     server.wait_for(503, "/readyz")
     code, output = server.end()

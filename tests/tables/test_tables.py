@@ -28,7 +28,8 @@ def score(source: Path, output: Path) -> None:
 
 
 def predict(texts: Sequence[str]) -> list[Prediction]:
-    return [Prediction("good", {"bad": 0.25, "good": 0.75}, len(text), False, "v") for text in texts]
+    fields = {"label": "good", "scores": {"bad": 0.25, "good": 0.75}, "truncated": False, "model_version": "v"}
+    return [Prediction(tokens=len(text), **fields) for text in texts]
 
 
 def labelled(path: Path, cache: Path) -> list[tuple[str, str]]:
