@@ -22,7 +22,7 @@ class Monitor:
     """
 
     def __init__(self, model: Model, window: Window) -> None:
-        self.window = window
+        self.window, self.model_version = window, model.id
         self._labels, self._reference = model.labels, model.reference
         self._report: Report | None = None
         self._stale_at = 0.0

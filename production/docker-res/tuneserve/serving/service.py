@@ -1,6 +1,7 @@
 """The use case: every way in asks here and nothing below, so that none can forget feedback, shadow or drift."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,6 +30,7 @@ class Service:
     def __init__(self, slots: Mapping[str, Slot], *, metrics: Metrics, feedback: Feedback | None = None) -> None:
         self.metrics, self.feedback = metrics, feedback
         self._slots = slots
+        self._rendering = threading.Lock()
 
     @classmethod
     def of(cls, slot: Slot, feedback: Feedback | None = None) -> "Service":
@@ -137,6 +139,10 @@ class Service:
 
     def render_metrics(self) -> bytes:
         """All figures in Prometheus' text format. It takes milliseconds: not for the event loop."""
+        with self._rendering:
+            return self._render()
+
+    def _render(self) -> bytes:
         self.metrics.model.clear()
         if (served := self._slot(DEFAULT).ready) is not None:
             model = served.model

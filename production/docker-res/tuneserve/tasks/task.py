@@ -35,6 +35,8 @@ class Route:
         response: what is answered, for the description; `content` is what makes it.
         inputs: the model's inputs of a valid request.
         content: the JSON of their answers; raises the error where there is none.
+        name: of the operation, for the description and clients that are generated from it.
+        doc: a sentence for the description.
     """
 
     path: str
@@ -42,6 +44,8 @@ class Route:
     response: type[BaseModel]
     inputs: Callable[[Any], Sequence[Any]]
     content: Callable[[Answers], Any]
+    name: str = "answer"
+    doc: str = ""
 
 
 @dataclass(frozen=True)

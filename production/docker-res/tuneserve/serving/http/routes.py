@@ -51,7 +51,8 @@ def inference_routes(
         schema = {"application/json": {"schema": route.request.model_json_schema()}}
         routes.post(
             route.path,
-            description=route.request.__doc__,
+            name=route.name,
+            description=route.doc,
             responses={200: {"model": route.response}, **responses},
             openapi_extra={"requestBody": {"required": True, "content": schema}},
         )(handler)
@@ -149,7 +150,8 @@ def drift_routes(service: Service) -> APIRouter:
     @routes.get("/drift")
     def drift() -> dict[str, Any]:
         """Each figure with its threshold and what it means, of the last texts answered; a few seconds old at most."""
-        return {"model_version": service.model().id, **asdict(service.monitor().report())}
+        monitor = service.monitor()
+        return {"model_version": monitor.model_version, **asdict(monitor.report())}
 
     @routes.get("/drift/window", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
     def window() -> Response:
