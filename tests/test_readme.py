@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from loop import free_port
-from tuneserve.yielding import end_with_parent
+from tuneserve.signals import end_with_parent
 
 from tuneserve.artifact import read_version
 from tuneserve.settings import PROJECT
