@@ -18,10 +18,10 @@ from pathlib import Path
 import httpx
 import pytest
 from loop import free_port
-from tuneserve.signals import end_with_parent
 
 from tuneserve.artifact import read_version
 from tuneserve.settings import PROJECT
+from tuneserve.signals import end_with_parent
 
 README, DOCS = PROJECT / "README.md", PROJECT / "docs"
 LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -67,7 +67,7 @@ class Job:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits any more: the client hung up, or its time is over."""
+        """Whether nobody waits any more: the client disconnected, or the deadline has passed."""
         return self.answer.done()
 
 
@@ -77,7 +77,7 @@ class Item:
 
     ids: Sequence[int]
     job: Job
-    place: int
+    index: int
 
 
 class Batcher:
@@ -161,7 +161,7 @@ class Batcher:
         with self._arrived:
             if self.dead or self._closed:
                 raise NoModelError("The engine has stopped.")
-            self._queue.extend(Item(ids, job, place) for place, ids in enumerate(texts))
+            self._queue.extend(Item(ids, job, index) for index, ids in enumerate(texts))
             self.tokens_waiting += tokens
             self._arrived.notify()
         return job.answer
@@ -281,7 +281,7 @@ class Batcher:
                 self._uncount(item.job, len(item.ids))
         now = time.monotonic()
         for item in batch:
-            if item.place == 0:
+            if item.index == 0:
                 self.metrics.stages["queue"].observe(now - item.job.queued_at)
                 if item.job.stages is not None:
                     item.job.stages.taken_at = item.job.stages.taken_at or now
@@ -336,7 +336,7 @@ class Batcher:
             low, high = (low - 1, high) if chosen is shorter else (low, high + 1)
         batch = window[low : high + 1]
         taken = set(map(id, batch))
-        reach = next(place for place, item in enumerate(reversed(self._queue)) if id(item) in taken)
+        reach = next(index for index, item in enumerate(reversed(self._queue)) if id(item) in taken)
         head = [self._queue.popleft() for _ in range(len(self._queue) - reach)]
         self._queue.extendleft(item for item in reversed(head) if id(item) not in taken)
         return batch
@@ -348,9 +348,9 @@ class Batcher:
         done: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         for item, outcome in zip(batch, outcomes, strict=True):
             job = item.job
-            if job.outcomes[item.place] is not None:
+            if job.outcomes[item.index] is not None:
                 continue  # it was told before the thread died
-            job.outcomes[item.place] = outcome
+            job.outcomes[item.index] = outcome
             job.left -= 1
             if job.left == 0:
                 if job.stages is not None:

@@ -94,7 +94,7 @@ class Follower:
         if failure is not None:
             for version in self._store.last_good():
                 if version.id != champion and self._take(version.id) is None:
-                    logger.warning("version %s answers in the champion's place", version.id)
+                    logger.warning("version %s answers instead of the champion", version.id)
                     return
         if self._slot.empty and self._required():
             self._slot.fail(

@@ -35,7 +35,7 @@ class Served:
 
 
 class Slot:
-    """The place of the model that answers. Models come warm, and change between two requests.
+    """Holds the model that answers. Models come warm, and change between two requests.
 
     Args:
         metrics: of the server.

@@ -1,4 +1,4 @@
-"""The front of the HTTP application: what every request passes, whoever answers it.
+"""The front of the HTTP application: what every request passes.
 
 Pure ASGI around the FastAPI application: id, API key, backpressure, the body within its bounds, cancellation when the
 client disconnects, metrics and access log. Requests to the model's routes are handed to their handlers from a table,
@@ -199,7 +199,7 @@ class Front:
                     while more:
                         message = await receive()
                         if message["type"] == "http.disconnect":
-                            raise ClientGoneError("The client hung up.")
+                            raise ClientGoneError("The client disconnected.")
                         body += message.get("body", b"")
                         more = message.get("more_body", False)
                         if len(body) > self._max_body_bytes:
@@ -236,14 +236,14 @@ async def unless_gone(work: Awaitable[Result], receive: Receive) -> Result:
         return await work
     except asyncio.CancelledError:
         if watch.done() and not watch.cancelled() and task is not None and not task.uncancel():
-            raise ClientGoneError("The client hung up.") from None
+            raise ClientGoneError("The client disconnected.") from None
         raise
     finally:
         watch.cancel()
 
 
 def _expects_continue(headers: Headers) -> bool:
-    """Whether the client asks before it sends the body: once refused, what comes next may be the body or a request."""
+    """Whether the client asks before it sends the body: once refused, the next bytes may be the body or a request."""
     return any(name == b"expect" for name, _ in headers)
 
 

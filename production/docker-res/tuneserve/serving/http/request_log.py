@@ -1,4 +1,4 @@
-"""The record of every request: its id, its place in the metrics, and a line in the log where that is wanted."""
+"""The record of every request: its id, its figures in the metrics, and a line in the log where that is wanted."""
 
 import logging
 import os
