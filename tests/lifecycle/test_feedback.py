@@ -36,8 +36,8 @@ def open_feedback(folder: Path, **changed: Any) -> Feedback:
     return Feedback(folder / FILE, **{"max_rows": 1000, "keep_texts": False} | changed)
 
 
-def remember(feedback: Feedback, request: str, label: str = "bad", *, place: int = 0, version: str = "v1") -> None:
-    feedback.remember(request, place, version, label, 0.9, f"text of {request}")
+def remember(feedback: Feedback, request: str, label: str = "bad", *, index: int = 0, version: str = "v1") -> None:
+    feedback.remember(request, index, version, label, 0.9, f"text of {request}")
 
 
 def rows(folder: Path, query: str) -> list[Any]:
@@ -60,9 +60,9 @@ def test_an_answer_is_found_while_it_waits_and_after_it_is_written(tmp_path: Pat
     assert feedback.label_answer("waits", 0, "bad")
     found = rows(tmp_path, "SELECT request, text, label, predicted, version FROM labels ORDER BY id")
     assert found == [("waits", None, "good", "bad", "v1"), ("waits", None, "bad", "bad", "v1")]
-    for request, place in (("waits", 1), ("other", 0)):
+    for request, index in (("waits", 1), ("other", 0)):
         with pytest.raises(NotFoundError, match=request):
-            feedback.label_answer(request, place, "good")
+            feedback.label_answer(request, index, "good")
 
 
 def test_no_label_falls_between_the_queue_and_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_the_accuracy_is_of_the_newest_labels_of_one_version(tmp_path: Path, mon
     feedback = open_feedback(tmp_path)
     assert feedback.accuracy("v1") is None
     for number in range(6):
-        remember(feedback, "batch", "bad", place=number)
+        remember(feedback, "batch", "bad", index=number)
         feedback.label_answer("batch", number, "bad" if number > 2 else "good")
     remember(feedback, "other", version="v2")
     feedback.label_answer("other", 0, "good")
