@@ -365,7 +365,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def default(field: str) -> str:
-    """A variable's default as one would write it in the environment; empty for folders, which depend on the place."""
+    """A variable's default as one would write it in the environment; empty for folders, which depend on the machine."""
     value = Settings.model_fields[field].default
     if isinstance(value, SecretStr | Path):
         return ""
