@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lifecycle.conftest import ENVIRONMENT
 
 from tuneserve.errors import NotFoundError, UnavailableError
 from tuneserve.lifecycle import feedback as module
 from tuneserve.lifecycle.feedback import FILE, Feedback, labelled_texts, open_database
 from tuneserve.lifecycle.statistics import wilson
-from tuneserve.settings import PROJECT
 
 CHILD = """
 import sys, time
@@ -47,8 +47,7 @@ def rows(folder: Path, query: str) -> list[Any]:
 
 def child(folder: Path, name: str, count: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", CHILD, str(folder / FILE), name, str(count)]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 def test_an_answer_is_found_while_it_waits_and_after_it_is_written(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lifecycle.conftest import ENVIRONMENT
 
 from tuneserve.artifact import METADATA, Version, new_version, read_version
 from tuneserve.errors import NoModelError, StoreError
 from tuneserve.files import replace_file, write_json
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 from tuneserve.lifecycle.store import Store
-from tuneserve.settings import PROJECT
 
 
 def add(store: Store, name: str, **metadata: Any) -> Version:
@@ -96,7 +96,7 @@ def test_a_process_killed_while_it_writes_leaves_no_version(moment: str, store: 
     store.set_champion(old)
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(store.versions_folder / "new"), moment],
-        env={"PYTHONPATH": str(PROJECT / "production" / "docker-res")},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
     )
