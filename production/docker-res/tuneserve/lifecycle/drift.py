@@ -7,6 +7,7 @@ in the same form. No text is kept, only five figures of each.
 import json
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,10 @@ THRESHOLDS = {"labels": 0.1, "confidence": 0.1, "length": 0.1, "unknown": 0.01, 
 """The smallest difference that is called drift, however significant: with many texts a test detects the negligible."""
 
 
+COLUMNS = {"label_ids": np.int64, "confidences": np.float64, "tokens": np.int64, "unknown": np.int64, "truncated": bool}
+"""The arrays of Answers with their types; in `drift.json` too."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """The answers to some texts: five arrays [texts], and no text.
@@ -62,8 +67,12 @@ class Answers:
 
     def of(self, rows: Array) -> "Answers":
         """The answers to some texts, chosen by indices or by a mask."""
-        columns = (self.label_ids, self.confidences, self.tokens, self.unknown, self.truncated)
-        return Answers(*(column[rows] for column in columns))
+        return Answers(*(getattr(self, name)[rows] for name in COLUMNS))
+
+    @classmethod
+    def from_columns(cls, columns: Iterable[Sequence[float]]) -> "Answers":
+        """From lists in the order of COLUMNS."""
+        return cls(*(np.array(column, dtype=kind) for column, kind in zip(columns, COLUMNS.values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -82,13 +91,9 @@ def write_reference(folder: Path, answers: Answers, *, seed: int) -> None:
     """Write it into a version's folder; more than MAX_TEXTS are sampled with `seed`."""
     if len(answers) > MAX_TEXTS:
         answers = answers.of(np.sort(np.random.default_rng(seed).choice(len(answers), MAX_TEXTS, replace=False)))
-    content = {
-        "label_ids": answers.label_ids.tolist(),
-        "confidences": np.round(answers.confidences.astype(np.float64), DECIMALS).tolist(),
-        "tokens": answers.tokens.tolist(),
-        "unknown": answers.unknown.tolist(),
-        "truncated": answers.truncated.astype(int).tolist(),
-    }
+    content = {name: getattr(answers, name).tolist() for name in COLUMNS}
+    content["confidences"] = np.round(answers.confidences.astype(np.float64), DECIMALS).tolist()
+    content["truncated"] = answers.truncated.astype(int).tolist()
     (folder / DRIFT).write_text(json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
@@ -101,16 +106,9 @@ def read_reference(version: Version) -> Reference | None:
     path = version.folder / DRIFT
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        columns = {
-            "label_ids": np.array(content["label_ids"], dtype=np.int64),
-            "confidences": np.array(content["confidences"], dtype=np.float64),
-            "tokens": np.array(content["tokens"], dtype=np.int64),
-            "unknown": np.array(content["unknown"], dtype=np.int64),
-            "truncated": np.array(content["truncated"], dtype=bool),
-        }
-        if len({column.shape for column in columns.values()}) != 1:
+        if len({len(content[name]) for name in COLUMNS}) != 1:
             raise ValueError("its columns differ in length")
-        return Reference(version.labels, Answers(**columns))
+        return Reference(version.labels, Answers.from_columns(content[name] for name in COLUMNS))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -137,14 +135,8 @@ class Window:
         """When each text was answered, in seconds of the epoch, and the answers, oldest first."""
         since = time.time() - self.hours * 3600
         rows = [row for row in self._rows.copy() if row[0] >= since]  # only a copy is safe beside a thread that adds
-        at, label_ids, confidences, tokens, unknown, truncated = zip(*rows, strict=True) if rows else ((),) * 6
-        return np.array(at, dtype=np.float64), Answers(
-            np.array(label_ids, dtype=np.int64),
-            np.array(confidences, dtype=np.float64),
-            np.array(tokens, dtype=np.int64),
-            np.array(unknown, dtype=np.int64),
-            np.array(truncated, dtype=bool),
-        )
+        at, *columns = zip(*rows, strict=True) if rows else ((),) * 6
+        return np.array(at, dtype=np.float64), Answers.from_columns(columns)
 
 
 @dataclass(frozen=True)
