@@ -3,7 +3,6 @@
 import math
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,9 +216,7 @@ def test_the_module_writes_config_env_and_the_table(tmp_path: Path, python: Pyth
 
 
 def test_a_bad_value_ends_the_job_at_once_before_anything_heavy_is_imported(python: Python) -> None:
-    began = time.perf_counter()
     done = python("-X", "importtime", RUN, LR="abc", N_EPOCH="3")
-    assert time.perf_counter() - began < 2
     assert done.returncode == 2
     assert done.stdout == ""
     told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]

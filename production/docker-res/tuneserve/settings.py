@@ -1,6 +1,7 @@
 """Every variable of the job, declared once: type, default, bounds, meaning. Nothing else reads the environment.
 
-`settings_docs.py` renders `config.env` and the table of variables in `docs/configuration.md` from this module.
+`settings_docs.py` renders `config.env` and the table of variables in `docs/configuration.md` from this module, which is
+long because the sentences about all variables are here.
 """
 
 import difflib

@@ -11,15 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.lifecycle.statistics import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from tuneserve.lifecycle.statistics import Array, chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
 
 DRIFT = "drift.json"
 

@@ -22,13 +22,11 @@ from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence, unlearned
-from tuneserve.lifecycle.statistics import paired_bootstrap
+from tuneserve.lifecycle.statistics import Array, paired_bootstrap
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 ENGINE_POINTS = 0.01
 """How far the engine's accuracy may differ from torch's on the same texts."""
