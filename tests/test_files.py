@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,33 @@ def test_a_file_that_fails_midway_leaves_the_old_one_and_nothing_else(tmp_path: 
         fail_after(temporary.write_bytes(b"ne"))
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"loss": float("nan")})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        replace_file(tmp_path / "folder", b"new")
+    (tmp_path / "folder").rmdir()
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    contents = {b"short\n", b"long" * 5000}
+    replace_file(path, b"short\n")
+    seen: set[bytes] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(50):
+        for one in contents:
+            replace_file(path, one)
+    done.set()
+    reader.join()
+    assert seen == contents
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -44,7 +44,7 @@ KINDS = {
 
 def make_base_model(folder: Path, kind: str = "bert", **changed: Any) -> Path:
     """Write an encoder with random weights and a word tokenizer, as a checkpoint's folder."""
-    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(

@@ -2,10 +2,10 @@
 
 train-serve   open the port, train on DATASET in a child process, serve what passed, retrain when told to (the default)
 train         train, judge, save, stop
-serve         serve the champion of the store, and whatever becomes champion later
+serve         serve the champion of the store, and each later champion
 predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
-promote       let a version answer, whatever the gate said: promote <version>
+promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Run one verb; the exit code is 0, the error's own, or 128 + the signal's number."""
     stop = Stop()
-    stop.listen()  # before all else: a container's first process ignores the signals that it does not listen to
+    stop.listen()  # first: a container's process 1 ignores signals without a handler
     from tuneserve import logs
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
@@ -82,25 +82,25 @@ def train(settings: "Settings", stop: Stop, threads: int) -> None:
 
 
 def serve(settings: "Settings", stop: Stop, threads: int) -> None:
-    """Answer requests until a signal comes."""
+    """Answer requests until a signal arrives."""
     from tuneserve.serving.http import server
 
     server.serve(settings, threads=threads)
 
 
 def predict(settings: "Settings", stop: Stop, threads: int) -> None:
-    """Score a file, or this process's share of it; a signal ends it at once, and what is finished stays."""
+    """Score a file, or this process's share of it; a signal ends it at once, and finished parts stay."""
     from tuneserve.scoring import job
 
     job.score(settings, threads=threads, environ=os.environ)
 
 
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
-    """Serve what there is at once, train beside it, and serve what passes the gate."""
+    """Serve the champion at once, train in a child process, and serve what passes the gate."""
     from tuneserve.serving.http import server
 
     command = [sys.executable, str(Path(__file__).resolve()), "train", "--child"]
-    # `auto` as its user wrote it: this process has told its libraries a number by the same variable.
+    # As the user set it (`auto`): set_threads has put a number into the same variable.
     environ = {**os.environ, "OMP_NUM_THREADS": str(settings.omp_num_threads)}
     server.serve(settings, threads=threads, training=command, environ=environ)
 

@@ -1,5 +1,6 @@
 """A store without versions, and trainers of it whose programs a test writes."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Trainer
+from tuneserve.settings import PROJECT
 
 Make = Callable[..., Trainer]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")}
+"""Of a process that finds the package."""
 SLEEP = "import time; time.sleep(60)"
 
 

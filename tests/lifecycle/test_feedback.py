@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lifecycle.conftest import ENVIRONMENT
 
 from tuneserve.errors import NotFoundError, UnavailableError
 from tuneserve.lifecycle import feedback as module
 from tuneserve.lifecycle.feedback import FILE, Feedback, labelled_texts, open_database
 from tuneserve.lifecycle.statistics import wilson
-from tuneserve.settings import PROJECT
 
 CHILD = """
 import sys, time
@@ -36,8 +36,8 @@ def open_feedback(folder: Path, **changed: Any) -> Feedback:
     return Feedback(folder / FILE, **{"max_rows": 1000, "keep_texts": False} | changed)
 
 
-def remember(feedback: Feedback, request: str, label: str = "bad", *, place: int = 0, version: str = "v1") -> None:
-    feedback.remember(request, place, version, label, 0.9, f"text of {request}")
+def remember(feedback: Feedback, request: str, label: str = "bad", *, index: int = 0, version: str = "v1") -> None:
+    feedback.remember(request, index, version, label, 0.9, f"text of {request}")
 
 
 def rows(folder: Path, query: str) -> list[Any]:
@@ -47,8 +47,7 @@ def rows(folder: Path, query: str) -> list[Any]:
 
 def child(folder: Path, name: str, count: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", CHILD, str(folder / FILE), name, str(count)]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 def test_an_answer_is_found_while_it_waits_and_after_it_is_written(tmp_path: Path) -> None:
@@ -60,9 +59,9 @@ def test_an_answer_is_found_while_it_waits_and_after_it_is_written(tmp_path: Pat
     assert feedback.label_answer("waits", 0, "bad")
     found = rows(tmp_path, "SELECT request, text, label, predicted, version FROM labels ORDER BY id")
     assert found == [("waits", None, "good", "bad", "v1"), ("waits", None, "bad", "bad", "v1")]
-    for request, place in (("waits", 1), ("other", 0)):
+    for request, index in (("waits", 1), ("other", 0)):
         with pytest.raises(NotFoundError, match=request):
-            feedback.label_answer(request, place, "good")
+            feedback.label_answer(request, index, "good")
 
 
 def test_no_label_falls_between_the_queue_and_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +122,7 @@ def test_the_accuracy_is_of_the_newest_labels_of_one_version(tmp_path: Path, mon
     feedback = open_feedback(tmp_path)
     assert feedback.accuracy("v1") is None
     for number in range(6):
-        remember(feedback, "batch", "bad", place=number)
+        remember(feedback, "batch", "bad", index=number)
         feedback.label_answer("batch", number, "bad" if number > 2 else "good")
     remember(feedback, "other", version="v2")
     feedback.label_answer("other", 0, "good")

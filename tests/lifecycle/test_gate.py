@@ -28,8 +28,8 @@ def version(name: str, accuracy: float = 0.9) -> Version:
 def trial(wrong: range | list[int], **changed: Any) -> dict[str, Any]:
     """A version that is wrong on these texts."""
     predicted = [
-        {"bad": "good", "good": "bad"}[label] if place in set(wrong) else label
-        for place, label in enumerate(EVIDENCE.labels)
+        {"bad": "good", "good": "bad"}[label] if index in set(wrong) else label
+        for index, label in enumerate(EVIDENCE.labels)
     ]
     return {"error": None, "predicted": predicted, "latency_ms": 2.0, "bytes": 100_000_000, **changed}
 

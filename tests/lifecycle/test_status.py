@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lifecycle.conftest import ENVIRONMENT
 
 from tuneserve.errors import BusyError, StoreError
 from tuneserve.lifecycle.status import REFUSALS, Status, hold, read_status
 from tuneserve.lifecycle.store import Store
-from tuneserve.settings import PROJECT
 
 HOLDER = """
 import subprocess, sys, time
@@ -66,7 +66,6 @@ finally:
     os.kill(child, signal.SIGKILL)
 """
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT / "production" / "docker-res")}
 OF_THE_PREVIOUS_RELEASE = (
     b'{"host": "elsewhere", "boot": "1", "pids": "pid:[1]", "pid": 1, "started": 1, "since": "2026"}'
 )

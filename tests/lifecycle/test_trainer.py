@@ -1,22 +1,23 @@
 """Trainings as real child processes: one at a time, remembered, and gone with their parent."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lifecycle.conftest import SLEEP, Make
+from lifecycle.conftest import ENVIRONMENT, SLEEP, Make
 
 from tuneserve.errors import BusyError
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Job, Trainer
-from tuneserve.settings import PROJECT
 
-PROGRAM = PROJECT / "production" / "docker-res"
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run(trainer: Trainer) -> Job:
@@ -99,46 +100,30 @@ def test_a_training_runs_in_the_background_only_where_a_model_answers(make: Make
 
 
 @pytest.mark.parametrize(("wanted", "policy", "nice"), [("", os.SCHED_IDLE, 0), ("7", os.SCHED_OTHER, 7)])
-def test_a_background_training_is_idle_work_or_as_nice_as_it_is_told(wanted: str, policy: int, nice: int) -> None:
+def test_a_background_training_is_idle_work_or_as_nice_as_it_is_told(
+    python: Python, wanted: str, policy: int, nice: int
+) -> None:
     ask = (
         "import os; from tuneserve.settings import Settings; from tuneserve.hardware import run_in_background; "
         "settings = run_in_background(Settings.from_environ(os.environ)); "
         "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads)"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", ask],
-        env=os.environ | {"PYTHONPATH": str(PROGRAM), "RETRAIN_NICE": wanted, "OMP_NUM_THREADS": "6"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert [int(word) for word in said.split()] == [policy, nice + os.nice(0), 3]
+    done = python("-c", ask, RETRAIN_NICE=wanted, OMP_NUM_THREADS="6")
+    assert [int(word) for word in done.stdout.split()] == [policy, nice + os.nice(0), 3], done.stderr
 
 
 def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, store: Store) -> None:
-    store.versions_folder.rmdir()
-    store.checkpoints_folder.rmdir()
-    store.root.rmdir()
-    trainer = make("", serves=True)
-    ended = threading.Event()
-    trainer.on_end = lambda job: ended.set()
-    job = trainer.start("a test")
-    assert ended.wait(60)
-    found = trainer.job(job.id)
-    assert found is not None
-    assert found.state == "failed"
-    assert "no longer holds the versions" in str(found.said)
+    shutil.rmtree(store.root)
+    job = run(make("", serves=True))
+    assert job.state == "failed"
+    assert "no longer holds the versions" in str(job.said)
     assert not store.root.exists()
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     child = "import sys, time; from tuneserve.signals import end_with_parent; end_with_parent(); print(1, flush=True)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; time.sleep(60)'!r}])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", parent],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(PROGRAM)},
-    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stdout is not None
     process.stdout.readline()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

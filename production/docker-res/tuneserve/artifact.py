@@ -1,10 +1,10 @@
-"""A version's folder: a Hugging Face model and `metadata.json`. Written whole or not at all.
+"""A version's folder: a Hugging Face model and `metadata.json`, written atomically.
 
 <version>/config.json, model.safetensors, tokenizer.json, tokenizer_config.json
 <version>/engine/        the exported graph, if there is one
 <version>/golden.json    a few texts and the answers that the model gave when it was saved
 <version>/golden-int8.json   those of the int8 graph, if there is one
-<version>/drift.json     what it answered to held-out texts, five figures of each, and no text
+<version>/drift.json     five figures of its answer to each held-out text, and no text
 <version>/report/        the test in full
 <version>/metadata.json  written last: a folder without it is not a version
 """
@@ -39,7 +39,7 @@ class Version:
 
     @property
     def labels(self) -> list[str]:
-        """Label names; a label's place is its id in the model."""
+        """Label names; a label's index is its id in the model."""
         return list(self.metadata["labels"])
 
 
@@ -52,7 +52,7 @@ class Golden:
 
 
 def read_golden(version: Version, name: str = GOLDEN) -> Golden:
-    """What a version must answer before it may serve.
+    """The answers that a version must reproduce before it serves.
 
     Raises:
         StoreError: the file is missing or damaged.
@@ -72,12 +72,12 @@ def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:
 
 
 def is_whole(version: Version) -> bool:
-    """Whether the files that answer are there and as large as they were when they were written."""
+    """Whether the files needed to answer exist in the size in which they were written."""
     return torn_file(version) is None
 
 
 def torn_file(version: Version) -> str | None:
-    """The first file that is missing or has another size than when it was written."""
+    """The first file that is missing or differs in size from what was written."""
     for name, size in version.metadata.get("files", {}).items():
         path = version.folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -104,10 +104,10 @@ def read_version(folder: Path) -> Version:
 
 @contextmanager
 def new_version(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name once the block has written it and is on disk.
+    """A temporary folder beside `folder`, which takes its name after the block, once it is on disk.
 
-    The block writes the files, `metadata.json` last. If the process dies in between, what stays has a name that
-    no reader looks at; the store clears it away later.
+    The block writes the files, `metadata.json` last. If the process dies before, readers ignore what it leaves, and
+    the store removes it later.
 
     Raises:
         StoreError: the disk refuses (full, read-only, gone).
@@ -115,7 +115,7 @@ def new_version(folder: Path) -> Iterator[Path]:
     try:
         with new_folder(folder, prefix=UNFINISHED) as temporary:
             yield temporary
-            for path in [*temporary.rglob("*"), temporary]:  # readable for whoever serves them
+            for path in [*temporary.rglob("*"), temporary]:  # readable for other users, who may serve them
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except Exception as error:
         if is_disk_error(error):
@@ -124,5 +124,5 @@ def new_version(folder: Path) -> Iterator[Path]:
 
 
 def is_disk_error(error: Exception) -> bool:
-    """Whether the disk refused; libraries written in Rust say so in exceptions of their own."""
+    """Whether an error is the disk's; libraries written in Rust raise exceptions of their own for it."""
     return isinstance(error, OSError) or "(os error " in str(error)

@@ -1,4 +1,4 @@
-"""The project's own code as part of what names a result, so that an edit never gets what older code made."""
+"""A hash of the project's own code, for fingerprints and cache keys: an edit never gets results of older code."""
 
 import ast
 import hashlib
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent
 
 @cache
 def code_hash(*names: str, folder: Path = PACKAGE) -> str:
-    """SHA-256 of the syntax trees of these modules and packages: of what they do, not of how they are written down.
+    """SHA-256 of the syntax trees of these modules and packages.
 
     Comments, docstrings (those under attributes too) and formatting do not count. Each process reads the files once.
 
@@ -30,14 +30,14 @@ def code_hash(*names: str, folder: Path = PACKAGE) -> str:
 
 
 def _modules(path: Path) -> list[Path]:
-    """A module, or all those in a package; hidden folders, such as a notebook's checkpoints, are not part of it."""
+    """A module, or all those in a package without its hidden folders, such as a notebook's checkpoints."""
     if not path.is_dir():
         return [path]
     return [one for one in path.rglob("*.py") if not any(part.startswith(".") for part in one.relative_to(path).parts)]
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree without strings that stand alone as statements; they are documentation and never do anything."""
+    """The tree without strings that are statements of their own: they are documentation."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

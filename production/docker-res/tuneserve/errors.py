@@ -1,4 +1,4 @@
-"""What can go wrong, in words a user can act on. Raised where it is understood, translated once, at the edge."""
+"""Errors in words that a user can act on. Raised where they are understood, translated once, at the edge."""
 
 
 class TuneserveError(Exception):
@@ -18,7 +18,7 @@ class SettingsError(TuneserveError):
 
 
 class DataError(TuneserveError):
-    """The data set cannot be read, or what would be learned from it would be a lie."""
+    """The data set cannot be read, or training on it would give a misleading model."""
 
     exit_code = 3
 
@@ -42,13 +42,13 @@ class StoreError(TuneserveError):
 
 
 class TrainingError(TuneserveError):
-    """Training went somewhere no result can be taken from (a loss that is not a number, say)."""
+    """Training failed to give a usable result (the loss is not a number, say)."""
 
     exit_code = 7
 
 
 class WorkerError(TuneserveError):
-    """What another process of the same training ended with: its words, and its exit code."""
+    """Another process of the same training failed; this has its message and exit code."""
 
     def __init__(self, words: str, exit_code: int) -> None:
         super().__init__(words)
@@ -65,7 +65,7 @@ class LeavingError(TuneserveError):
 
 
 class NoModelError(TuneserveError):
-    """There is no model to answer with, or not yet."""
+    """There is no model to answer with yet."""
 
     exit_code = 8
     status = 503
@@ -91,7 +91,7 @@ class UnauthorizedError(TuneserveError):
 
 
 class ForbiddenError(TuneserveError):
-    """The server was not set up for what is asked."""
+    """The server's settings do not allow the request."""
 
     status = 403
 
@@ -103,7 +103,7 @@ class NotFoundError(TuneserveError):
 
 
 class UnavailableError(TuneserveError):
-    """Something beside the model cannot be used now: feedback's database."""
+    """Feedback's database cannot be used now."""
 
     status = 503
 
@@ -115,7 +115,7 @@ class TooLargeError(TuneserveError):
 
 
 class OverloadedError(TuneserveError):
-    """More requests are waiting than will be answered soon; there is room again after `retry_after_s`."""
+    """The queue is full; there should be room again after `retry_after_s`."""
 
     status = 429
 
@@ -125,7 +125,7 @@ class OverloadedError(TuneserveError):
 
 
 class ClientGoneError(TuneserveError):
-    """Nobody waits for the answer any more; the status is nginx's and only seen in logs and metrics."""
+    """The client disconnected before its answer; the status is nginx's and only seen in logs and metrics."""
 
     status = 499
 
@@ -137,13 +137,13 @@ class TimeoutExceededError(TuneserveError):
 
 
 class InvalidRequestError(TuneserveError):
-    """What came as a request is no HTTP."""
+    """The request is not valid HTTP."""
 
     status = 400
 
 
 class HeadersTooLargeError(TuneserveError):
-    """The headers of a request have no end."""
+    """The headers of a request are too large."""
 
     status = 431
 
@@ -175,10 +175,10 @@ class InvalidInputError(TuneserveError):
 
 
 class TextError(TuneserveError):
-    """One text cannot be classified: it is empty, no Unicode, or too long."""
+    """A text cannot be classified: it is empty, not Unicode, or too long."""
 
     status = 422
 
 
 class EngineError(TuneserveError):
-    """The engine failed on a text, or gave a figure that is not a number."""
+    """The engine failed, or gave a figure that is not a number."""

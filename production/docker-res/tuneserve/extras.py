@@ -1,4 +1,4 @@
-"""Optional packages: asked for before the work that needs them begins."""
+"""Optional packages, checked before the work that needs them begins."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ def require(module: str, *, wanted_by: str, product: str, extra: str) -> None:
     """Refuse a setting whose optional package is missing.
 
     Args:
-        module: to be found; it is not imported, though the packages that it is in are.
+        module: to be found; only the packages that contain it are imported.
         wanted_by: the setting as messages may show it, `NAME=value`.
         product: what people know the package as.
         extra: of build.py's EXTRAS, and of `requirements-<extra>.txt`.

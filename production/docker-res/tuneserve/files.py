@@ -1,6 +1,6 @@
-"""Writing to disk so that a reader sees the old or the new content, never a mixture, whatever happens.
+"""Atomic writes: a reader sees the old or the new content, never a mixture, even after a crash.
 
-What is written has a temporary name beside its own, beginning with a dot, and takes its name once it is whole.
+Content is written under a temporary name in the same folder, beginning with a dot, and renamed when it is complete.
 """
 
 import json
@@ -18,13 +18,13 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path for the block to write to, which then replaces the file at `path`.
 
     Args:
-        path: where the file is wanted.
-        durable: whether it must outlive a power cut, which takes two waits for the disk.
+        path: of the file.
+        durable: whether it must survive a power cut, which takes two waits for the disk.
 
     Raises:
         OSError: the disk refuses (full, read-only, gone).
     """
-    temporary = _beside(path)
+    temporary = _temporary(path)
     try:
         yield temporary
         if durable:
@@ -33,23 +33,23 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(path.parent)
     finally:
-        with suppress(OSError):  # a disk that has become read-only refuses that too
+        with suppress(OSError):  # a disk that became read-only refuses that too
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(folder: Path, *, prefix: str = ".", overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder for the block to fill, which then takes the name of `folder` and is on disk.
+    """A temporary folder for the block to fill, which is then synced and renamed to `folder`.
 
     Args:
-        folder: where it is wanted; folders above it are made.
-        prefix: of the temporary name, which stays behind if the process is killed.
-        overwrite: whether to remove what is there; otherwise that is an OSError.
+        folder: its final path; folders above it are created.
+        prefix: of the temporary name, which stays if the process is killed.
+        overwrite: whether to replace an existing folder; otherwise that is an OSError.
 
     Raises:
         OSError: the disk refuses, or the name is taken.
     """
-    temporary = _beside(folder, prefix)
+    temporary = _temporary(folder, prefix)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -63,7 +63,7 @@ def new_folder(folder: Path, *, prefix: str = ".", overwrite: bool = False) -> I
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Put `content` at `path`.
+    """Replace the file at `path` atomically.
 
     Raises:
         OSError: as `new_file`.
@@ -73,7 +73,7 @@ def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Put indented JSON at `path`, refusing NaN (it is not JSON).
+    """Write indented JSON to `path` atomically, refusing NaN (it is not JSON).
 
     Raises:
         OSError: as `new_file`.
@@ -98,5 +98,5 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path, prefix: str = ".") -> Path:
+def _temporary(path: Path, prefix: str = ".") -> Path:
     return path.with_name(f"{prefix}{path.name}-{uuid4().hex[:8]}")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 
 SPIN_COUNT = "1000"
-"""Turns that an OpenMP thread waits busily before it sleeps. The library's own 300,000 are no faster alone, and with
-another process on the same cores training nearly stands still (docs/decisions/0002-training-defaults.md)."""
+"""Iterations that an OpenMP thread spins before it sleeps. The library's default, 300,000, is no faster alone, and with
+another process on the same cores training nearly stops (docs/decisions/0002-training-defaults.md)."""
 
 
 def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
@@ -37,7 +37,7 @@ def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
                 period = (folder / "cpu.cfs_period_us").read_text()
             if quota.strip() not in ("max", "-1"):
                 available = min(available, int(quota) / int(period))
-        except (OSError, ValueError, ZeroDivisionError):  # no limit stands here
+        except (OSError, ValueError, ZeroDivisionError):  # no limit here
             continue
     return available
 
@@ -58,7 +58,7 @@ def _cgroup_folders(proc: Path, cgroups: Path) -> list[Path]:
 
 
 def set_threads(setting: int | Literal["auto"]) -> int:
-    """Decide the number of CPU threads and tell every library; call it before torch or NumPy is imported."""
+    """Choose the number of CPU threads and set it for all libraries; call it before torch or NumPy is imported."""
     threads = max(1, math.floor(cpu_quota())) if setting == "auto" else setting
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -82,7 +82,7 @@ def run_in_background(settings: "Settings") -> "Settings":
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"]) -> tuple["torch.device", str]:
-    """The device to compute on, and the reason in words.
+    """The device to compute on, and a message why.
 
     Raises:
         DeviceError: `cuda` is asked for and cannot be used; the message says why.
@@ -100,7 +100,7 @@ def choose_device(setting: Literal["auto", "cpu", "cuda"]) -> tuple["torch.devic
 
 
 def gpu_may_be_there(devices: Path = Path("/dev")) -> bool:
-    """Whether the system shows an NVIDIA device at all (WSL's is `dxg`): if not, nobody needs to load torch to ask."""
+    """Whether the system shows an NVIDIA device (WSL's is `dxg`): if not, torch need not be loaded to ask."""
     return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
 
 

@@ -19,13 +19,13 @@ from tuneserve.settings import without_password
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 LONGEST_QUEUE = 10_000
-"""Lines that may wait to be written; when whoever reads standard output has stopped, the rest is lost and counted."""
+"""Lines that may wait to be written; if standard output is not read any more, later ones are dropped and counted."""
 FLUSH_S = 3.0
-"""Seconds that a process that ends waits for its last lines to be written."""
+"""Seconds that a process waits at its end for its last lines to be written."""
 
 
 def report(error: Exception) -> None:
-    """Say on standard error, and in the log file if there is one by now, what ended the process."""
+    """Write the error that ends the process to standard error, and to the log file if there is one yet."""
     print(f"error: {error}", file=sys.stderr)
     record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, "%s", (error,), None)
     for handler in logging.getLogger().handlers:
@@ -37,7 +37,7 @@ def report(error: Exception) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error of a foreign library says, as a log may repeat it: no line breaks, no passwords, no novel."""
+    """The message of a library's error for the log: in one line, without passwords, shortened."""
     said = without_password(" ".join(str(error).split())) or type(error).__name__
     return said if len(said) <= 300 else f"{said[:120]} … {said[-180:]}"
 
@@ -60,13 +60,13 @@ class JsonLines(logging.Formatter):
 
 
 class Queued(QueueHandler):
-    """Hands every record to a thread that formats and writes it: a slow disk or reader holds up nobody.
+    """Hands every record to a thread that formats and writes it, so that a slow disk or reader blocks no caller.
 
-    `logging` itself flushes and closes it when the process ends.
+    `logging` flushes and closes it when the process ends.
     """
 
     def __init__(self, behind: Sequence[logging.Handler]) -> None:
-        self._waiting: SimpleQueue[Any] = SimpleQueue()  # whose `put` a signal's handler may interrupt and call again
+        self._waiting: SimpleQueue[Any] = SimpleQueue()  # its `put` is reentrant, for a signal's handler
         super().__init__(self._waiting)
         self.behind = behind
         self._lost = 0
@@ -74,7 +74,7 @@ class Queued(QueueHandler):
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """What can change or is large is turned into words now; the rest is left to the thread."""
+        """Format now what may change or is large; leave the rest to the thread."""
         record = copy.copy(record)
         record.msg, record.args = record.getMessage(), None
         if record.exc_info:
@@ -83,7 +83,7 @@ class Queued(QueueHandler):
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a record, unless the writer is so far behind that memory would fill up."""
+        """Queue a record, unless LONGEST_QUEUE records wait."""
         if self._waiting.qsize() >= LONGEST_QUEUE:
             self._lost += 1
             return
@@ -93,14 +93,14 @@ class Queued(QueueHandler):
         self._waiting.put(record)
 
     def flush(self) -> None:
-        """Wait until what was logged before is written, but not for ever."""
+        """Wait until all earlier records are written, for FLUSH_S at most."""
         if self._writer.is_alive:
             written = threading.Event()
             self._waiting.put(written)
             written.wait(FLUSH_S)
 
     def close(self) -> None:
-        """Write what waits and end the thread."""
+        """Write the queued records and end the thread."""
         if self._writer.is_alive:
             self._writer.end()
             for handler in self.behind:
@@ -110,24 +110,24 @@ class Queued(QueueHandler):
 
 
 class Writer(QueueListener):
-    """The thread behind the queue, which also tells when it has come to a certain place in it."""
+    """The thread behind the queue; an event in the queue is set when all records before it are written."""
 
     _thread: threading.Thread | None
 
     @property
     def is_alive(self) -> bool:
-        """Whether somebody takes what is queued."""
+        """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def handle(self, record: Any) -> None:
-        """Write a record, or tell whoever waits for this place."""
+        """Write a record, or set an event."""
         if isinstance(record, threading.Event):
             record.set()
         else:
             super().handle(record)
 
     def end(self) -> None:
-        """Stop after what is queued; a writer that is stuck is left behind."""
+        """Stop after the queued records; a thread that is stuck is abandoned."""
         self.enqueue_sentinel()
         if self._thread is not None:
             self._thread.join(FLUSH_S)
@@ -135,18 +135,18 @@ class Writer(QueueListener):
 
 
 class LogFile(RotatingFileHandler):
-    """The file. That it cannot be written is said once, not for every line; nothing else suffers from it."""
+    """The log file. A failure to write is reported once, not for every line, and affects nothing else."""
 
     _failed = _fails = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line if the disk takes it."""
+        """Write a line, if the disk allows it."""
         self._fails = False
         super().emit(record)
         self._failed = self._fails
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say what is wrong on standard error, unless it was so already."""
+        """Report the failure on standard error, unless the line before failed too."""
         self._fails = True
         if not self._failed:
             error = sys.exc_info()[1]
@@ -157,7 +157,7 @@ class LogFile(RotatingFileHandler):
 def start(folder: Path, *, speaks: bool = True, json_lines: bool = False) -> None:
     """Send the log to standard output and to `folder/tuneserve.log` (kept to five files of 10 MB).
 
-    A process that does not speak, one of several that do the same, only prints warnings.
+    With `speaks` false, in all but one of several processes of a training, only warnings are printed.
 
     Raises:
         SettingsError: the folder cannot be written to.

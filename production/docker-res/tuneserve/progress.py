@@ -1,4 +1,4 @@
-"""How far a loop has come: a bar on a terminal, a line now and then in a log."""
+"""Progress of a loop: a bar on a terminal, a line every LINE_S seconds in a log."""
 
 import logging
 import sys
@@ -15,13 +15,13 @@ LINE_S = 15.0
 
 
 class Progress:
-    """Counts what is done; shows figures (the loss, say), the rate and the time left.
+    """Counts finished items; shows figures (the loss, say), the rate and the time left.
 
     Args:
         title: of the bar and the lines.
-        total: items of the whole; None if only the share that is done is known, which `advance` is told then.
+        total: number of items; None if only the share that is done is known, which `advance` takes then.
         unit: what an item is, in the singular.
-        done: items that were done before.
+        done: items that were finished before.
     """
 
     def __init__(self, title: str, *, total: int | None, unit: str = "text", done: int = 0) -> None:
@@ -40,8 +40,8 @@ class Progress:
 
         Args:
             count: items since the last call.
-            share: of the whole that is done, from 0 to 1; looked at only without a total.
-            figures: of this moment, to be shown.
+            share: of the whole that is done, from 0 to 1; used only without a total.
+            figures: current values to be shown.
         """
         self.done += count
         now = time.monotonic()
@@ -62,7 +62,7 @@ class Progress:
             logger.info("%s: %s", self.title, " ".join([state, *(f"{name}={value}" for name, value in shown.items())]))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -74,5 +74,5 @@ class Progress:
 
 
 def counted(items: list[Any], title: str) -> Iterator[Any]:
-    """The items one by one, with a bar on a terminal and silence in a log."""
+    """The items one by one, with a bar on a terminal and nothing in a log."""
     return iter(tqdm(items, desc=title, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()))

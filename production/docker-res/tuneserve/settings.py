@@ -1,6 +1,7 @@
 """Every variable of the job, declared once: type, default, bounds, meaning. Nothing else reads the environment.
 
-`settings_docs.py` renders `config.env` and the table of variables in `docs/configuration.md` from this module.
+`settings_docs.py` renders `config.env` and the table of variables in `docs/configuration.md` from this module, which is
+long because the sentences about all variables are here.
 """
 
 import difflib
@@ -365,7 +366,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def default(field: str) -> str:
-    """A variable's default as one would write it in the environment; empty for folders, which depend on the place."""
+    """A variable's default as one would write it in the environment; empty for folders, which depend on the machine."""
     value = Settings.model_fields[field].default
     if isinstance(value, SecretStr | Path):
         return ""

@@ -14,8 +14,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Stop:
     """Remembers that the process was asked to end, and ends it with 128 + the signal's number (143, 130).
 
-    Outside `deferred()` the signal raises SystemExit where it arrives. Inside, work goes on until it asks
-    `requested`, saves what it has, and calls `exit()`; a second signal does not wait.
+    Outside `deferred()` the signal raises SystemExit where it arrives. Inside, work continues until it checks
+    `requested`, saves its state and calls `exit()`; a second signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -23,19 +23,19 @@ class Stop:
         self._deferring = False
 
     def listen(self) -> None:
-        """Take over both signals; only the main thread may."""
+        """Install the handlers; only possible in the main thread."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signal is not None
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While the block runs, the first signal is only remembered."""
+        """During the block, the first signal is only remembered."""
         self._deferring = True
         try:
             yield
@@ -45,7 +45,7 @@ class Stop:
             self.exit()
 
     def exit(self) -> None:
-        """End the process with the code that names the signal."""
+        """End the process with the signal's exit code."""
         raise SystemExit(128 + (self.signal or 0))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -55,13 +55,13 @@ class Stop:
 
 
 def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, even by kill -9: a checkpoint is written then."""
+    """Ask the kernel for SIGTERM when the parent dies, even by kill -9, so that a checkpoint is written."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1 and os.getpid() != 1 and _parent_died():
         raise SystemExit(128 + signal.SIGTERM)
 
 
 def _parent_died() -> bool:
-    """Whether the parent had died before it could be asked; process 1 may also be the server itself, in a container."""
+    """Whether the parent died before the request; in a container, process 1 may also be the server itself."""
     with open("/proc/1/cmdline", "rb") as file:  # noqa: PTH123
         return b"run.py" not in file.read()

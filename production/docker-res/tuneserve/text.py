@@ -14,9 +14,9 @@ LINE_BREAK_TAG = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
-    """The text without HTML line breaks, which scraped reviews are full of; all else stays as it was written.
+    """The text without HTML line breaks, which scraped reviews are full of; all else stays as it is.
 
-    Only `<br>` goes, in all its spellings: other markup may be what a text is about ("the <b> tag").
+    Only `<br>` is removed, in all its spellings: other markup may be content ("the <b> tag").
     """
     return LINE_BREAK_TAG.sub(" ", text)
 
@@ -34,15 +34,15 @@ def has_surrogates(text: str) -> bool:
 
 
 WINDOW_OVERLAP = 0.25
-"""Share of a window that the next one repeats, so that no phrase is only seen cut."""
+"""Share of a window that the next one repeats, so that every phrase is whole in one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What was read of one text.
+    """The tokens of one text.
 
     `windows` are token ids, special ones included, of the text from its beginning: one, unless long texts are read in
-    several; `read` counts each token once; `truncated` says whether the text went on behind the last window.
+    several; `read` counts each token once; `truncated` says whether the text continues after the last window.
     """
 
     windows: list[list[int]]
@@ -51,12 +51,12 @@ class Tokens:
 
     @property
     def ids(self) -> list[int]:
-        """The ids of the first window, and mostly only one."""
+        """The ids of the first window, usually the only one."""
         return self.windows[0]
 
 
 def unknown_id(tokenizer: "Tokenizer") -> int | None:
-    """The id of what the vocabulary does not have; none for tokenizers that can spell everything, such as GPT-2's."""
+    """The id of the unknown token; None for tokenizers that can encode any text, such as GPT-2's."""
     model = json.loads(tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:  # Unigram
         return int(model["unk_id"])
@@ -67,8 +67,8 @@ def unknown_id(tokenizer: "Tokenizer") -> int | None:
 class TextEncoder:
     """A `tokenizer.json` with the length limit of one model. Safe to share between threads.
 
-    Texts are cut at `max_tokens`, special tokens included, or read in overlapping `windows` of so many; nothing is
-    padded here.
+    Texts are truncated to `max_tokens`, special tokens included, or read in overlapping `windows` of that length;
+    nothing is padded here.
     """
 
     def __init__(self, tokenizer: "Tokenizer", *, max_tokens: int, windows: bool = False) -> None:
@@ -96,7 +96,7 @@ class TextEncoder:
         return cls(Tokenizer.from_str(tokenizer), max_tokens=max_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Token ids of each text, in order; the library spreads the texts over its threads."""
+        """The tokens of each text, in order; the library encodes in several threads."""
         encodings = self._tokenizer.encode_batch_fast([plain(text) for text in texts])
         return [self._read(encoding) for encoding in encodings]
 

@@ -28,7 +28,7 @@ class Decision:
     """The verdict on a candidate.
 
     `champion` is the id of the version that it was compared with, None if there was none. `figures` holds everything
-    that was measured. `withdrawn_at` is set when people rolled it back.
+    that was measured. `withdrawn_at` is set by a rollback.
     """
 
     version: str
@@ -43,12 +43,12 @@ class Decision:
 
     @classmethod
     def unknown(cls, version: str) -> "Decision":
-        """Of a version from before there was a gate."""
+        """The decision about a version that was never judged."""
         return cls(version, "unknown", "gate", "was never judged", None)
 
     @classmethod
     def by_a_person(cls, version: str, *, champion: str | None, before: "Decision | None") -> "Decision":
-        """Promoted by hand; what the gate had measured is kept."""
+        """A promotion by hand; keeps what the gate measured."""
         said = f" (before: {before.sentence})" if before else ""
         checks, figures = (before.checks, before.figures) if before else ([], {})
         return cls(version, "accepted", "person", f"promoted by hand{said}", champion, checks, figures)
@@ -64,7 +64,7 @@ class Decision:
         return f"{f'withdrawn {self.withdrawn_at}' if self.withdrawn_at else self.verdict}: {self.sentence}"
 
     def overrides(self, other: "Decision") -> bool:
-        """Whether people chose this version after the other one had been decided on."""
+        """Whether this version was promoted by hand after the other decision."""
         return self.by == "person" and self.at >= other.at
 
     def withdrawn(self) -> "Decision":
@@ -82,7 +82,7 @@ def read_decision(version: Version) -> Decision | None:
 
 
 def write_decision(version: Version, decision: Decision) -> None:
-    """Put it beside the weights, whole or not at all.
+    """Write it beside the weights, atomically.
 
     Raises:
         StoreError: the disk refuses.

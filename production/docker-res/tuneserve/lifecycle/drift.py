@@ -1,46 +1,49 @@
-"""Whether the texts that are served are still like those a version was tested on, judged by what it answers to them.
+"""Drift: whether the texts served now still resemble those that a version was tested on, judged by its answers.
 
-A version's folder holds, in `drift.json`, what it answered to texts held out from its training; a server keeps the
-same of the last texts it answered. No text is kept, only five figures of each.
+`drift.json` in a version's folder holds its answers to texts held out from training; a server keeps its latest answers
+in the same form. No text is kept, only five figures of each.
 """
 
 import json
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.lifecycle.statistics import chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from tuneserve.lifecycle.statistics import Array, chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
 
 DRIFT = "drift.json"
 
 MAX_TEXTS = 2000
-"""Texts of a reference: more would make the comparison with a window of 500 hardly any sharper."""
+"""Texts of a reference: more would hardly sharpen the comparison with a window of 500."""
 
-FEWEST_TEXTS = 50
-"""Texts below which nothing is judged."""
+MIN_TEXTS = 50
+"""Fewer texts than this are not judged."""
 
 LEVEL = 0.01
-"""How often, at most, any figure of a window like the reference is called drift."""
+"""The family-wise error rate: how often a window like the reference is called drift, at most."""
 
 DECIMALS = 3
-"""Of a confidence: finer differences come from the number format that an engine computes in."""
+"""Decimals of a confidence: finer differences come from the precision of the engine."""
 
 THRESHOLDS = {"labels": 0.1, "confidence": 0.1, "length": 0.1, "unknown": 0.01, "truncated": 0.05}
-"""The smallest difference that is called drift, however sure it is: with many texts the tests see what nobody feels."""
+"""The smallest difference that is called drift, however significant: with many texts a test detects the negligible."""
+
+
+COLUMNS = {"label_ids": np.int64, "confidences": np.float64, "tokens": np.int64, "unknown": np.int64, "truncated": bool}
+"""The arrays of Answers with their types; in `drift.json` too."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered to some texts: five arrays [texts], and nothing of the texts themselves.
+    """The answers to some texts: five arrays [texts], and no text.
 
     `label_ids` int64; `confidences` float64, the probability of the likeliest label; `tokens` and `unknown` int64,
     how many were read and how many of these the vocabulary does not have; `truncated` bool.
@@ -61,39 +64,39 @@ class Answers:
         return self.unknown / np.maximum(1, self.tokens)
 
     def of(self, rows: Array) -> "Answers":
-        """Those of some texts, by place or by a mask."""
-        columns = (self.label_ids, self.confidences, self.tokens, self.unknown, self.truncated)
-        return Answers(*(column[rows] for column in columns))
+        """The answers to some texts, chosen by indices or by a mask."""
+        return Answers(*(getattr(self, name)[rows] for name in COLUMNS))
+
+    @classmethod
+    def from_columns(cls, columns: Iterable[Sequence[float]]) -> "Answers":
+        """From lists in the order of COLUMNS."""
+        return cls(*(np.array(column, dtype=kind) for column, kind in zip(columns, COLUMNS.values(), strict=True)))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a version answered to texts that it had not learned from, when it was saved; labels by id."""
+    """What a version answered, when it was saved, to texts that it was not trained on; labels by id."""
 
     labels: list[str]
     answers: Answers
 
     def whole_texts(self) -> "Reference":
-        """Without the texts that were cut: what a server that refuses long texts is compared with."""
+        """The reference without truncated texts, for a server that refuses long texts."""
         return Reference(self.labels, self.answers.of(~self.answers.truncated))
 
 
 def write_reference(folder: Path, answers: Answers, *, seed: int) -> None:
-    """Write it into a version's folder; of many texts some are drawn by `seed`."""
+    """Write it into a version's folder; more than MAX_TEXTS are sampled with `seed`."""
     if len(answers) > MAX_TEXTS:
         answers = answers.of(np.sort(np.random.default_rng(seed).choice(len(answers), MAX_TEXTS, replace=False)))
-    content = {
-        "label_ids": answers.label_ids.tolist(),
-        "confidences": np.round(answers.confidences.astype(np.float64), DECIMALS).tolist(),
-        "tokens": answers.tokens.tolist(),
-        "unknown": answers.unknown.tolist(),
-        "truncated": answers.truncated.astype(int).tolist(),
-    }
+    content = {name: getattr(answers, name).tolist() for name in COLUMNS}
+    content["confidences"] = np.round(answers.confidences.astype(np.float64), DECIMALS).tolist()
+    content["truncated"] = answers.truncated.astype(int).tolist()
     (folder / DRIFT).write_text(json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def read_reference(version: Version) -> Reference | None:
-    """The version's reference; none if it was saved without one.
+    """The version's reference; None if it was saved without one.
 
     Raises:
         StoreError: the file is damaged.
@@ -101,16 +104,9 @@ def read_reference(version: Version) -> Reference | None:
     path = version.folder / DRIFT
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        columns = {
-            "label_ids": np.array(content["label_ids"], dtype=np.int64),
-            "confidences": np.array(content["confidences"], dtype=np.float64),
-            "tokens": np.array(content["tokens"], dtype=np.int64),
-            "unknown": np.array(content["unknown"], dtype=np.int64),
-            "truncated": np.array(content["truncated"], dtype=bool),
-        }
-        if len({column.shape for column in columns.values()}) != 1:
+        if len({len(content[name]) for name in COLUMNS}) != 1:
             raise ValueError("its columns differ in length")
-        return Reference(version.labels, Answers(**columns))
+        return Reference(version.labels, Answers.from_columns(content[name] for name in COLUMNS))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -130,11 +126,11 @@ class Observation(NamedTuple):
 
 
 class Window:
-    """What one version answered last. One thread adds while others read.
+    """The latest answers of one version. One thread adds while others read.
 
     Args:
-        max_texts: that it holds; the oldest make room.
-        hours: after which a text no longer counts.
+        max_texts: that it holds; the oldest are dropped.
+        hours: after which an answer no longer counts.
     """
 
     def __init__(self, *, max_texts: int = 500, hours: float = 24) -> None:
@@ -142,29 +138,20 @@ class Window:
         self._rows: deque[tuple[float, int, float, int, int, bool]] = deque(maxlen=max_texts)
 
     def add(self, observation: Observation) -> None:
-        """Note the answer to one text."""
+        """Add the answer to one text."""
         self._rows.append((time.time(), *observation))
 
     def read(self) -> tuple[Array, Answers]:
         """When each text was answered, in seconds of the epoch, and the answers, oldest first."""
         since = time.time() - self.hours * 3600
         rows = [row for row in self._rows.copy() if row[0] >= since]  # only a copy is safe beside a thread that adds
-        at, label_ids, confidences, tokens, unknown, truncated = zip(*rows, strict=True) if rows else ((),) * 6
-        return np.array(at, dtype=np.float64), Answers(
-            np.array(label_ids, dtype=np.int64),
-            np.array(confidences, dtype=np.float64),
-            np.array(tokens, dtype=np.int64),
-            np.array(unknown, dtype=np.int64),
-            np.array(truncated, dtype=bool),
-        )
+        at, *columns = zip(*rows, strict=True) if rows else ((),) * 6
+        return np.array(at, dtype=np.float64), Answers.from_columns(columns)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One comparison: the difference, the least that is called drift, and how likely chance explains it.
-
-    The p-value is corrected for the number of figures.
-    """
+    """One comparison: the difference, the threshold of drift, and the p-value, corrected for the number of figures."""
 
     name: str
     value: float
@@ -176,7 +163,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What a window shows. `begins` and `ends` are when its first and last text were answered, in UTC."""
+    """The result of judging a window. `begins` and `ends` are when its first and last text were answered, in UTC."""
 
     drifted: bool
     texts: int
@@ -196,10 +183,10 @@ def compare(reference: Reference | None, window: Window) -> Report:
     figures: tuple[Figure, ...] = ()
     if reference is None or before is None:
         sentence = "This version was saved without a reference, so nothing can be judged; the next training saves one."
-    elif len(before) < FEWEST_TEXTS:
-        sentence = f"The reference has {len(before)} texts; nothing is judged by fewer than {FEWEST_TEXTS}."
-    elif len(now) < FEWEST_TEXTS:
-        sentence = f"{len(now)} texts were answered lately; nothing is judged before there are {FEWEST_TEXTS}."
+    elif len(before) < MIN_TEXTS:
+        sentence = f"The reference has {len(before)} texts; nothing is judged by fewer than {MIN_TEXTS}."
+    elif len(now) < MIN_TEXTS:
+        sentence = f"{len(now)} texts were answered lately; nothing is judged before there are {MIN_TEXTS}."
     else:
         figures = judge(reference, now)
         sentence = _summary(figures, texts=len(now))
@@ -222,7 +209,7 @@ def utc(seconds: float) -> str:
 
 
 def judge(reference: Reference, now: Answers) -> tuple[Figure, ...]:
-    """Every figure of some answers, however few."""
+    """All figures of some answers, however few these are."""
     before = reference.answers
     found = [
         ("labels", *_labels(reference.labels, before, now)),

@@ -1,9 +1,9 @@
-"""What a version can be judged by: the texts of its test, and marks of those it has learned from.
+"""What a version can be judged by: the texts of its test, and hashes of those it was trained on.
 
     MODEL_PATH/evidence/<id>/test.parquet   columns `text` and `label`, at most MAX_TEXTS
     MODEL_PATH/evidence/<id>/learned.npy    uint64 [training and validation texts], sorted: hashes, no texts
 
-It stands beside the version and not in it: a model can be handed to others without anybody's texts.
+It is stored beside the version and not in it, so that a model can be handed on without any texts.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_TEXTS = 2000
-"""Test texts that are kept: enough to see a point of accuracy, few enough to be answered in seconds."""
+"""Test texts that are kept: enough to detect a point of accuracy, few enough to be answered in seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Evidence:
 
 
 def key_of(text: str) -> int:
-    """The same for texts that differ in case or spaces alone."""
+    """A hash that is equal for texts that differ only in case or white space."""
     return xxhash.xxh3_64_intdigest(" ".join(plain(text).casefold().split()).encode())
 
 
 def write_evidence(folder: Path, evidence: Evidence, learned: Iterable[str]) -> None:
-    """Write it whole or not at all.
+    """Write it atomically.
 
     Raises:
         StoreError: the disk refuses.
@@ -74,7 +74,7 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 def unlearned(folder: Path, texts: Sequence[str]) -> Array:
-    """Which texts the version of this folder has not learned from, bool [texts]; all, if nothing is known of it."""
+    """Which texts the version of this folder was not trained on, bool [texts]; all, if its hashes cannot be read."""
     try:
         learned = np.load(folder / "learned.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError):

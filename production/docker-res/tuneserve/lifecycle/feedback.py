@@ -1,8 +1,8 @@
-"""What people say about answers: labels, kept durably beside the models in `MODEL_PATH/feedback.sqlite`.
+"""Feedback: the right labels of answers, kept durably beside the models in `MODEL_PATH/feedback.sqlite`.
 
-Answers are remembered by their request's id, so that a label can name one; their texts only if that is wanted. A text
-that is sent with its label is kept, for that is what it is sent for. Nothing is ever changed in place: of two labels
-for one text the newer counts. SQLite's write-ahead log lets many processes of one machine write and read at once.
+Answers are stored by the id of their request, so that a label can refer to one; their texts only with KEEP_TEXTS. A
+text that is sent with its label is always kept. Rows are never updated: of two labels for one text the newer counts.
+SQLite's write-ahead log lets many processes of one machine write and read at once.
 """
 
 import logging
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "feedback.sqlite"
 SCHEMA_VERSION = 1
+"""Of the file. Its column `place` is the index of a text in its request."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     request TEXT NOT NULL, place INTEGER NOT NULL, at REAL NOT NULL, version TEXT NOT NULL,
@@ -42,22 +43,22 @@ CREATE INDEX IF NOT EXISTS labels_by_version ON labels (version, id);
 WRITE_EVERY_S = 0.5
 """Seconds between two writings of answers; labels are written at once."""
 MAX_PENDING = 50_000
-"""Answers that may wait to be written; a disk that is slower than that loses some, which are counted."""
+"""Answers that may wait to be written; on a slower disk some are dropped and counted."""
 PRUNE_EVERY = 10_000
-"""Answers between two looks for those that are too many."""
+"""Answers between two removals of surplus rows."""
 WAIT_S = 5.0
 """Seconds that a writer waits for another one."""
 ROWS_AT_ONCE = 500
-"""Answers in one statement: each statement makes the writer wait for the interpreter, which is busy answering."""
+"""Answers in one statement: for each statement the writer waits for the interpreter lock, which the server holds."""
 ACCURACY_LABELS = 500
-"""Newest labels that the rolling accuracy is of."""
+"""Number of the newest labels over which the rolling accuracy is computed."""
 
 
 class Answer(NamedTuple):
-    """One answered text, as it is remembered."""
+    """One answered text; `text_index` counts the texts of its request from 0."""
 
     request: str
-    place: int
+    text_index: int
     at: float
     version: str
     label: str
@@ -67,7 +68,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of the newest labelled answers of a version: how many were right, and the 95% interval of the share."""
+    """The accuracy of a version over its newest labelled answers, with its 95% interval."""
 
     version: str
     count: int
@@ -82,7 +83,7 @@ class Feedback:
 
     Args:
         path: of the file.
-        max_rows: answers, and labels, that are kept; the oldest go.
+        max_rows: answers, and labels, that are kept; the oldest are deleted.
         keep_texts: whether the texts of answers are kept.
     """
 
@@ -97,42 +98,42 @@ class Feedback:
         self._thread = threading.Thread(target=self._write_on, name="feedback", daemon=True)
 
     def start(self) -> None:
-        """Begin to write answers."""
+        """Start the thread that writes answers."""
         self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write the pending answers and end the thread."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
         else:
             self._write()
 
-    def remember(self, request: str, place: int, version: str, label: str, score: float, text: str) -> None:
-        """Remember an answer, soon; costs the caller next to nothing."""
+    def remember(self, request: str, text_index: int, version: str, label: str, score: float, text: str) -> None:
+        """Queue an answer to be written; does not block."""
         if len(self._pending) >= MAX_PENDING:
             self.dropped += 1
             return
         self._pending.append(
-            Answer(request, place, time.time(), version, label, score, text if self._keep_texts else None)
+            Answer(request, text_index, time.time(), version, label, score, text if self._keep_texts else None)
         )
 
-    def label_answer(self, request: str, place: int, label: str) -> bool:
-        """Keep the right label of an answer; False if just that was said before.
+    def label_answer(self, request: str, text_index: int, label: str) -> bool:
+        """Store the right label of an answer; False if the newest label of it is the same.
 
         Raises:
             NotFoundError: no such answer is remembered.
             UnavailableError: the database cannot be written.
         """
         with self._open() as database:
-            answer = self._find(database, request, place)
+            answer = self._find(database, request, text_index)
             if answer is None:
-                raise NotFoundError(f"No answer of request {request!r} (text {place}) is remembered.")
-            values = (request, place, answer.text, label, answer.label, answer.version)
-            return self._insert(database, values, "request = ? AND place = ?", (request, place))
+                raise NotFoundError(f"No answer of request {request!r} (text {text_index}) is remembered.")
+            values = (request, text_index, answer.text, label, answer.label, answer.version)
+            return self._insert(database, values, "request = ? AND place = ?", (request, text_index))
 
     def label_text(self, text: str, label: str) -> bool:
-        """Keep a text with its label; False if just that was said before.
+        """Store a text with its label; False if the newest label of it is the same.
 
         Raises:
             UnavailableError: the database cannot be written.
@@ -141,12 +142,12 @@ class Feedback:
             return self._insert(database, (None, None, text, label, None, None), "text = ?", (text,))
 
     def accuracy(self, version: str) -> Accuracy | None:
-        """The rolling accuracy of a version; None while nobody has labelled an answer of it."""
+        """The rolling accuracy of a version; None while none of its answers is labelled."""
         query = "SELECT request, place, label = predicted FROM labels WHERE version = ? ORDER BY id DESC"
         newest: dict[tuple[str, int], int] = {}
         with self._open() as database:
-            for request, place, right in database.execute(query, (version,)):
-                newest.setdefault((request, place), right)
+            for request, text_index, right in database.execute(query, (version,)):
+                newest.setdefault((request, text_index), right)
                 if len(newest) == ACCURACY_LABELS:
                     break
         if not newest:
@@ -156,17 +157,19 @@ class Feedback:
         return Accuracy(version, count, right, right / count, low, high)
 
     def counts(self) -> dict[str, int]:
-        """How many labels there are, and how many texts to learn from have one."""
+        """The number of labels, and of texts with a label to train on."""
         with self._open() as database:
             labels, texts = database.execute("SELECT count(*), count(DISTINCT text) FROM labels").fetchone()
         return {"labels": labels, "labelled_texts": texts}
 
-    def _find(self, database: sqlite3.Connection, request: str, place: int) -> Answer | None:
-        # The newest first: a client may use an id again. Whatever leaves a place has already come to the next one.
+    def _find(self, database: sqlite3.Connection, request: str, text_index: int) -> Answer | None:
+        # Newest first: a client may reuse an id. An answer is in the next of the three before it leaves the one before.
         for answer in chain(reversed(list(self._pending)), reversed(self._writing)):
-            if (answer.request, answer.place) == (request, place):
+            if (answer.request, answer.text_index) == (request, text_index):
                 return answer
-        row = database.execute("SELECT * FROM answers WHERE request = ? AND place = ?", (request, place)).fetchone()
+        row = database.execute(
+            "SELECT * FROM answers WHERE request = ? AND place = ?", (request, text_index)
+        ).fetchone()
         return Answer(*row) if row else None
 
     def _insert(
@@ -191,7 +194,7 @@ class Feedback:
     def _write(self) -> None:
         if not self._pending:
             return
-        self._writing = list(self._pending)  # before they leave the queue, for a label may come in between
+        self._writing = list(self._pending)  # before they leave the queue, so that a label always finds its answer
         for _ in self._writing:
             self._pending.popleft()
         try:
@@ -199,8 +202,8 @@ class Feedback:
                 database.execute("BEGIN IMMEDIATE")
                 for begin in range(0, len(self._writing), ROWS_AT_ONCE):
                     rows = self._writing[begin : begin + ROWS_AT_ONCE]
-                    places = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows))
-                    database.execute(f"INSERT OR REPLACE INTO answers VALUES {places}", [*chain.from_iterable(rows)])
+                    values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows))
+                    database.execute(f"INSERT OR REPLACE INTO answers VALUES {values}", [*chain.from_iterable(rows)])
                 self._forget_surplus(database)
                 database.execute("COMMIT")
             self._complained = False
@@ -212,7 +215,7 @@ class Feedback:
         self._writing = []
 
     def _forget_surplus(self, database: sqlite3.Connection) -> None:
-        """Now and then, for it counts all rows."""
+        """Not at every write, since it counts all rows."""
         self._unpruned += len(self._writing)
         if self._unpruned < min(PRUNE_EVERY, self._max_rows):
             return
@@ -229,7 +232,7 @@ class Feedback:
 
 @contextmanager
 def open_database(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection for one piece of work, whose writes are on disk when they are committed.
+    """A connection whose commits are on disk when they return.
 
     Raises:
         UnavailableError: the file cannot be opened, read or written.
@@ -248,11 +251,11 @@ def open_database(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _prepare(database: sqlite3.Connection) -> None:
-    """Make the tables; another process may be doing just that."""
+    """Create the tables; another process may be doing the same."""
     ends = time.monotonic() + WAIT_S
     while True:
         try:
-            database.execute("PRAGMA journal_mode = WAL")  # does not wait for others by itself
+            database.execute("PRAGMA journal_mode = WAL")  # ignores the timeout when another process holds the lock
             break
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:

@@ -1,7 +1,7 @@
-"""The gate: no candidate becomes champion before it has been loaded, asked, and compared, in a process of its own.
+"""The gate: a candidate becomes champion only after it was loaded in a fresh process, tested and compared there.
 
 A candidate passes if it answers as it did at training, reaches the floors, is not worse than the champion on the same
-texts (neither has learned from them), and is not much larger or slower. What was found is written beside its weights.
+texts (neither was trained on them), and is not much larger or slower. The decision is written beside its weights.
 """
 
 import json
@@ -22,28 +22,26 @@ from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence, unlearned
-from tuneserve.lifecycle.statistics import paired_bootstrap
+from tuneserve.lifecycle.statistics import Array, paired_bootstrap
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 ENGINE_POINTS = 0.01
-"""How far the engine's accuracy may lie from torch's on the same texts."""
+"""How far the engine's accuracy may differ from torch's on the same texts."""
 BORDERLINE = 0.05
-"""Share of texts so near the border that rounding may put them on either side of it: half a chance each."""
+"""Share of texts so near the decision boundary that rounding decides: their variance is that of a fair coin."""
 TRIAL_TIMEOUT_S = 1800.0
 
 PROGRAM = Path(__file__).resolve().parents[2]
 TRIAL = "tuneserve.serving.probe"
-"""The module that asks versions; run in a process of its own, since nothing here may import the serving half."""
+"""The module that tries versions, run as a process: nothing here may import the serving half."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is asked of a candidate; fractions, not percentages."""
+    """What a candidate must reach; fractions, not percentages."""
 
     min_accuracy: float
     min_recall: float
@@ -52,15 +50,14 @@ class Bounds:
 
     @classmethod
     def of(cls, settings: Settings) -> "Bounds":
-        """As the settings say."""
+        """The bounds that the settings give."""
         return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
 
 
 def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
-    """Judge a candidate, write the decision down, and make it the champion if it passed.
+    """Judge a candidate, store the decision, and make it the champion if it passed.
 
-    A version that was decided on before keeps its decision, unless another champion has come since. Where people have
-    chosen another one since, that choice stands until settings or data change.
+    A refused version stays refused. A person's later choice of another version stands until settings or data change.
 
     Raises:
         RefusedError: it did not pass, now or before.
@@ -92,7 +89,7 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
     for check in decision.checks:
         logger.info("gate: %s: %s", check.name, check.sentence)
     if not decision.stands:
-        with suppress(StoreError):  # an unreadable pointer, of which the log has spoken
+        with suppress(StoreError):  # an unreadable pointer, which is in the log already
             store.forget_old(settings.keep_versions)
         raise RefusedError(f"version {candidate.id} is refused: {decision.sentence}. The champion stays.")
     if champion is not None and settings.shadow_requests:
@@ -127,9 +124,9 @@ def _is_pointed_at(store: Store, version: Version) -> bool:
 def run_trial(
     candidate: Version, champion: Version | None, evidence: Evidence, settings: Settings
 ) -> dict[str, dict[str, Any] | None]:
-    """Load both in a fresh process and ask them the same texts; see `serving/probe.py` for what it finds.
+    """Load both in a fresh process and let them answer the same texts; `serving/probe.py` documents the result.
 
-    A process that dies says nothing; it may have died of the champion, so the candidate is tried again alone.
+    If the process dies, the champion may be the cause, so the candidate is tried again alone.
     """
     versions = [candidate] if champion is None else [candidate, champion]
     trials, ended = _in_fresh_process(versions, evidence, settings)
@@ -170,15 +167,15 @@ def judge(
     clean: Array | None,
     bounds: Bounds,
 ) -> Decision:
-    """The decision that follows from a trial.
+    """The decision on the results of a trial.
 
     Args:
-        candidate: the version that wants to serve.
-        champion: the one that does, if there is one.
+        candidate: the version to be judged.
+        champion: the one that serves, if there is one.
         evidence: the candidate's test texts.
         found: of each version `{"error": str | None, "predicted": [label], "latency_ms": float, "bytes": int}`.
-        clean: which of the texts the champion has not learned from, bool [texts].
-        bounds: what is asked.
+        clean: which of the texts the champion was not trained on, bool [texts].
+        bounds: what the candidate must reach.
     """
     trial, other = found["candidate"], found["champion"]
     before = champion.id if champion is not None else None
@@ -215,13 +212,8 @@ def judge(
             checks.append(_not_above("latency", "ms", trial["latency_ms"], other["latency_ms"], increase))
             checks.append(_not_above("size", "MB", trial["bytes"] / 1e6, other["bytes"] / 1e6, increase))
     failed = [check.sentence for check in checks if not check.passed]
-    sentence = (
-        "; ".join(failed)
-        if failed
-        else next(
-            (check.sentence for check in checks if check.name == "comparison"), "passed, with no champion before it"
-        )
-    )
+    comparison = [check.sentence for check in checks if check.name == "comparison"]
+    sentence = "; ".join(failed or comparison or ["passed, with no champion before it"])
     verdict: Any = "refused" if failed else "accepted"
     return Decision(candidate.id, verdict, "gate", sentence, before, checks, figures)
 
@@ -231,7 +223,7 @@ def _same_as_torch(candidate: Version, right: Array) -> Check:
     test = candidate.metadata["metrics"]["test"]
     accuracy, torch_accuracy = float(right.mean()), float(test["accuracy"])
     tested = sum(candidate.metadata["data"]["counts"]["test"].values())
-    # Of a larger test a part was drawn, whose accuracy varies by chance; of the same texts those on the border do.
+    # A sample of a larger test varies by chance; on the same texts only those near the boundary differ.
     variance = BORDERLINE if tested <= len(right) else torch_accuracy * (1 - torch_accuracy)
     bound = ENGINE_POINTS + 3 * math.sqrt(variance / len(right))
     difference = abs(accuracy - torch_accuracy)
@@ -268,7 +260,7 @@ def _floors(figures: dict[str, Any], bounds: Bounds) -> list[Check]:
 
 
 def _not_worse(right: Array, right_before: Array, clean: Array, max_drop: float, figures: dict[str, Any]) -> Check:
-    """Non-inferiority: the lower end of the paired bootstrap's interval must not lie below the drop that is allowed."""
+    """Non-inferiority: the lower bound of the paired bootstrap must not be below the allowed drop."""
     learned = int((~clean).sum())
     figures["champion"] |= {"texts_it_learned_from": learned, "clean_texts": int(clean.sum())}
     said = f"; {learned} texts that the champion has learned from are left out" if learned else ""

@@ -1,9 +1,9 @@
-"""When a server trains again: by schedule, and when what it is asked is no longer like what it was tested on.
+"""When a server trains again: by schedule, and after drift.
 
 A schedule has cron's syntax in a named time zone; each occurrence counts once, those that were missed count as one. The
-syntax is read by cronsim, which treats clock changes as Debian's cron does: what stands in the hour that is skipped
-runs right after it, what stands in the repeated hour runs once. It has no dependencies and keeps no state, where
-APScheduler would bring the threads and stores of a scheduler for one line of cron.
+syntax is parsed by cronsim, which treats clock changes as Debian's cron does: an occurrence in the skipped hour runs
+right after it, one in the repeated hour runs once. It has no dependencies and keeps no state, where APScheduler would
+bring the threads and stores of a scheduler for one line of cron.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 EVERY_S = 1.0
 DRIFT_EVERY_S = 30.0
-"""Seconds between two looks at the drift, which takes milliseconds to compute."""
+"""Seconds between two checks of the drift, which takes milliseconds to compute."""
 DRIFT_PAUSE = timedelta(hours=6)
-"""Least time between two trainings for drift: data that have not changed teach nothing new."""
+"""Minimum time between two trainings for drift, since the training data may not have changed yet."""
 AHEAD = timedelta(hours=3)
-"""How far what was dealt with may lie in the future before the clock is taken to have been wrong."""
+"""How far the last handled occurrence may lie in the future before the clock is taken to have been wrong."""
 
 
 class Schedule:
-    """Occurrences of a cron expression, and which of them were dealt with.
+    """Occurrences of a cron expression, and which of them were handled.
 
     Args:
         expression: five fields, as crontab(5) has them.
         time_zone: IANA name, `Europe/Berlin`.
-        jitter_s: each occurrence is put off by up to so much, always by the same for one occurrence and `host`.
-        memory: JSON file with the last occurrence that was dealt with.
+        jitter_s: most seconds by which an occurrence is delayed; the delay depends on the occurrence and `host` alone.
+        memory: JSON file with the last occurrence that was handled.
         host: whose jitter this is.
     """
 
@@ -53,9 +53,9 @@ class Schedule:
         return next(CronSim(self._expression, after.astimezone(self._zone))).astimezone(UTC)
 
     def due(self, now: datetime) -> bool:
-        """Whether an occurrence has come since the last one that was dealt with.
+        """Whether there was an occurrence since the last one that was handled.
 
-        The first time this is asked nothing is due: a schedule that was just set up has missed nothing.
+        The first call finds nothing due: a new schedule has missed nothing.
         """
         if self._handled is not None and self._handled - now > AHEAD:
             logger.warning("the clock went back by %s: the schedule begins anew", self._handled - now)
@@ -67,7 +67,7 @@ class Schedule:
         return occurrence + self._jitter(occurrence) <= now
 
     def mark(self, now: datetime) -> None:
-        """All occurrences up to now are dealt with. A clock that went back does not bring them again."""
+        """Mark all occurrences up to now as handled. A clock that goes back does not repeat them."""
         self._handled = now if self._handled is None else max(now, self._handled)
         content = {"handled": self._handled.isoformat(), "expression": self._expression}
         try:
@@ -84,7 +84,7 @@ class Schedule:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read (%r): the schedule begins anew", self._memory, error)
             return None
-        return handled if content.get("expression") == self._expression else None  # another schedule missed nothing
+        return handled if content.get("expression") == self._expression else None  # a new schedule has missed nothing
 
     def _jitter(self, occurrence: datetime) -> timedelta:
         digest = hashlib.sha256(f"{self._host} {occurrence.isoformat()}".encode()).digest()
@@ -96,8 +96,8 @@ class Retraining:
 
     Args:
         trainer: that it starts them with.
-        schedule: when to; None never.
-        drift: what has drifted, in words, and None while nothing has.
+        schedule: when to; None for never.
+        drift: returns a description of the drift, or None.
     """
 
     def __init__(
@@ -109,24 +109,24 @@ class Retraining:
         self._thread = threading.Thread(target=self._watch, name="retraining", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop watching."""
+        """End the thread."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def look(self, now: datetime) -> None:
-        """Start what is due; while a training runs, the schedule waits for its end and then catches up once."""
+        """Start a training that is due; while one runs, the schedule waits for its end and then catches up once."""
         if self._trainer.running is not None:
             return
         why = None
         if self._schedule is not None and self._schedule.due(now):
             self._schedule.mark(now)
             why = "RETRAIN_SCHEDULE"
-        elif not timedelta(0) <= now - self._looked < timedelta(seconds=DRIFT_EVERY_S):  # also if the clock went back
+        elif not timedelta(0) <= now - self._looked < timedelta(seconds=DRIFT_EVERY_S):  # also if the clock goes back
             self._looked = now
             drifted = self._drift()
             if drifted is not None and not timedelta(0) <= now - self._drifted < DRIFT_PAUSE:
@@ -142,5 +142,5 @@ class Retraining:
         while not self._ended.wait(EVERY_S):
             try:
                 self.look(datetime.now(UTC))
-            except Exception:  # whatever it is, the next look may go better, and the server must not suffer
+            except Exception:  # the next check may succeed, and the server must go on
                 logger.exception("retraining could not be looked after")

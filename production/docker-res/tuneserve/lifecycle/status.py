@@ -1,4 +1,4 @@
-"""Who trains for a store, and how far that is: an exclusive `flock`, and a small file for whoever waits.
+"""Which process trains for a store, and how far it is: an exclusive `flock`, and a small status file for others.
 
 The lock's file names its owner. The kernel frees the lock when its owner ends, however it ends. The file stays, for
 removing it would let two processes lock two files of one name. Machines that share a store exclude each other only
@@ -41,7 +41,7 @@ class Lock:
         self._path, self._descriptor = path, descriptor
 
     def require(self) -> None:
-        """Make sure that others still find the locked file under its name.
+        """Make sure that the locked file still has its name.
 
         Raises:
             StoreError: it was removed or replaced, so that another process may hold a lock of that name.
@@ -54,7 +54,7 @@ class Lock:
 
 @contextmanager
 def hold(path: Path) -> Iterator[Lock]:
-    """Be the only process in this block that holds the lock at `path`.
+    """Hold the lock at `path` during the block.
 
     Raises:
         BusyError: another process holds it; the message says which, and since when.
@@ -92,7 +92,7 @@ def _acquire(path: Path, descriptor: int) -> None:
 
 
 def _read_owner(descriptor: int) -> str:
-    """Who holds the lock, as the start of a sentence; the content may be anything."""
+    """The owner of the lock, as the start of a sentence; the content may be damaged."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {owner['pid']} on {owner['host']} has been training for this store since {owner['since']}"
@@ -101,10 +101,10 @@ def _read_owner(descriptor: int) -> str:
 
 
 class Status:
-    """Written by the process that trains, as a context; nothing that goes wrong with it stops a training.
+    """The status file, written by the process that trains, as a context; a failure to write never stops a training.
 
     Args:
-        path: of the file; None writes nothing.
+        path: of the file; with None nothing is written.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -116,17 +116,17 @@ class Status:
         self._written = 0.0
 
     def phase(self, name: Phase) -> None:
-        """Another part of the job has begun."""
+        """Begin another phase of the job."""
         self._content = {"phase": name, "pid": os.getpid()}
         self._write()
 
     def training(self, *, steps: int, epochs: int) -> None:
-        """The optimizer's steps begin; `steps` of all epochs."""
+        """Begin the optimizer's steps; `steps` counts those of all epochs."""
         self._steps, self._epochs, self._began = steps, epochs, time.monotonic()
         self.phase("training")
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
-        """So many steps are done."""
+        """Report that `step` steps are done, with figures of the last one."""
         now = time.monotonic()
         if self._first is None:
             self._first = step - 1  # not 0 if it goes on from a checkpoint
@@ -143,7 +143,7 @@ class Status:
         self._write()
 
     def decided(self, decision: Decision, *, before: Decision | None) -> None:
-        """The gate has spoken for the version, or had done so `before`."""
+        """Report the decision about the version; `before` is the one it had already, if any."""
         said = decision.sentence if decision != before else "nothing to train: it has these settings and data"
         self._content = {"phase": "finished", "version": decision.version, "decision": said}
         self._write()
@@ -162,12 +162,12 @@ class Status:
         if self._path is None:
             return
         self._written = time.monotonic()
-        with suppress(OSError):  # not durable: what a power cut takes is of no use after it
+        with suppress(OSError):  # not durable: of no use after a power cut
             replace_file(self._path, json.dumps(self._content).encode(), durable=False)
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """What the newest training wrote last; empty if there is nothing to read."""
+    """The status of the newest training; empty if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -6,8 +6,8 @@
     MODEL_PATH/champion         the id of the version that answers
     MODEL_PATH/previous         the id of the one that answered before it
     MODEL_PATH/challenger       the id of the one that shadows the champion, if there is one
-    MODEL_PATH/trainer.lock     who trains now; one at a time
-    MODEL_PATH/training.json    how far that is, or how the last training ended
+    MODEL_PATH/trainer.lock     held by the one process that trains
+    MODEL_PATH/training.json    the status of the newest training
 
 A pointer file and not a symbolic link: links do not survive object-store mounts.
 """
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MEND = "Choose one with run.py promote <version>; run.py versions lists them."
 COLUMNS = ("version", "created", "test accuracy", "serves", "decision")
 ABANDONED_S = 3600
-"""Age at which a half-written version is taken for a killed run's and not for one that is being written."""
+"""Age at which an unfinished version is taken for that of a killed run."""
 
 
 class Store:
@@ -47,7 +47,7 @@ class Store:
         self.status_file = root / "training.json"
 
     def prepare(self) -> None:
-        """Make the folders and clear away what killed runs left half-written.
+        """Create the folders and remove what killed runs left unfinished.
 
         Raises:
             StoreError: the folder cannot be written to.
@@ -75,7 +75,7 @@ class Store:
         return found
 
     def free_folder(self, name: str) -> Path:
-        """Where a version of this name goes; with a number behind it when the name is taken."""
+        """The folder for a version of this name, with a number appended if the name is taken."""
         number, folder = 1, self.versions_folder / name
         while folder.exists():
             number += 1
@@ -83,7 +83,7 @@ class Store:
         return folder
 
     def find(self, fingerprint: str) -> Version | None:
-        """The newest version trained with these settings on these data, if there is one that is undamaged."""
+        """The newest undamaged version with this fingerprint."""
         same = [one for one in self.versions() if one.metadata.get("fingerprint") == fingerprint and is_whole(one)]
         return same[-1] if same else None
 
@@ -120,9 +120,9 @@ class Store:
             return None
 
     def last_good(self) -> list[Version]:
-        """What may answer while the champion cannot: the previous one, then whatever passed the gate, newest first.
+        """Versions that may answer while the champion cannot: the previous one, then all accepted ones, newest first.
 
-        If nothing says which one the champion is, it was probably the one that was decided on last.
+        If the pointer cannot be read, the champion was probably the version that was decided on last.
         """
         versions = {one.id: one for one in self.versions()}
         decided = {name: found.at for name, one in versions.items() if (found := read_decision(one)) and found.stands}
@@ -137,12 +137,12 @@ class Store:
         return [versions[name] for name in dict.fromkeys(names) if name in versions]
 
     def set_champion(self, version: Version) -> None:
-        """Let this version answer from now on, and remember the one before it.
+        """Make this version the champion, and remember the one before it.
 
         Raises:
             StoreError: a pointer cannot be written.
         """
-        before = self._readable_champion_id()  # what cannot be read cannot be gone back to
+        before = self._readable_champion_id()  # an unreadable one cannot be returned to
         if before not in (None, version.id):
             _write_pointer(self.previous_pointer, before)
         _write_pointer(self.pointer, version.id)
@@ -163,16 +163,16 @@ class Store:
         return _read_pointer(self.challenger_pointer)
 
     def set_challenger(self, version: Version | None) -> None:
-        """Let this version shadow the champion; None ends it. Of one that is pushed out it is written down.
+        """Let this version shadow the champion; None ends it. The decision of a replaced challenger says so.
 
         Raises:
             StoreError: the pointer cannot be written.
         """
         if version is not None:
-            self._push_out(version)
+            self._note_replaced(version)
         _write_pointer(self.challenger_pointer, version.id if version else None)
 
-    def _push_out(self, newer: Version) -> None:
+    def _note_replaced(self, newer: Version) -> None:
         with suppress(StoreError):  # an unreadable pointer, or a version that is gone
             name = self.challenger_id()
             if name is not None and name != newer.id:
@@ -181,7 +181,7 @@ class Store:
                 write_decision(older, replace(decision, sentence=said))
 
     def promote(self, name: str) -> Version:
-        """Let a version answer because a person wants it, whatever the gate said.
+        """Make a version champion by hand, whatever the gate decided.
 
         Raises:
             StoreError: there is no such version, it is damaged, or the pointer cannot be written.
@@ -198,10 +198,10 @@ class Store:
         return version
 
     def rollback(self) -> tuple[Version, str | None]:
-        """Go back to the version before; the one that answered is withdrawn, and no retraining brings it back.
+        """Return to the previous champion and withdraw the current one, which no retraining brings back.
 
         Returns:
-            The version that answers now, and the id of the one that was withdrawn.
+            The new champion, and the id of the version that was withdrawn.
 
         Raises:
             StoreError: there is nothing to go back to.
@@ -214,10 +214,10 @@ class Store:
             raise StoreError(
                 f"the version before, {version.id}, was withdrawn itself; choose one: run.py promote <version>."
             )
-        try:  # first the mark: killed in between, the same command goes on
+        try:  # withdraw first: if killed in between, the same command continues
             left = self.version(withdrawn or "")
             write_decision(left, (read_decision(left) or Decision.unknown(left.id)).withdrawn())
-        except StoreError as error:  # it may not be there any more, which is a reason to go back
+        except StoreError as error:  # its folder may be gone, which is a reason to roll back
             logger.warning("%s", error)
         self.set_champion(version)
         return version, withdrawn
@@ -233,7 +233,7 @@ class Store:
         return read_version(self.versions_folder / name)
 
     def forget_old(self, keep: int) -> list[str]:
-        """Remove the oldest versions until `keep` are left, champion and previous never; returns what went.
+        """Remove the oldest versions until `keep` are left, but no version that a pointer names; return their ids.
 
         Raises:
             StoreError: the pointer cannot be read, and nothing was removed.
@@ -244,7 +244,7 @@ class Store:
         surplus = others[: max(0, min(len(others), len(versions) - keep))]
         for version in surplus:
             gone = version.folder.with_name(f"{UNFINISHED}{version.id}")
-            version.folder.rename(gone)  # at once: nobody finds half a version
+            version.folder.rename(gone)  # atomic: no reader finds half a version
             shutil.rmtree(gone, ignore_errors=True)
             shutil.rmtree(self.evidence_folder / version.id, ignore_errors=True)
         return [version.id for version in surplus]
@@ -272,7 +272,7 @@ class Store:
 
 
 def _is_id(name: str) -> bool:
-    """Whether a folder of versions could have this name, and no other folder is meant by it."""
+    """Whether this is the name of one folder, without a path and not hidden."""
     return bool(name) and Path(name).name == name and not name.startswith(".")
 
 

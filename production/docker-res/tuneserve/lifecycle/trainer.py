@@ -1,4 +1,4 @@
-"""Training as a child of the server: one at a time, its output in the container's log, its memory gone when it ends.
+"""Training as a child process of the server, one at a time; its output goes to the container's log.
 
 MODEL_PATH/jobs/<id>.json   each training that a server started, and how it ended
 """
@@ -30,7 +30,7 @@ State = Literal["running", "finished", "refused", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class Job:
-    """One training: why it was started, how it goes or went."""
+    """One training: why it was started, and its state or outcome."""
 
     id: str
     why: str
@@ -43,14 +43,14 @@ class Job:
 
 
 class Trainer:
-    """Starts trainings and remembers them.
+    """Starts trainings and keeps a record of each.
 
     Args:
         command: that trains; `--background` is added when a model answers meanwhile.
         store: that it trains for.
         serves: whether a model answers now.
-        on_end: told of each job that ended, on a thread of its own.
-        environ: their environment variables; None for this process's own.
+        on_end: called with each job that ended, on a thread of its own.
+        environ: environment variables of a training; None for those of this process.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Trainer:
             if self._closed or (self._job is not None and self._job.state == "running"):
                 raise BusyError("A training is running already." if not self._closed else "The server is about to end.")
             now = datetime.now(UTC)
-            job = Job(f"{now:%Y%m%dT%H%M%SZ}-{uuid4().hex[:6]}", why, "running", _said(now))
+            job = Job(f"{now:%Y%m%dT%H%M%SZ}-{uuid4().hex[:6]}", why, "running", _timestamp(now))
             self._job = job
             self._keep(job)
             self._thread = threading.Thread(target=self._run, args=[job], name="training", daemon=True)
@@ -98,7 +98,7 @@ class Trainer:
         return job if job is not None and job.state == "running" else None
 
     def progress(self) -> dict[str, object]:
-        """How far the running job is: `phase`, and while it learns `epoch`, `progress`, `loss`, `eta_s`."""
+        """How far the running job is: `phase`, and while it trains `epoch`, `progress`, `loss`, `eta_s`."""
         if self.running is None:
             return {}
         status = read_status(self._store.status_file)
@@ -107,12 +107,12 @@ class Trainer:
         return {name: value for name, value in status.items() if name != "pid"}
 
     def jobs(self) -> list[Job]:
-        """All that are remembered, newest first."""
+        """All jobs on record, newest first."""
         names = sorted((path.stem for path in self._folder.glob("*.json")), reverse=True)
         return [job for name in names if (job := self.job(name)) is not None]
 
     def job(self, name: str) -> Job | None:
-        """One job by its id. What another server left running when it died counts as interrupted."""
+        """One job by its id. One that another server left running when it died counts as interrupted."""
         current = self._job
         if current is not None and current.id == name:
             return current
@@ -125,14 +125,14 @@ class Trainer:
         return replace(job, state="interrupted") if job.state == "running" else job
 
     def interrupt(self) -> None:
-        """Let the running training write its checkpoint and end; no other starts any more."""
+        """Let the running training write its checkpoint and end, and start no other."""
         with self._lock:
             self._closed = True
             if self._child is not None and self._child.poll() is None:
                 self._child.terminate()
 
     def close(self) -> None:
-        """Wait for that end, and force it if it does not come."""
+        """Interrupt the training, wait for its end, and kill it after SAVE_S."""
         self.interrupt()
         if self._thread is not None:
             self._thread.join(SAVE_S)
@@ -140,7 +140,7 @@ class Trainer:
             self._child.kill()
 
     def _run(self, job: Job) -> None:
-        # The child ends when the thread that started it does: this one waits for it.
+        # The kernel ends the child when the thread that started it ends, so this thread waits.
         background = ["--background"] if self._serves() else []
         try:
             if background and not self._store.versions_folder.is_dir():
@@ -149,12 +149,14 @@ class Trainer:
             with self._lock:
                 self._child = None
                 if not self._closed:
-                    self._store.status_file.unlink(missing_ok=True)  # what it says is of the training before
+                    self._store.status_file.unlink(missing_ok=True)  # it is of the training before
                     self._child = subprocess.Popen([*self._command, *background], env=self._environ)
             code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)
         except OSError as error:
-            job = replace(job, state="failed", ended_at=_said(datetime.now(UTC)), said=f"could not be started: {error}")
+            job = replace(
+                job, state="failed", ended_at=_timestamp(datetime.now(UTC)), said=f"could not be started: {error}"
+            )
         self._job = job
         self._keep(job)
         logger.log(
@@ -184,7 +186,7 @@ class Trainer:
         return replace(
             job,
             state=state,
-            ended_at=_said(datetime.now(UTC)),
+            ended_at=_timestamp(datetime.now(UTC)),
             exit_code=code if code >= 0 else 128 - code,
             version=status.get("version"),
             said=said,
@@ -200,7 +202,7 @@ class Trainer:
             logger.warning("job %s cannot be remembered: %s", job.id, error)
 
 
-def _said(moment: datetime) -> str:
+def _timestamp(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
 
 

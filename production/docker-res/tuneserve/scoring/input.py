@@ -13,12 +13,12 @@ from tuneserve.tables.formats import file_type, is_known, known_endings
 from tuneserve.tables.rows import check_type, find_columns
 
 STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What file systems call that which changes with a file's content; the first one found counts."""
+"""File systems' names of a stamp that changes with a file's content; the first one found counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputChunk:
-    """A chunk by its number in the whole input; its rows are None where they were not wanted."""
+    """A chunk by its number in the whole input; its rows are None if they were not wanted."""
 
     number: int
     rows: Chunk | None
@@ -26,10 +26,10 @@ class InputChunk:
 
 
 class Input:
-    """What INPUT names.
+    """The file or folder that INPUT names.
 
     Raises:
-        DataError: it cannot be reached or read, or does not say which column holds the text.
+        DataError: it cannot be reached or read, or the column of the text cannot be determined.
     """
 
     def __init__(self, location: str, *, text_column: str = "", label_column: str = "") -> None:
@@ -49,7 +49,7 @@ class Input:
         self.text_column = self._find_text(text_column, label_column) if self.columns else ""
 
     def chunks(self, *, chunk_rows: int, wanted: Callable[[int], bool]) -> Iterator[InputChunk]:
-        """All chunks in order. One never holds rows of two files.
+        """All chunks in order. None holds rows of two files.
 
         Raises:
             DataError: naming the file and row that cannot be read.
@@ -68,7 +68,7 @@ class Input:
             before += n_bytes
 
     def texts(self, chunk: Chunk) -> list[Any]:
-        """The values of a chunk's text column, whatever they are."""
+        """The values of a chunk's text column, of any type."""
         return self.type.format.values(chunk, self.columns, self.text_column) if self.columns else []
 
     def write(self, chunk: Chunk, answers: Sequence[Answer]) -> bytes:
@@ -79,7 +79,7 @@ class Input:
         return content.getvalue()
 
     def join(self, parts: Iterable[BinaryIO], file: BinaryIO) -> None:
-        """Write what such files hold as one file."""
+        """Write the rows of such files as one file."""
         with self.type.writing(file) as whole:
             self.type.format.join(map(self._content, parts), self.columns, whole)
 

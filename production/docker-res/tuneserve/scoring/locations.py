@@ -1,4 +1,4 @@
-"""Where files are: a path or an fsspec URL, and what to do when such a location refuses."""
+"""Where files are: a path or an fsspec URL, and errors of its file system in our own words."""
 
 import os
 import re
@@ -16,20 +16,20 @@ from tuneserve.files import replace_file
 from tuneserve.logs import in_one_line
 from tuneserve.settings import without_password
 
-QUESTION = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")
-"""What follows a URL's path: there the signature of a signed one stands."""
+QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")
+"""The query of a URL, which contains the signature of a signed one."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder of a file system; two that are equal are one."""
+    """A file or folder of a file system; equal locations are the same file."""
 
     files: fsspec.AbstractFileSystem
     path: str
 
     @property
     def name(self) -> str:
-        """The last part of the path, without a URL's question."""
+        """The last part of the path, without a URL's query."""
         return PurePosixPath(self.path if self.is_local else self.path.partition("?")[0]).name
 
     @property
@@ -39,7 +39,7 @@ class Location:
 
     @property
     def real(self) -> "Location":
-        """The location without `..` and links, to be compared."""
+        """The location with `..` and links resolved, for comparison."""
         return Location(self.files, os.path.realpath(self.path)) if self.is_local else self
 
     @property
@@ -51,18 +51,18 @@ class Location:
         return Location(self.files, f"{self.path.rstrip('/')}/{name}")
 
     def open(self) -> BinaryIO:
-        """The file, to be read."""
+        """Open the file for reading."""
         return cast(BinaryIO, self.files.open(self.path, "rb"))
 
     def put(self, content: bytes) -> None:
-        """Make this the file's whole content, at once: a reader never sees half of it."""
+        """Replace the file's content atomically."""
         if self.is_local:
             replace_file(Path(self.path), content)
         else:
             self.files.pipe_file(self.path, content)
 
     def names(self) -> list[str]:
-        """What is in the folder, sorted; nothing, when there is no such folder."""
+        """The names in the folder, sorted; empty if there is no such folder."""
         try:
             listed: list[Any] = self.files.ls(self.path, detail=False, refresh=True)
         except FileNotFoundError:
@@ -71,7 +71,7 @@ class Location:
 
 
 def locate(location: str) -> Location:
-    """The location that a path or URL names; whether something is there is not looked at.
+    """The location that a path or URL names; it need not exist.
 
     Raises:
         ValueError, ImportError: there is no such kind of URL, or its library is not installed.
@@ -82,17 +82,17 @@ def locate(location: str) -> Location:
 
 
 def shown(location: str) -> str:
-    """A path or URL as messages may say it: without password, without the signature in its question."""
+    """A path or URL for messages: without password, and without the query, which may hold a signature."""
     return without_password(location).partition("?")[0] if "://" in location else location
 
 
 @contextmanager
 def refused_as(kind: type[TuneserveError], words: str) -> Iterator[None]:
-    """Turn whatever a file system raises (each its own library's errors) into one of ours that begins with `words`."""
+    """Turn any error of a file system (each library raises its own) into one of ours that begins with `words`."""
     try:
         yield
     except TuneserveError:
         raise
     except Exception as error:
-        said = QUESTION.sub("", in_one_line(error))
+        said = QUERY.sub("", in_one_line(error))
         raise kind(f"{words}: {said}") from error

@@ -1,6 +1,6 @@
-"""What has been scored so far: a folder of parts, one a chunk, each written whole; joined at the end for a file.
+"""The output: a folder of parts, one a chunk, each written atomically; joined at the end if OUTPUT is a file.
 
-<OUTPUT>/manifest.json                  what the parts belong to
+<OUTPUT>/manifest.json                  the job that the parts belong to
 <OUTPUT>/part-<shard>-<chunk>.<ending>  a chunk's rows with their answers
 
 When OUTPUT is a file, the folder is `<OUTPUT>.parts` until the file is there.
@@ -23,7 +23,7 @@ JOINED = ".joined"
 
 
 class Output:
-    """What OUTPUT names.
+    """The file or folder that OUTPUT names.
 
     Raises:
         SettingsError: OUTPUT does not go with INPUT or with the number of shards.
@@ -45,7 +45,7 @@ class Output:
             self._finished = set(self.folder.names())
 
     def claim(self, belongs_to: dict[str, Any]) -> None:
-        """Write the manifest, or find it there as it should be.
+        """Write the manifest, or check that the one there is the same.
 
         Raises:
             StoreError: the folder holds parts of other rows, of another model or of other settings.
@@ -70,11 +70,11 @@ class Output:
                 manifest.put(content.encode())
 
     def has(self, number: int) -> bool:
-        """Whether the chunk's part is there."""
+        """Whether the chunk's part is finished."""
         return self._name(number) in self._finished
 
     def write(self, number: int, content: bytes) -> None:
-        """Put a chunk's part where it belongs.
+        """Write a chunk's part.
 
         Raises:
             StoreError: it cannot be written.
@@ -96,7 +96,7 @@ class Output:
 
     @contextmanager
     def _whole_file(self) -> Iterator[BinaryIO]:
-        """OUTPUT to be written from its beginning; nobody sees it before it is whole."""
+        """A new file that becomes OUTPUT when the block ends."""
         if self.location.is_local:
             incoming = Path(self.folder.path) / JOINED
             with incoming.open("wb") as file:

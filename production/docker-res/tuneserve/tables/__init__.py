@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is written behind a row. A row that cannot be answered has an error and no label."""
+    """The columns appended to a row. A row that cannot be classified has an error and no label."""
 
     label: str | None
     score: float | None
@@ -29,7 +29,7 @@ ANSWER_FIELDS = tuple(field.name for field in fields(Answer))
 
 
 def answer_names(columns: Sequence[str]) -> dict[str, str]:
-    """What each field of an answer is called in the output: `predicted_…`, where the input has a column of its name."""
+    """The column of each field of an answer in the output: `predicted_…` if the input has a column of that name."""
     names = {}
     for field in ANSWER_FIELDS:
         name = field
@@ -41,17 +41,17 @@ def answer_names(columns: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows of a file, as its format holds them, or None where they were not wanted."""
+    """Some rows of a file in the representation of its format, or None if they were not wanted."""
 
     rows: Any
     numbers: Sequence[int]
-    """The rows' numbers, as their author counts: the first line of a CSV is its header and has number 1."""
+    """The rows' numbers as a spreadsheet shows them: the header of a CSV has number 1."""
 
     where: str
-    """What messages call the file."""
+    """The file's name in messages."""
 
     share_read: float | None = None
-    """The share of the file that ends with this chunk; None if the file's position says it."""
+    """The share of the file up to the end of this chunk; None if the file's position gives it."""
 
 
 Wanted = Callable[[int], bool]
@@ -59,36 +59,36 @@ Wanted = Callable[[int], bool]
 
 
 class Format(Protocol):
-    """One kind of file. Files are given at their beginning; `where` is what messages call them.
+    """One kind of file. Files are passed at their beginning; `where` is their name in messages.
 
-    All methods raise DataError, which names the row, where a file is not what its ending says.
+    All methods raise DataError, which names the row, if the content does not have this format.
     """
 
     def read_columns(self, file: BinaryIO, where: str) -> list[tuple[str, str]]:
-        """The columns' names, with the types of their values; none, when there is nothing to tell them from."""
+        """The names of the columns and the types of their values; empty for a file without records."""
         ...
 
     def read_chunks(
         self, file: BinaryIO, where: str, *, chunk_rows: int, wanted: Wanted, columns: Sequence[str] | None = None
     ) -> Iterator[Chunk]:
-        """All chunks in order, at least one; a format that can read single columns reads `columns` alone."""
+        """All chunks in order, at least one; a format that can read single columns reads only `columns`."""
         ...
 
     def values(self, chunk: Chunk, columns: Sequence[str], name: str) -> list[Any]:
-        """The values of the column `name`, whatever they are; `columns` are all that the file has."""
+        """The values of the column `name`, of any type; `columns` are all columns of the file."""
         ...
 
     def write(self, chunk: Chunk, columns: Sequence[str], answers: Sequence[Answer]) -> bytes:
-        """A whole file with these rows, their answers behind them."""
+        """A complete file with these rows and their answers."""
         ...
 
     def join(self, parts: Iterable[bytes], columns: Sequence[str], file: BinaryIO) -> None:
-        """Write what such files hold as one file."""
+        """Write the rows of such files as one file."""
         ...
 
 
 def cut(items: Iterator[tuple[int, Item]], where: str, chunk_rows: int, wanted: Wanted) -> Iterator[Chunk]:
-    """Numbered rows in chunks, at least one even if it is empty; those that are not wanted are passed over."""
+    """Numbered rows in chunks, at least one even if it is empty; unwanted chunks have no rows."""
     for number in count():
         some = islice(items, chunk_rows)
         if wanted(number):

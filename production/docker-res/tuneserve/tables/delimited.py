@@ -1,4 +1,4 @@
-"""CSV and TSV. What the input says is kept: cells stay text ("01", "null")."""
+"""CSV and TSV. Cells stay text as they are ("01", "null")."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from tuneserve.tables.streams import as_text
 
 
 class Delimited:
-    """Cells between separators, below a header. Line breaks and separators within a cell stand in quotes."""
+    """Cells between separators, below a header; quoted cells may contain separators and line breaks."""
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
@@ -84,7 +84,7 @@ class Delimited:
 
 
 def _cells(answer: Answer) -> list[str]:
-    """An answer as cells: nothing for what is missing, JSON for whatever is not text."""
+    """An answer as cells: empty for None, JSON for values that are not text."""
     values = [getattr(answer, field) for field in ANSWER_FIELDS]
     return [
         "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The list of formats, and which of them a file name stands for."""
+"""The list of formats, and which of them a file name means."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class FileType:
 
     @contextmanager
     def writing(self, raw: BinaryIO) -> Iterator[BinaryIO]:
-        """A file whose bytes arrive compressed in `raw`."""
+        """A file whose bytes are compressed into `raw`."""
         if self.compression:
             with compressing(raw, self.compression) as file:
                 yield file

@@ -27,7 +27,7 @@ ANSWER_TYPES = {
 }
 
 GROUP_BYTES = 8 << 20
-"""What the rows of a group take in memory when parts are joined; parts alone can make groups too small to read fast."""
+"""Memory of a row group when parts are joined; one group a part could be too small to be read fast."""
 
 
 class Parquet:
@@ -44,7 +44,7 @@ class Parquet:
     def read_chunks(
         self, file: BinaryIO, where: str, *, chunk_rows: int, wanted: Wanted, columns: Sequence[str] | None = None
     ) -> Iterator[Chunk]:
-        """See `Format`. Row groups that hold no wanted row, and columns that are not asked for, are not read."""
+        """See `Format`. Row groups without a wanted row, and other columns, are not read."""
         with _open_parquet(file, where) as table:
             schema = table.schema_arrow
             if columns is not None:
@@ -71,7 +71,7 @@ class Parquet:
     def _batches(
         table: pq.ParquetFile, columns: list[str], chunk_rows: int, wanted: Wanted
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The rows of all groups in which a wanted chunk has a part, each batch with the number of its first row."""
+        """The rows of all groups that overlap a wanted chunk, each batch with the number of its first row."""
         begin = 0
         for group in range(table.num_row_groups):
             row, end = begin, begin + table.metadata.row_group(group).num_rows
@@ -82,7 +82,7 @@ class Parquet:
             begin = end
 
     def values(self, chunk: Chunk, columns: Sequence[str], name: str) -> list[Any]:
-        """See `Format`. The numbers of a column that names its classes become these names, -1 None."""
+        """See `Format`. Class ids become the names that the schema gives them, -1 becomes None."""
         classes = _class_names(chunk.rows.schema, name)
         column = chunk.rows.column(name)
         try:
@@ -138,10 +138,10 @@ def _class_names(schema: pa.Schema, name: str) -> list[str] | None:
 
 @contextmanager
 def _open_parquet(file: BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
-    pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps up to 70 MiB of what was given back
+    pa.set_memory_pool(pa.system_memory_pool())  # the default pool keeps up to 70 MiB of freed memory
     with _seekable(file) as whole:
         try:
-            # Read as it comes: by itself the library loads whole row groups, and one may be the whole file.
+            # Unbuffered: by default the library loads whole row groups, and one may be the whole file.
             with pq.ParquetFile(whole, pre_buffer=False, buffer_size=BLOCK_BYTES) as table:
                 yield table
         except pa.ArrowException as error:

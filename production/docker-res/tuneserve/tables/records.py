@@ -1,6 +1,6 @@
-"""JSON: one record a line, or one array of records. A record stays as it is spelled, and may lack fields of others.
+"""JSON: one record a line, or one array of records. The source of a record is kept, and it may lack fields of others.
 
-Either is read whatever the ending says; the ending decides what is written.
+Either is read under both endings; the ending decides which is written.
 """
 
 import json
@@ -14,7 +14,7 @@ from tuneserve.tables import Answer, Chunk, Wanted, answer_names, cut
 from tuneserve.tables.streams import BLOCK_BYTES, as_text
 
 FIRST_RECORDS = 1000
-"""Records whose fields together are taken for the columns: a record may lack some."""
+"""Records whose fields together are the columns, since a record may lack some."""
 
 SPACE = re.compile(r"[ \t\n\r]*")
 LINE_BREAK = re.compile(r"[\r\n]")
@@ -23,7 +23,7 @@ DECODER = json.JSONDecoder()
 BEGIN, BETWEEN, END = b"[\n", b",\n", b"\n]\n"
 
 Record = tuple[str, dict[str, Any]]
-"""A record as it is spelled, and what it says."""
+"""The JSON source of a record, and its value."""
 
 
 class Records:
@@ -51,15 +51,15 @@ class Records:
         """See `Format`."""
         names = answer_names(columns)
         lines = []
-        for number, (spelled, record), answer in zip(chunk.numbers, chunk.rows, answers, strict=True):
+        for number, (source, record), answer in zip(chunk.numbers, chunk.rows, answers, strict=True):
             if taken := record.keys() & set(names.values()):
                 raise DataError(
                     f"{chunk.where}, line {number}: here is a field {min(taken)!r}, which the first {FIRST_RECORDS} "
                     "records lack; answers are written under that name."
                 )
-            # Added to the text of the record and not to what was read of it: 1.10 and 1e400 stay what they are.
+            # Appended to the source and not to the parsed record: 1.10 and 1e400 stay as they are.
             added = json.dumps({name: getattr(answer, field) for field, name in names.items()}, ensure_ascii=False)
-            line = LINE_BREAK.sub(" ", spelled[:-1]).rstrip()  # within a string a line break would be escaped
+            line = LINE_BREAK.sub(" ", source[:-1]).rstrip()  # within a string a line break would be escaped
             lines.append(f"{line}{', ' if record else ''}{added[1:]}".encode())
         if self._is_array:
             return BEGIN + BETWEEN.join(lines) + END
@@ -88,31 +88,31 @@ def _read(file: BinaryIO, where: str) -> Iterator[tuple[int, Record]]:
             begin = text.read(1)
         read = _read_array if begin == "[" else _read_lines
         try:
-            for number, spelled, record in read(begin, text, line):
+            for number, source, record in read(begin, text, line):
                 if not isinstance(record, dict):
-                    raise DataError(f"{where}, line {number}: {spelled[:40]} is no record with named fields.")
-                yield number, (spelled, record)
+                    raise DataError(f"{where}, line {number}: {source[:40]} is no record with named fields.")
+                yield number, (source, record)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}, line {error.lineno}: {error.msg}.") from None
 
 
 def _read_lines(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str, Any]]:
     """The values of a file with one a line; `begin`, the first character of `line`, has been read."""
-    spelled = (begin + file.readline()).strip() if begin else ""
+    source = (begin + file.readline()).strip() if begin else ""
     while True:
-        if spelled:
+        if source:
             try:
-                yield line, spelled, json.loads(spelled)
+                yield line, source, json.loads(source)
             except json.JSONDecodeError as error:
                 error.lineno += line - 1
                 raise
         if not (following := file.readline()):
             return
-        spelled, line = following.strip(), line + 1
+        source, line = following.strip(), line + 1
 
 
 def _read_array(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str, Any]]:
-    """The values of one array, one by one: the file may be larger than memory."""
+    """The values of one array, parsed one by one: the file may be larger than memory."""
     text, mark, lines, number = begin + file.read(BLOCK_BYTES), 0, line - 1, 0
     while text[mark] != "]":
         try:
@@ -125,9 +125,9 @@ def _read_array(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str,
             lines += text.count("\n", 0, mark)
             text, mark = text[mark:] + more, 0
         else:
-            for spelled, value in values:
+            for source, value in values:
                 number += 1
-                yield number, spelled, value
+                yield number, source, value
     if (text[mark + 1 :] + file.read(BLOCK_BYTES)).strip():
         extra = json.JSONDecodeError("Extra data", text, mark + 1)
         extra.lineno += lines

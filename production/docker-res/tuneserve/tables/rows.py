@@ -1,6 +1,6 @@
-"""Texts and labels: which columns hold them, what a value says, and the labelled rows of one local file.
+"""Texts and labels: which columns hold them, how values become text, and the labelled rows of one local file.
 
-A row has the number by which its author finds it. Scoring finds columns and reads values by the same rules.
+Rows are numbered as their author counts them. Scoring finds columns and formats values by the same rules.
 """
 
 import math
@@ -17,35 +17,35 @@ TEXT_NAMES = {"text", "sentence", "review", "content", "comment", "message", "do
 LABEL_NAMES = {"label", "labels", "sentiment", "category", "class", "target", "intent", "coarse_label"}
 
 NOT_TEXT = ("binary", "large_binary", "fixed_size_binary", "list", "large_list", "fixed_size_list", "struct", "map")
-"""How the names of Parquet's types begin that cannot be read as a text."""
+"""Prefixes of the names of Parquet's types that cannot be read as text."""
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 20
-"""Most rows that are in memory at once; and the size of their texts at which it is enough, however few they are."""
+"""Most rows in memory at once, and most characters of their texts."""
 
 CHUNK_ROWS = 200
-"""Rows that are read at once: few, since a text may be long."""
+"""Rows that are read at once: few, since texts may be long."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the text and the label; an empty name is to be found."""
+    """The columns that hold the text and the label; an empty name is to be found."""
 
     text: str = ""
     label: str = ""
 
 
 Row = tuple[int, str, str]
-"""A row's number (the first line of a file is 1), its text, and its label; a label that is missing is empty."""
+"""A row's number (the first line of a file is 1), its text, and its label, empty if it is missing."""
 
 Find = Callable[[list[str]], Columns]
-"""From a file's column names to the two that count; raises DataError when they cannot be told."""
+"""From a file's column names to the two to be read; raises DataError if they cannot be determined."""
 
 Item = TypeVar("Item")
 
 
 def in_batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """The items in order, as many at once as memory should hold; `size` is an item's number of characters."""
+    """The items in order, as many at once as should be in memory; `size` gives an item's characters."""
     batch: list[Item] = []
     characters = 0
     for item in items:
@@ -59,9 +59,9 @@ def in_batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[l
 
 
 def find_columns(names: Sequence[str], *, text: str = "", label: str = "") -> tuple[str, str]:
-    """The names of the text's and the label's column; each is the one asked for, else the only one that could be meant.
+    """The names of the text's and the label's column; each is the one asked for, else the only candidate.
 
-    A name that cannot be told is empty; one that was asked for is given back even where no column has it.
+    A name that cannot be determined is empty; one that was asked for is returned even if no column has it.
     """
     label = label or _only([name for name in names if name.casefold() in LABEL_NAMES and name != text])
     text = text or _only([name for name in names if name.casefold() in TEXT_NAMES and name != label])
@@ -76,28 +76,28 @@ def _only(names: list[str]) -> str:
 
 
 def check_type(name: str, kind: str, where: str) -> None:
-    """Refuse a column whose type is not one text or number a row.
+    """Check that a column holds one text or number a row.
 
     Raises:
-        DataError: it is not.
+        DataError: it does not.
     """
     if kind.startswith(NOT_TEXT):
         raise DataError(f"{where}: the column {name!r} holds {kind}, not one text or number a row.")
 
 
 def format_value(value: Any) -> str:
-    """A value as text; a missing one as an empty text."""
+    """A value as text; an empty text for a missing one."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    # A column with gaps turns whole numbers into floats; that is undone.
+    # A column with missing values turns integers into floats, which is undone.
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def read_file(path: Path, where: str, find: Find) -> Iterator[Row]:
-    """The rows of a file of any known format; `where` is what messages call it.
+    """The rows of a file of any known format; `where` is its name in messages.
 
     Raises:
-        DataError: naming the file, the line or row, and what is wrong there.
+        DataError: naming the file, the line or row, and the fault.
     """
     kind = file_type(path.name, where)
     try:

@@ -1,4 +1,4 @@
-"""A file's bytes, read and written as a stream (memory does not grow with the file): compressed, and as UTF-8 text."""
+"""Streams of a file's bytes, in constant memory: decompressed, compressed, and as UTF-8 text."""
 
 import bz2
 import codecs
@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 20
 
 
 class Decompressed(io.RawIOBase):
-    """The content of an archive, from its beginning; it cannot be sought in, and closing it leaves the archive open."""
+    """The content of an archive, not seekable; closing it leaves the archive open."""
 
     def __init__(self, raw: BinaryIO, compression: str, where: str) -> None:
         self._where = where
@@ -48,7 +48,7 @@ class Decompressed(io.RawIOBase):
         try:
             content = self._stream.read(len(buffer))
         except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the disk or network, not the content
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk or network, not of the content
                 raise
             reason = " ".join(str(error).split())
             raise DataError(f"{self._where}: the archive is damaged: {reason}") from error
@@ -67,7 +67,7 @@ class ZstdWriter(io.RawIOBase):
         return True
 
     def write(self, content: Any) -> int:
-        """Compress and pass on all of the content."""
+        """Compress and write all of the content."""
         content = bytes(content)
         if content:
             self._raw.write(pa.compress(content, "zstd", asbytes=True))
@@ -81,7 +81,7 @@ class ZstdWriter(io.RawIOBase):
 
 @contextmanager
 def decompressed(raw: BinaryIO, compression: str, where: str) -> Iterator[BinaryIO]:
-    """The content of the archive `raw`, to be read from its beginning to its end."""
+    """The content of the archive `raw`, to be read once from beginning to end."""
     with Decompressed(raw, compression, where) as file:
         yield cast(BinaryIO, file)
 
@@ -103,7 +103,7 @@ def compressing(raw: BinaryIO, compression: str) -> Iterator[BinaryIO]:
 
 
 class CheckedUtf8(io.RawIOBase):
-    """Bytes that are UTF-8 so far; closing this leaves the file open."""
+    """Bytes of a file, checked to be UTF-8 as they are read; closing this leaves the file open."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self._file, self._where, self._line = file, where, 1
@@ -135,7 +135,7 @@ class CheckedUtf8(io.RawIOBase):
 
 @contextmanager
 def as_text(file: BinaryIO, where: str, *, newline: str | None) -> Iterator[TextIO]:
-    """A file in UTF-8, with or without a byte order mark, as text; it is left open to whoever opened it."""
+    """A file in UTF-8, with or without a byte order mark, as text; the file itself stays open."""
     with io.TextIOWrapper(
         io.BufferedReader(CheckedUtf8(file, where), BLOCK_BYTES), encoding="utf-8-sig", newline=newline
     ) as text:
