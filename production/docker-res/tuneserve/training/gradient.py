@@ -47,13 +47,13 @@ class ForwardBackward(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step has seen: real tokens and places fed, padding included; the mean loss over all processes.
+    """What a step has seen: its tokens, those with padding included; the mean loss over all processes.
 
     `stop`: a process was asked to stop. Not `whole`: that was in its middle, and there is no gradient.
     """
 
     tokens: int = 0
-    places: int = 0
+    padded_tokens: int = 0
     loss: float = 0.0
     stop: bool = False
     whole: bool = True
@@ -110,10 +110,13 @@ class Gradient:
                 logger.warning("out of memory: going on with at most %d tokens at a time", self.part_tokens)
         if not step.whole:
             self.optimizer.drop()
-        figures = torch.tensor([step.loss, step.places, self.stopping()], dtype=torch.float64, device=self.device)
+        figures = torch.tensor(
+            [step.loss, step.padded_tokens, self.stopping()], dtype=torch.float64, device=self.device
+        )
         self.world.add_up(figures)
-        loss, places, stop = figures.tolist()
-        return Step(int(self.lengths[rows].sum()), int(places), loss, stop=stop > 0 or not step.whole, whole=step.whole)
+        loss, padded_tokens, stop = figures.tolist()
+        stop = stop > 0 or not step.whole
+        return Step(int(self.lengths[rows].sum()), int(padded_tokens), loss, stop=stop, whole=step.whole)
 
     def _in_parts(self, rows: Array) -> Step:
         train = self.train
@@ -122,15 +125,16 @@ class Gradient:
         total_weight = len(rows) if weights is None else weights[label_ids].sum()
         words = np.unique(np.concatenate([train.text_ids(row) for row in rows])).astype(np.int64)
         self.optimizer.begin(torch.from_numpy(words).to(self.device))
-        loss, places = torch.zeros((), device=self.device), 0
+        loss, padded_tokens = torch.zeros((), device=self.device), 0
         for part in split_rows(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
             if self.world.size == 1 and self.stopping():
                 return Step(whole=False)
             batch = collate(train, part, self.device)
             loss += self.learn(batch, total_weight)
             self.optimizer.collect()
-            places += len(part) * int(batch.lengths.max()) if self.learn.forward.pads else int(batch.lengths.sum())
-        return Step(places=places, loss=float(loss))
+            longest, tokens = int(batch.lengths.max()), int(batch.lengths.sum())
+            padded_tokens += len(part) * longest if self.learn.forward.pads else tokens
+        return Step(padded_tokens=padded_tokens, loss=float(loss))
 
 
 def is_out_of_memory(error: Exception) -> bool:
