@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.gradient import Gradient, Step, is_out_of_memory
-from tuneserve.training.loop import Learner, Recipe
+from tuneserve.training.checkpoint import Step
+from tuneserve.training.loop import Gradient, Learner, Recipe, is_out_of_memory
 from tuneserve.training.tokens import Batch, collate
 from tuneserve.training.world import ALONE, World
 
@@ -239,7 +239,7 @@ CHILD = """
 import logging, os, resource, sys
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.training import gradient, job, loop
+from tuneserve.training import job, loop
 
 fit = loop.fit
 def fit_in_little_memory(*arguments, **named):
@@ -252,7 +252,7 @@ def fit_in_little_memory(*arguments, **named):
     return seen
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-gradient.PART_TOKENS["cpu"] = 1 << 30
+loop.PART_TOKENS["cpu"] = 1 << 30
 loop.fit = fit_in_little_memory
 version = job.train(Settings.from_environ(os.environ), Stop(), threads=1)
 print("accuracy", version.metadata["metrics"]["test"]["accuracy"])

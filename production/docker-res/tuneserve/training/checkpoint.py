@@ -20,7 +20,6 @@ from tuneserve.artifact import is_disk_error
 from tuneserve.errors import StoreError
 from tuneserve.files import new_file
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.gradient import Step
 from tuneserve.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -28,6 +27,20 @@ logger = logging.getLogger(__name__)
 KEPT = 2
 """Checkpoints kept of one run: the newest, and the one before in case the newest cannot be read."""
 BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step has seen: its tokens, those with padding included; the mean loss over all processes.
+
+    `stop`: a process was asked to stop. Not `whole`: that was in its middle, and there is no gradient.
+    """
+
+    tokens: int = 0
+    padded_tokens: int = 0
+    loss: float = 0.0
+    stop: bool = False
+    whole: bool = True
 
 
 @dataclass
