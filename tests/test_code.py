@@ -168,7 +168,7 @@ def test_an_edit_trains_anew_and_a_comment_does_not(tmp_path: Path, python: Pyth
     assert trained_ids(tokens) == tree.served_ids(versions.pop())
 
     tree.edit("text.py", 'LINE_BREAK_TAG.sub(" ", text)\n', 'LINE_BREAK_TAG.sub(" ", text)  # one space\n')
-    tree.edit("training/loop.py", '"""The training loop, written out."""', '"""The loop."""')
+    tree.edit("training/loop.py", '"""The training loop, written out.\n', '"""The loop.\n')
     assert tree.train() == (set(), set())
 
     tree.edit("training/model.py", "return functional.cross_entropy(", "return 2 * functional.cross_entropy(")

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.gradient import Gradient, Step, is_out_of_memory
-from tuneserve.training.loop import Learner, Recipe
+from tuneserve.training.checkpoint import Step
+from tuneserve.training.loop import Gradient, Learner, Recipe, is_out_of_memory
 from tuneserve.training.tokens import Batch, collate
 from tuneserve.training.world import ALONE, World
 
@@ -111,7 +111,7 @@ def test_loss_and_gradient_are_torchs_mean_over_the_batch_whatever_the_parts(
         assert float(all_of(gradient).norm()) == pytest.approx(float(norm), rel=1e-4)
         assert step.tokens == sum(LENGTHS)
         padded = {1: sum(LENGTHS), 10_000: 60 * len(LENGTHS)}
-        assert step.places == (sum(LENGTHS) if kind == "bert" else padded.get(part_tokens, step.places))
+        assert step.padded_tokens == (sum(LENGTHS) if kind == "bert" else padded.get(part_tokens, step.padded_tokens))
         assert (step.stop, step.whole) == (False, True)
 
 
@@ -131,7 +131,7 @@ def test_out_of_memory_the_step_is_made_in_smaller_parts_and_stays_the_same(capl
         gradient.of(ROWS, 1)
         assert gradient.learn.forward.tried == [*refused, *parts, *parts]  # it does not try in vain again
     assert step.loss == pytest.approx(wanted[0].loss, rel=1e-5)
-    assert step.places == wanted[0].places
+    assert step.padded_tokens == wanted[0].padded_tokens
     torch.testing.assert_close(found, wanted[1], rtol=1e-4, atol=1e-6)
 
 
@@ -228,18 +228,18 @@ def test_the_shares_of_two_processes_add_up_to_the_whole(texts: int) -> None:
             step = gradient.of(ROWS[:texts], 0)
             if not gradient.optimizer._collected:  # then `step` of the optimizer clears it
                 gradient.optimizer.gradient.zero_()
-            found.append((all_of(copy.copy(gradient)), step.loss, step.places))
-    (whole, loss, places), *shares = found
+            found.append((all_of(copy.copy(gradient)), step.loss, step.padded_tokens))
+    (whole, loss, padded_tokens), *shares = found
     torch.testing.assert_close(shares[0][0] + shares[1][0], whole, rtol=1e-4, atol=1e-6)
     assert shares[0][1] + shares[1][1] == pytest.approx(loss, rel=1e-5)
-    assert shares[0][2] + shares[1][2] == places
+    assert shares[0][2] + shares[1][2] == padded_tokens
 
 
 CHILD = """
 import logging, os, resource, sys
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.training import gradient, job, loop
+from tuneserve.training import job, loop
 
 fit = loop.fit
 def fit_in_little_memory(*arguments, **named):
@@ -252,7 +252,7 @@ def fit_in_little_memory(*arguments, **named):
     return seen
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-gradient.PART_TOKENS["cpu"] = 1 << 30
+loop.PART_TOKENS["cpu"] = 1 << 30
 loop.fit = fit_in_little_memory
 version = job.train(Settings.from_environ(os.environ), Stop(), threads=1)
 print("accuracy", version.metadata["metrics"]["test"]["accuracy"])

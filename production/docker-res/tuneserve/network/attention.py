@@ -42,17 +42,17 @@ def upload(array: Array, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Texts of like length that are attended to together, as rows of `longest` places.
+    """Texts of like length that are attended to together, as rows of `longest` tokens, padding included.
 
-    `places` int64 [texts · longest] are the token of each place, `filled` those places that hold one; both are None,
-    as is `mask` [texts, 1, 1, longest] (added to the scores), where all texts are equally long.
+    `index` int64 [texts · longest] says which token is where in the rows, `filled` where it is no padding; both are
+    None, as is `mask` [texts, 1, 1, longest] (added to the scores), where all texts are equally long.
     """
 
     first: int
     last: int
     texts: int
     longest: int
-    places: torch.Tensor | None = None
+    index: torch.Tensor | None = None
     filled: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
@@ -62,12 +62,12 @@ class Layout(Protocol):
 
     @property
     def first(self) -> torch.Tensor:
-        """The place of each text's first token, int64 [texts]."""
+        """The index of each text's first token, int64 [texts]."""
         ...
 
     @property
     def positions(self) -> torch.Tensor:
-        """Each token's place in its text, int64 [tokens]."""
+        """Each token's position in its text, int64 [tokens]."""
         ...
 
     def attend(
@@ -116,14 +116,14 @@ class Spans:
 
     @cached_property
     def first(self) -> torch.Tensor:
-        """The place of each text's first token, int64 [texts]."""
+        """The index of each text's first token, int64 [texts]."""
         return upload(self.starts[:-1], self.device)
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Each token's place in its text, int64 [tokens]."""
-        places = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], self.lengths)
-        return upload(places, self.device)
+        """Each token's position in its text, int64 [tokens]."""
+        positions = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], self.lengths)
+        return upload(positions, self.device)
 
     @cached_property
     def longest(self) -> int:
@@ -205,11 +205,11 @@ class Spans:
             return Block(*span)
         offsets = np.arange(longest)
         filled = offsets < self.lengths[begin:end, None]
-        places = np.where(filled, self.starts[begin:end, None] + offsets, self.starts[begin])
+        index = np.where(filled, self.starts[begin:end, None] + offsets, self.starts[begin])
         mask = np.where(filled, 0.0, MASKED)[:, None, None, :]
         return Block(
             *span,
-            upload(places.reshape(-1), self.device),
+            upload(index.reshape(-1), self.device),
             upload(np.flatnonzero(filled), self.device),
             upload(mask, self.device),
         )
@@ -290,8 +290,8 @@ class _TogetherInBlocks(torch.autograd.Function):
         tokens, heads, channels = gradient.shape
         of_joint = gradient.new_empty(tokens, 3, heads, channels)
         kept = ctx.saved_tensors
-        for place, block in enumerate(ctx.spans.blocks(heads)):
-            three, weights = kept[2 * place : 2 * place + 2]
+        for number, block in enumerate(ctx.spans.blocks(heads)):
+            three, weights = kept[2 * number : 2 * number + 2]
             incoming = _take(gradient, block, empty=0.0).reshape(three.shape[1:])
             found = torch.empty_like(three)
             torch.bmm(weights.transpose(1, 2), incoming, out=found[2])
@@ -308,8 +308,8 @@ class _TogetherInBlocks(torch.autograd.Function):
 
 
 def _rows(states: torch.Tensor, block: Block) -> torch.Tensor:
-    """States [tokens, ...] → [texts, longest, ...]; places without a token repeat another."""
-    rows = states[block.first : block.last] if block.places is None else states[block.places]
+    """States [tokens, ...] → [texts, longest, ...]; padding repeats another token."""
+    rows = states[block.first : block.last] if block.index is None else states[block.index]
     return rows.view(block.texts, block.longest, *states.shape[1:])
 
 
@@ -365,16 +365,16 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _one_each(block: Block, text: int) -> Block:
-    """The first tokens of a block's texts, which lie one after the other from place `text` on."""
+    """The first tokens of a block's texts, which lie one after the other from index `text` on."""
     return Block(text, text + block.texts, block.texts, 1)
 
 
 def _take(states: torch.Tensor, block: Block, empty: float | None = None) -> torch.Tensor:
-    """States [tokens, heads, channels] → [texts, heads, longest, channels]; `empty` fills places without a token."""
-    if block.places is None or block.filled is None:
+    """States [tokens, heads, channels] → [texts, heads, longest, channels]; `empty` fills the padding."""
+    if block.index is None or block.filled is None:
         rows = states[block.first : block.last]
     elif empty is None:
-        rows = states[block.places]
+        rows = states[block.index]
     else:
         rows = states.new_full((block.texts * block.longest, *states.shape[1:]), empty)
         rows[block.filled] = states[block.first : block.last]
@@ -391,6 +391,6 @@ def _put(out: torch.Tensor, found: torch.Tensor, block: Block) -> None:
 
 
 def _band(longest: int, window: int, scores: torch.Tensor) -> torch.Tensor:
-    places = torch.arange(longest, device=scores.device)
-    apart = (places[:, None] - places[None, :]).abs()
+    index = torch.arange(longest, device=scores.device)
+    apart = (index[:, None] - index[None, :]).abs()
     return torch.zeros_like(apart, dtype=scores.dtype).masked_fill(apart > window, MASKED)

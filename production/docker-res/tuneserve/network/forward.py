@@ -34,7 +34,7 @@ class Texts:
     lengths: Array
 
     def padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The texts as rows of equal length, and which places are filled: both int64 [texts, tokens of the longest]."""
+        """Rows of equal length, and a mask that is 0 for padding: both int64 [texts, tokens of the longest]."""
         filled = np.arange(self.lengths.max()) < self.lengths[:, None]
         device = self.input_ids.device
         input_ids = torch.full((filled.size,), pad_id, dtype=torch.int64, device=device)

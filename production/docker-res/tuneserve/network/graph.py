@@ -32,7 +32,7 @@ ROW_COUNTS = (*range(1, 9), *range(10, 21, 2), *range(24, 41, 4), *range(48, 81,
 """Numbers of rows that a batch may have."""
 
 SLACK = 1.25
-"""Places to be reckoned with for a token: texts do not fill their rows quite."""
+"""Padded tokens to be expected for each token: texts do not quite fill their rows."""
 
 NARROW = 64
 """Tokens of the narrowest row in batches of several rows; wider ones double."""
@@ -40,8 +40,8 @@ NARROW = 64
 EVEN_WIDTH = 640
 """In a row so wide, attention takes as long as all else: measured on a CPU with bf16 matrices, at 128 and 256."""
 
-PLACES_A_TEXT = (16, 4)
-"""The graph reads a result for every 16th or 4th place of a batch: most texts are longer than 16 tokens, few than 4."""
+TOKENS_A_RESULT = (16, 4)
+"""The graph reads a result for every 16 or 4 padded tokens: most texts are longer than 16, few shorter than 4."""
 
 
 def load_openvino() -> Any:
@@ -54,7 +54,7 @@ def load_openvino() -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch laid out: what its engine computes from, the number of texts, and the places, padding included."""
+    """A batch laid out: what its engine computes from, the number of texts, and of tokens, padding included."""
 
     inputs: tuple[Any, ...]
     texts: int
@@ -144,9 +144,9 @@ class Graph:
         """
         shapes = batch_shapes(self._widths, max_batch_tokens)
         end = time.perf_counter() + seconds
-        for place, (rows, width) in enumerate(shapes):
+        for index, (rows, width) in enumerate(shapes):
             if time.perf_counter() > end:
-                return len(shapes) - place
+                return len(shapes) - index
             self.begin(self.prepare([[0] * width] * rows))
             self.result()
         return 0
@@ -205,7 +205,7 @@ def plan(lengths: Sequence[int], widths: Sequence[int]) -> tuple[tuple[int, int]
 
 
 def _work(rows: int, width: int) -> int:
-    """What a shape costs, in any unit: products for each place, and attention between the places of a row."""
+    """What a shape costs, in any unit: products for each token, and attention between those of a row."""
     return rows * width * (EVEN_WIDTH + width)
 
 
@@ -236,11 +236,8 @@ def _at_least(rows: int) -> int:
 
 def _result_counts(rows: int, width: int) -> list[int]:
     """Numbers of results that a batch of this shape is read at."""
-    return sorted(
-        {1} | {rows * width // places for places in PLACES_A_TEXT}
-        if rows == 1
-        else {rows * width // places for places in PLACES_A_TEXT}
-    )
+    counts = {rows * width // tokens for tokens in TOKENS_A_RESULT}
+    return sorted(counts | {1} if rows == 1 else counts)
 
 
 def _pack(

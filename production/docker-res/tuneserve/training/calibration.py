@@ -18,7 +18,7 @@ from tuneserve.training.evaluation import expected_calibration_error
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BOUNDS = (0.5, 10.0)
-"""Temperatures that are believed; below, a few validation texts that are all right would make the model cocksure."""
+"""Temperatures that are accepted; below, a few validation texts that are all right would make it overconfident."""
 
 PRIOR = 0.5
 """How far, as a standard deviation of its logarithm, a temperature is expected from 1 before a text was seen: a handful

@@ -1,6 +1,6 @@
-"""Training that was interrupted, on disk: weights, optimizer, and the place in the data.
+"""Training that was interrupted, on disk: weights, optimizer, and the position in the data.
 
-Random states need no place in it: the order of the texts follows from the seed and the epoch, dropout from the seed and
+Random states are not in it: the order of the texts follows from the seed and the epoch, dropout from the seed and
 the step. One safetensors file a checkpoint, replaced whole; its header holds what is not a tensor, as JSON. No pickles.
 """
 
@@ -20,7 +20,6 @@ from tuneserve.artifact import is_disk_error
 from tuneserve.errors import StoreError
 from tuneserve.files import new_file
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.gradient import Step
 from tuneserve.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -30,12 +29,26 @@ KEPT = 2
 BEST = "best.safetensors"
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step has seen: its tokens, those with padding included; the mean loss over all processes.
+
+    `stop`: a process was asked to stop. Not `whole`: that was in its middle, and there is no gradient.
+    """
+
+    tokens: int = 0
+    padded_tokens: int = 0
+    loss: float = 0.0
+    stop: bool = False
+    whole: bool = True
+
+
 @dataclass
 class Position:
     """How far a run has come: `step` batches into `epoch` (both from 0), and what it has seen.
 
-    `first_loss` is that of the untrained model; `places` went through the model, padding included; `best_epoch` counts
-    from 1, 0 being none yet; `part_tokens` is the loop's, 0 being its default.
+    `first_loss` is that of the untrained model; `padded_tokens` includes padding; `best_epoch` counts from 1, 0 being
+    none yet; `part_tokens` is the loop's, 0 being its default.
     """
 
     epoch: int = 0
@@ -45,7 +58,7 @@ class Position:
     smooth_loss: float = 0.0
     texts: int = 0
     tokens: int = 0
-    places: int = 0
+    padded_tokens: int = 0
     fit_s: float = 0.0
     part_tokens: int = 0
     best_epoch: int = 0
@@ -61,7 +74,7 @@ class Position:
         self.step += 1
         self.texts += texts
         self.tokens += step.tokens
-        self.places += step.places
+        self.padded_tokens += step.padded_tokens
         self.fit_s += seconds
         self.loss_sum += step.loss * texts
 
@@ -77,7 +90,7 @@ class Position:
             "best_epoch": self.best_epoch,
             "fit_s": round(self.fit_s, 3),
             "tokens_per_s": round(self.tokens / self.fit_s, 1),
-            "padding_share": round(1 - self.tokens / self.places, 4),
+            "padding_share": round(1 - self.tokens / self.padded_tokens, 4),
         }
 
     def count_epoch(self, figures: dict[str, float], *, better: bool, epochs: int, patience: int) -> None:
@@ -142,7 +155,7 @@ class Checkpoints:
                 continue
             position = header["position"]
             break
-        found = Position(**json.loads(world.tell(position)))
+        found = Position(**json.loads(world.broadcast_text(position)))
         for tensor in optimizer.tensors().values():
             world.broadcast(tensor)
         optimizer.refresh()

@@ -95,7 +95,7 @@ def fit_head(
     recipe = replace(recipe, epochs=max(HEAD_PASSES, recipe.epochs), patience=recipe.patience or HEAD_PATIENCE)
     seen = fit(head, forward, as_splits(tokens), labels, recipe, run, precision="fp32")
     count = int(tokens["train"].starts[-1])
-    return replace(seen, fit_s=seen.fit_s + encoded_s, tokens=count, places=count)
+    return replace(seen, fit_s=seen.fit_s + encoded_s, tokens=count, padded_tokens=count)
 
 
 def _key(body: str, precision: Precision, split: TokenizedSplit) -> str:

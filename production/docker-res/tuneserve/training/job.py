@@ -227,7 +227,7 @@ def read_feedback(settings: Settings, world: World) -> list[tuple[str, str]]:
         found = labelled_texts(settings.model_path / FILE, logger.warning)
     if world.size == 1:
         return found
-    return [(text, label) for text, label in json.loads(world.tell(json.dumps(found)))]
+    return [(text, label) for text, label in json.loads(world.broadcast_text(json.dumps(found)))]
 
 
 def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tuple[base_model.BaseModel, checks.Splits]:

@@ -72,7 +72,7 @@ def run(settings: Settings, stop: Stop, environ: Mapping[str, str], *, threads: 
     defaults = {
         "PET_NPROC_PER_NODE": str(count),
         "PET_MAX_RESTARTS": RESTARTS,
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a new meeting place for every attempt
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a new store for every attempt
     }
     if "PET_NNODES" not in environ:
         defaults["PET_STANDALONE"] = "1"

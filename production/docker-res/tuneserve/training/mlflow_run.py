@@ -122,8 +122,8 @@ class MLflowRun:
             client.update_run(run.info.run_id, "RUNNING")
         else:
             experiment = client.get_experiment_by_name(self._experiment)
-            place = experiment.experiment_id if experiment else client.create_experiment(self._experiment)
-            run = client.create_run(place, self._began_ms, run_name=self._run_name)
+            found = experiment.experiment_id if experiment else client.create_experiment(self._experiment)
+            run = client.create_run(found, self._began_ms, run_name=self._run_name)
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             self._memory.write_text(run.info.run_id, encoding="utf-8")
         new = [Param(k, str(v)) for k, v in self._parameters.items() if k not in run.data.params]

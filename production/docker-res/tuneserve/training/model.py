@@ -76,7 +76,7 @@ def build_model(
         for name in DROPOUTS & set(config.to_dict()):
             setattr(config, name, dropout)
         config.id2label = dict(enumerate(labels))
-        config.label2id = {label: place for place, label in enumerate(labels)}
+        config.label2id = {label: index for index, label in enumerate(labels)}
         config.num_labels = len(labels)
         config.problem_type = "single_label_classification"
         model = AutoModelForSequenceClassification.from_pretrained(

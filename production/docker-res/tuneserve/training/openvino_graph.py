@@ -142,9 +142,9 @@ class Rows:
     """The layout of the graph: tokens [rows · width], of which each belongs to the text that `owners` names.
 
     Args:
-        positions: int64 [rows, width], each token's place in its text.
+        positions: int64 [rows, width], each token's position in its text.
         owners: int64 [rows, width]; tokens of one text have the same number, padding has -1.
-        first: int64 [texts], the place of each text's first token.
+        first: int64 [texts], the index of each text's first token.
     """
 
     def __init__(self, positions: torch.Tensor, owners: torch.Tensor, first: torch.Tensor) -> None:
@@ -191,8 +191,8 @@ class Rows:
         if window not in self._masks:
             seen = self._owners[:, :, None] == self._owners[:, None, :]
             if window >= 0:
-                places = torch.arange(self._owners.shape[1])
-                seen = seen & ((places[:, None] - places[None, :]).abs() <= window)
+                index = torch.arange(self._owners.shape[1])
+                seen = seen & ((index[:, None] - index[None, :]).abs() <= window)
             self._masks[window] = _added(seen)[:, None]
         return self._masks[window]
 

@@ -20,7 +20,7 @@ from tuneserve.errors import TuneserveError, WorkerError
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another, which may be reading a large data set; one that died is noticed at once."""
 FAREWELL_S = 5.0
-"""How long the leading process, which keeps the meeting place, waits for the others after an error."""
+"""How long the leading process, which keeps the store of addresses, waits for the others after an error."""
 
 
 class World:
@@ -42,10 +42,10 @@ class World:
         world = cls(*(int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         if device.type == "cuda":
             torch.cuda.set_device(world.local_rank)
-        place = _meeting_place(environ)
+        store = _open_store(environ)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=place,
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=PATIENCE,
@@ -55,24 +55,24 @@ class World:
             yield world
         except TuneserveError as error:
             failed = True
-            with suppress(RuntimeError):  # the leading process is gone, and the place with it
-                place.set("word", json.dumps([str(error), error.exit_code]))
+            with suppress(RuntimeError):  # the leading process is gone, and the store with it
+                store.set("error", json.dumps([str(error), error.exit_code]))
             raise
         except RuntimeError as error:  # so gloo and NCCL say that another process has left
-            if word := _last_word(place):
-                raise word from error
+            if other := _read_error(store):
+                raise other from error
             raise
         finally:
             distributed.destroy_process_group()
             with suppress(RuntimeError):
-                place.add("left", 1)
+                store.add("left", 1)
                 deadline = time.monotonic() + FAREWELL_S
-                while failed and world.leads and place.add("left", 0) < world.size and time.monotonic() < deadline:
+                while failed and world.leads and store.add("left", 0) < world.size and time.monotonic() < deadline:
                     time.sleep(0.05)
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and the log."""
         return self.rank == 0
 
     @contextmanager
@@ -90,16 +90,16 @@ class World:
             distributed.all_reduce(tensor)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Replace a tensor by the leading process'."""
+        """Replace a tensor by that of the leading process."""
         if self.size > 1:
             distributed.broadcast(tensor, src=0)
 
-    def tell(self, words: str) -> str:
-        """The leading process' words."""
-        said = [words]
+    def broadcast_text(self, text: str) -> str:
+        """The text of the leading process."""
+        texts = [text]
         if self.size > 1:
-            distributed.broadcast_object_list(said, src=0)
-        return said[0]
+            distributed.broadcast_object_list(texts, src=0)
+        return texts[0]
 
     def any(self, yes: bool) -> bool:
         """Whether any process says yes."""
@@ -112,18 +112,18 @@ class World:
             distributed.barrier()
 
 
-def _last_word(place: Any) -> WorkerError | None:
-    """What another process told the others before it left."""
+def _read_error(store: Any) -> WorkerError | None:
+    """The error that another process left for the others."""
     with suppress(RuntimeError):
-        if place.check(["word"]):
-            return WorkerError(*json.loads(place.get("word")))
+        if store.check(["error"]):
+            return WorkerError(*json.loads(store.get("error")))
     return None
 
 
-def _meeting_place(environ: Mapping[str, str]) -> Any:
-    """Where the processes find each other's addresses.
+def _open_store(environ: Mapping[str, str]) -> Any:
+    """The key-value store in which the processes find each other's addresses.
 
-    Where the launcher keeps one such place over restarts, those of an attempt that failed must not be found in it.
+    Where the launcher keeps one over restarts, addresses of an attempt that failed must not be found in it.
     """
     store, _, _ = next(distributed.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
