@@ -17,27 +17,37 @@ import httpx
 import loop
 import pytest
 import tiny
+from wire import wait_until
+
+from tuneserve.settings import Settings
+from tuneserve.signals import Stop
+from tuneserve.training import job as training
 
 Start = Callable[..., loop.Service]
+Put = Callable[..., list[str]]
 
 PATIENCE_S = 240
 """Seconds for what takes seconds: other tests may run on the same cores."""
+TEXTS = [tiny.sentences(160), [*tiny.sentences(160), *tiny.sentences(60, first=400)]]
+"""What the first version is trained on, and what the second is."""
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    data = tmp_path / "data"
-    data.mkdir()
-    loop.write_rows(data / "train.csv", tiny.sentences(160))
-    loop.write_rows(data / "test.csv", tiny.sentences(120, first=1000))
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
-        "DATASET": str(data),
-        "BASE_MODEL": str(tiny.make_base_model(tmp_path / "base")),
+        "BASE_MODEL": str(tiny.make_base_model(tmp_path_factory.mktemp("base"))),
         "NUM_MAX_POSITIONS": "32",
         "LR": "5e-3",
         "BATCH_SIZE": "16",
         "N_EPOCHS": "12",
         "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def environment(tmp_path: Path, recipe: dict[str, str]) -> dict[str, str]:
+    return recipe | {
+        "DATASET": str(write_data(tmp_path / "data", TEXTS[0])),
         "HOST": "127.0.0.1",
         "PORT": str(loop.free_port()),
         "API_KEY": loop.KEY["X-API-Key"],
@@ -47,12 +57,47 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
+def write_data(folder: Path, texts: list[tuple[str, str]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    loop.write_rows(folder / "train.csv", texts)
+    loop.write_rows(folder / "test.csv", tiny.sentences(120, first=1000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, str]) -> list[tuple[Path, list[str]]]:
+    """A store with the first version, and one with the second too, which is the champion; the ids in their order."""
+    folder, versions = tmp_path_factory.mktemp("trained"), []
+    gate = {"MAX_ACCURACY_DROP": "1", "MAX_LATENCY_INCREASE": "100"}
+    paths = {f"{name}_PATH": str(folder / name) for name in ("MODEL", "DATA", "LOG")}
+    for number, texts in enumerate(TEXTS, 1):
+        dataset = {"DATASET": str(write_data(folder / "texts", texts))}
+        version = training.train(Settings.from_environ(recipe | gate | paths | dataset), Stop(), threads=1)
+        assert version is not None
+        versions.append(version.id)
+        shutil.copytree(folder / "MODEL", folder / str(number))
+    return [(folder / str(number), versions[:number]) for number in (1, 2)]
+
+
+@pytest.fixture
+def put(environment: dict[str, str], stores: list[tuple[Path, list[str]]]) -> Put:
+    """Put a store with so many versions into place, and the data of its champion; their ids."""
+
+    def put(count: int, path: Path | None = None) -> list[str]:
+        folder, versions = stores[count - 1]
+        shutil.copytree(folder, path or environment["MODEL_PATH"], dirs_exist_ok=True)
+        loop.write_rows(Path(environment["DATASET"]) / "train.csv", TEXTS[count - 1])
+        return versions
+
+    return put
+
+
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     services = []
 
-    def start(**changed: str) -> loop.Service:
-        services.append(loop.Service(environment | changed, tmp_path / "out.log"))
+    def start(verb: str = "train-serve", **changed: str) -> loop.Service:
+        services.append(loop.Service(environment | changed, tmp_path / "out.log", verb=verb))
         services[-1].start()
         return services[-1]
 
@@ -68,6 +113,20 @@ def ready(service: loop.Service) -> str:
     return str(body["model_version"])
 
 
+def wait_for(service: loop.Service, version: str) -> None:
+    service.wait("/readyz", lambda body: body["model_version"] == version, timeout_s=PATIENCE_S)
+
+
+def wait_for_training(service: loop.Service) -> None:
+    service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
+
+
+def wait_for_quiet(service: loop.Service) -> list[dict[str, Any]]:
+    """Wait until nothing trains; all trainings, the latest first."""
+    jobs, _ = service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
+    return list(jobs)
+
+
 def ask(service: loop.Service, text: str = "a great film") -> dict[str, Any]:
     answer = httpx.post(f"{service.url}/inference", json={"text": text}, headers=loop.KEY)
     assert answer.status_code == 200, answer.text
@@ -75,7 +134,7 @@ def ask(service: loop.Service, text: str = "a great film") -> dict[str, Any]:
 
 
 def retrain(service: loop.Service) -> dict[str, Any]:
-    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
+    wait_for_quiet(service)
     answer = httpx.post(f"{service.url}/retrain", headers=loop.KEY)
     assert answer.status_code == 202, answer.text
     job = answer.json()
@@ -86,13 +145,10 @@ def retrain(service: loop.Service) -> dict[str, Any]:
 def training_process(service: loop.Service) -> int:
     """The child that trains."""
     assert service.process is not None
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-P", str(service.process.pid)], capture_output=True, text=True).stdout.split()
-        if found:
-            return int(found[0])
-        time.sleep(0.01)
-    pytest.fail("nothing trains")
+    threads = Path(f"/proc/{service.process.pid}/task")
+    found: list[str] = []
+    wait_until(lambda: found.extend(" ".join(one.read_text() for one in threads.glob("*/children")).split()) or found)
+    return int(found[0])
 
 
 def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
@@ -105,7 +161,7 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
     assert answer.json()["phase"] in ("empty", "preparing", "training")
     first = ready(service)
     data = Path(environment["DATASET"])
-    good = tiny.sentences(160)
+    good = TEXTS[0]
     with loop.Load(int(environment["PORT"]), [text for text, _ in good], clients=2) as load:
         job = retrain(service)
         assert (job["state"], job["version"]) == ("finished", first)
@@ -119,14 +175,14 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
         assert "may be worse than the champion" in job["said"]
         assert service.version() == first
 
-        loop.write_rows(data / "train.csv", [*good, *tiny.sentences(60, first=400)])
+        loop.write_rows(data / "train.csv", TEXTS[1])
         job = retrain(service)
         assert job["state"] == "finished"
         second = job["version"]
-        service.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
+        wait_for(service, second)
         said, _ = service.command("rollback")
         assert f"{first} is the champion again" in said
-        service.wait("/readyz", lambda body: body["model_version"] == first, timeout_s=2)
+        wait_for(service, first)
         assert retrain(service)["state"] == "refused"  # what people withdrew stays so
         assert ask(service)["model_version"] == first
     assert set(load.statuses) == {"200"}
@@ -136,21 +192,18 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
     assert service.end() == 0
     again = start()
     assert ready(again) == first
-    began = time.monotonic()
     again.command("promote", second)  # which is not loaded any more
-    again.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
-    assert time.monotonic() - began < 5
+    wait_for(again, second)
 
 
 def refused(table: str) -> str:
     return next(line.split()[0] for line in table.splitlines() if "refused" in line)
 
 
-def test_labelled_feedback_reaches_the_next_training_and_survives_the_server(
-    start: Start, environment: dict[str, str]
-) -> None:
-    service = start()
-    first = ready(service)
+def test_labelled_feedback_reaches_the_next_training_and_survives_the_server(start: Start, put: Put) -> None:
+    [first] = put(1)
+    service = start("serve")
+    assert ready(service) == first
     answer = ask(service, "the film was great")
     with httpx.Client(base_url=service.url, headers=loop.KEY) as client:
         by_id = {"request_id": answer["request_id"], "label": answer["label"]}
@@ -197,53 +250,48 @@ def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(sta
     )
 
 
-def test_a_training_yields_if_there_is_something_to_answer_with(start: Start) -> None:
-    def policy_of_training(service: loop.Service) -> int:
-        service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
-        return os.sched_getscheduler(training_process(service))
-
-    service = start(RETRAIN_NICE="idle", N_EPOCHS="40")
-    assert policy_of_training(service) == os.SCHED_OTHER  # nobody waits for answers yet
-    ready(service)
-    assert service.end() == 0
+def test_a_training_yields_if_there_is_something_to_answer_with(start: Start, put: Put) -> None:
     service = start(RETRAIN_NICE="idle", N_EPOCHS="400")
-    assert policy_of_training(service) == os.SCHED_IDLE
+    wait_for_training(service)
+    assert os.sched_getscheduler(training_process(service)) == os.SCHED_OTHER  # nobody waits for answers yet
+    service.end()
+    put(1)
+    service = start(RETRAIN_NICE="idle", N_EPOCHS="400")
+    child = training_process(service)
+    wait_until(lambda: os.sched_getscheduler(child) == os.SCHED_IDLE)
+    ready(service)
     assert ask(service)["label"] in ("good", "bad")
 
 
 @pytest.mark.parametrize("victim", ["child", "server", "both"])
-def test_whoever_is_killed_in_a_retraining_the_last_good_model_answers(start: Start, victim: str) -> None:
-    service = start()
-    first = ready(service)
-    service.end()
-    killer = start(N_EPOCHS="400", SEED="2")
-    child = training_process(killer)
-    assert killer.process is not None
-    killer.wait("/readyz", lambda body: body["phase"] == "ready", timeout_s=PATIENCE_S)
+def test_whoever_is_killed_in_a_retraining_the_last_good_model_answers(start: Start, put: Put, victim: str) -> None:
+    [first] = put(1)
+    service = start(N_EPOCHS="400", SEED="2")
+    child = training_process(service)
+    assert service.process is not None
+    assert ready(service) == first
     if victim in ("child", "both"):
         os.kill(child, signal.SIGKILL)
     if victim in ("server", "both"):
-        killer.process.kill()
-        killer.process.wait()
-        killer = start(N_EPOCHS="1", LR="1e-9")
-    assert ready(killer) == first
-    assert ask(killer)["model_version"] == first
+        service.process.kill()
+        service.process.wait()
+        service = start(N_EPOCHS="1", LR="1e-9")
+    assert ready(service) == first
+    assert ask(service)["model_version"] == first
     if victim == "child":
-        jobs, _ = killer.wait("/jobs", lambda jobs: jobs[0]["state"] != "running", timeout_s=PATIENCE_S)
+        jobs = wait_for_quiet(service)
         assert (jobs[0]["state"], jobs[0]["exit_code"]) == ("failed", 137)
-        assert httpx.get(f"{killer.url}/livez").status_code == 200
+        assert httpx.get(f"{service.url}/livez").status_code == 200
 
 
 @pytest.mark.parametrize("damage", ["weights", "pointer", "decision", "no store"])
 def test_torn_files_change_nothing_for_a_running_server_and_little_for_a_new_one(
-    start: Start, environment: dict[str, str], damage: str
+    start: Start, put: Put, environment: dict[str, str], damage: str
 ) -> None:
-    service = start()
-    first = ready(service)
+    first, second = put(2)
+    service = start("serve")
+    assert ready(service) == second
     store = Path(environment["MODEL_PATH"])
-    loop.write_rows(Path(environment["DATASET"]) / "train.csv", [*tiny.sentences(160), *tiny.sentences(60, first=400)])
-    second = retrain(service)["version"]
-    service.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
     if damage == "weights":
         weights = store / "versions" / second / "engine" / "model.bin"
         weights.write_bytes(weights.read_bytes()[:100])
@@ -279,11 +327,11 @@ def give(service: loop.Service, text: str) -> int:
 
 
 def test_a_full_disk_is_a_failed_job_and_the_model_goes_on(
-    start: Start, environment: dict[str, str], volume: Path
+    start: Start, put: Put, environment: dict[str, str], volume: Path
 ) -> None:
+    [first] = put(1, volume)
     service = start(MODEL_PATH=str(volume))
-    first = ready(service)
-    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
+    wait_for_quiet(service)
     with pytest.raises(OSError, match="No space"):
         (volume / "ballast").write_bytes(bytes(4 << 20))
     loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
@@ -296,25 +344,24 @@ def test_a_full_disk_is_a_failed_job_and_the_model_goes_on(
     assert give(service, "a great film") == 200
 
 
-def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, volume: Path) -> None:
-    first_service = start(MODEL_PATH=str(volume))
-    first = ready(first_service)
-    first_service.end()
+def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, put: Put, volume: Path) -> None:
+    [first] = put(1, volume)
     service = start(MODEL_PATH=str(volume), SEED="2", N_EPOCHS="60", CHECKPOINT_MINUTES="0.001")
-    service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
+    wait_for_training(service)
     with pytest.raises(OSError, match="No space"):
         (volume / "ballast").write_bytes(bytes(4 << 20))
-    jobs, _ = service.wait("/jobs", lambda jobs: jobs[0]["state"] != "running", timeout_s=PATIENCE_S)
+    jobs = wait_for_quiet(service)
     assert (jobs[0]["state"], jobs[0]["exit_code"]) == ("failed", 6)
     assert ask(service)["model_version"] == first
 
 
 def test_a_read_only_store_is_served_and_a_vanished_one_is_not_mistaken_for_a_new_one(
-    start: Start, volume: Path
+    start: Start, put: Put, volume: Path
 ) -> None:
+    [first] = put(1, volume)
     service = start(MODEL_PATH=str(volume))
-    first = ready(service)
-    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
+    assert ready(service) == first
+    wait_for_quiet(service)
     subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
     assert retrain(service)["state"] == "failed"
     assert give(service, "a great film") == 503
@@ -338,15 +385,11 @@ def refusals(service: loop.Service) -> float:
 
 
 def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
-    start: Start, environment: dict[str, str]
+    start: Start, put: Put, environment: dict[str, str]
 ) -> None:
-    service = start()
-    first = ready(service)
+    first, second = put(2)
     store = Path(environment["MODEL_PATH"])
-    loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
-    second = retrain(service)["version"]
-    service.end()
-    service = start()
+    service = start("serve")
     assert ready(service) == second
     for name in ("model.bin", "model.xml"):
         file = store / "versions" / first / "engine" / name
@@ -354,10 +397,7 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
         file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
         before = refusals(service)
         (store / "champion").write_text(f"{first}\n")
-        deadline = time.monotonic() + 30
-        while refusals(service) == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda before=before: refusals(service) > before)
         assert ask(service)["model_version"] == second
         (store / "champion").write_text(f"{second}\n")
         file.write_bytes(whole)
@@ -372,11 +412,9 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
 
 @pytest.mark.parametrize(("hours", "jobs"), [(-9000, 1), (9000, 0)])
 def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_nothing(
-    start: Start, environment: dict[str, str], hours: int, jobs: int
+    start: Start, put: Put, environment: dict[str, str], hours: int, jobs: int
 ) -> None:
-    service = start()
-    ready(service)
-    service.end()
+    put(1)
     schedule = {"RETRAIN_SCHEDULE": "0 0 1 1 *", "RETRAIN_TIME_ZONE": "Europe/Berlin"}
     handled = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
     memory = Path(environment["MODEL_PATH"]) / "schedule.json"
@@ -386,21 +424,21 @@ def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_not
         service.wait(
             "/jobs", lambda found: sum(job["why"] == "RETRAIN_SCHEDULE" for job in found) == jobs, timeout_s=60
         )
-        time.sleep(2.5)
-        service.wait("/jobs", lambda found: all(job["state"] != "running" for job in found), timeout_s=PATIENCE_S)
-        time.sleep(2.5)
-        assert [job["why"] for job in service.get("/jobs")].count("RETRAIN_SCHEDULE") == jobs
+        wait_for_quiet(service)
+        time.sleep(2.5)  # the schedule is looked at every second
+        assert [job["why"] for job in wait_for_quiet(service)].count("RETRAIN_SCHEDULE") == jobs
         service.end()
 
 
-def test_two_trainers_on_one_store_do_not_meet(start: Start, environment: dict[str, str]) -> None:
+def test_two_trainers_on_one_store_do_not_meet(start: Start) -> None:
     service = start(N_EPOCHS="400")
     service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
     said, _ = service.command("train")
     assert "has been training for this store since" in said
 
 
-def test_a_training_can_only_be_asked_for_with_the_key(start: Start) -> None:
+def test_a_training_can_only_be_asked_for_with_the_key(start: Start, put: Put) -> None:
+    put(1)
     service = start()
     ready(service)
     assert httpx.post(f"{service.url}/retrain").status_code == 401
@@ -411,11 +449,12 @@ def test_a_training_can_only_be_asked_for_with_the_key(start: Start) -> None:
     assert httpx.post(f"{open_one.url}/retrain").status_code == 403
 
 
-def test_many_ask_while_a_version_is_swapped_in_and_back_again(start: Start, environment: dict[str, str]) -> None:
+def test_many_ask_while_a_version_is_swapped_in_and_back_again(
+    start: Start, put: Put, environment: dict[str, str]
+) -> None:
+    first, second = put(2)
     service = start()
-    first = ready(service)
-    loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
-    second = retrain(service)["version"]
+    assert ready(service) == second
     ended = threading.Event()
 
     def swap() -> None:
