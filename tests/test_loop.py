@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +16,8 @@ import httpx
 import loop
 import pytest
 import tiny
+from conftest import Disk, mounted
 from wire import wait_until
-
-from tuneserve.settings import Settings
-from tuneserve.signals import Stop
-from tuneserve.training import job as training
 
 Start = Callable[..., loop.Service]
 Put = Callable[..., list[str]]
@@ -32,28 +28,18 @@ TEXTS = [tiny.sentences(160), [*tiny.sentences(160), *tiny.sentences(60, first=4
 """What the first version is trained on, and what the second is."""
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {
-        "BASE_MODEL": str(tiny.make_base_model(tmp_path_factory.mktemp("base"))),
-        "NUM_MAX_POSITIONS": "32",
-        "LR": "5e-3",
-        "BATCH_SIZE": "16",
-        "N_EPOCHS": "12",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 @pytest.fixture
-def environment(tmp_path: Path, recipe: dict[str, str]) -> dict[str, str]:
-    return recipe | {
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {
+        **tiny.RECIPE,
+        **tiny.paths(tmp_path),
         "DATASET": str(write_data(tmp_path / "data", TEXTS[0])),
+        "BASE_MODEL": str(tiny.make_base_model(tmp_path / "base")),
         "HOST": "127.0.0.1",
         "PORT": str(loop.free_port()),
         "API_KEY": loop.KEY["X-API-Key"],
         "DRIFT_WINDOW": "50",
         "RETRAIN_NICE": "0",  # other tests may run on the same cores
-        **{f"{name}_PATH": str(tmp_path / name) for name in ("MODEL", "DATA", "LOG")},
     }
 
 
@@ -65,16 +51,12 @@ def write_data(folder: Path, texts: list[tuple[str, str]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, str]) -> list[tuple[Path, list[str]]]:
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[str]]]:
     """A store with the first version, and one with the second too, which is the champion; the ids in their order."""
     folder, versions = tmp_path_factory.mktemp("trained"), []
-    gate = {"MAX_ACCURACY_DROP": "1", "MAX_LATENCY_INCREASE": "100"}
-    paths = {f"{name}_PATH": str(folder / name) for name in ("MODEL", "DATA", "LOG")}
     for number, texts in enumerate(TEXTS, 1):
-        dataset = {"DATASET": str(write_data(folder / "texts", texts))}
-        version = training.train(Settings.from_environ(recipe | gate | paths | dataset), Stop(), threads=1)
-        assert version is not None
-        versions.append(version.id)
+        dataset = write_data(folder / "texts", texts)
+        versions.append(tiny.train(dataset, folder, MAX_ACCURACY_DROP="1", MAX_LATENCY_INCREASE="100").id)
         shutil.copytree(folder / "MODEL", folder / str(number))
     return [(folder / str(number), versions[:number]) for number in (1, 2)]
 
@@ -311,14 +293,9 @@ def test_torn_files_change_nothing_for_a_running_server_and_little_for_a_new_one
 
 
 @pytest.fixture
-def volume(tmp_path: Path) -> Iterator[Path]:
-    """A small disk of its own; only root may mount one."""
-    path = tmp_path / "volume"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True).returncode:
-        pytest.skip("a disk cannot be mounted here")
-    yield path
-    subprocess.run(["umount", "--lazy", path], capture_output=True)
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with mounted(tmp_path / "disk", size="3m") as disk:
+        yield disk
 
 
 def give(service: loop.Service, text: str) -> int:
@@ -327,53 +304,51 @@ def give(service: loop.Service, text: str) -> int:
 
 
 def test_a_full_disk_is_a_failed_job_and_the_model_goes_on(
-    start: Start, put: Put, environment: dict[str, str], volume: Path
+    start: Start, put: Put, environment: dict[str, str], disk: Disk
 ) -> None:
-    [first] = put(1, volume)
-    service = start(MODEL_PATH=str(volume))
+    [first] = put(1, disk.path)
+    service = start(MODEL_PATH=str(disk.path))
     wait_for_quiet(service)
-    with pytest.raises(OSError, match="No space"):
-        (volume / "ballast").write_bytes(bytes(4 << 20))
+    disk.fill()
     loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
     job = retrain(service)
     assert (job["state"], job["exit_code"]) == ("failed", 6)
     assert give(service, "a great film") == 503
     assert ask(service)["model_version"] == first
-    (volume / "ballast").unlink()
+    disk.empty()
     assert retrain(service)["state"] == "finished"
     assert give(service, "a great film") == 200
 
 
-def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, put: Put, volume: Path) -> None:
-    [first] = put(1, volume)
-    service = start(MODEL_PATH=str(volume), SEED="2", N_EPOCHS="60", CHECKPOINT_MINUTES="0.001")
+def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, put: Put, disk: Disk) -> None:
+    [first] = put(1, disk.path)
+    service = start(MODEL_PATH=str(disk.path), SEED="2", N_EPOCHS="60", CHECKPOINT_MINUTES="0.001")
     wait_for_training(service)
-    with pytest.raises(OSError, match="No space"):
-        (volume / "ballast").write_bytes(bytes(4 << 20))
+    disk.fill()
     jobs = wait_for_quiet(service)
     assert (jobs[0]["state"], jobs[0]["exit_code"]) == ("failed", 6)
     assert ask(service)["model_version"] == first
 
 
 def test_a_read_only_store_is_served_and_a_vanished_one_is_not_mistaken_for_a_new_one(
-    start: Start, put: Put, volume: Path
+    start: Start, put: Put, disk: Disk
 ) -> None:
-    [first] = put(1, volume)
-    service = start(MODEL_PATH=str(volume))
+    [first] = put(1, disk.path)
+    service = start(MODEL_PATH=str(disk.path))
     assert ready(service) == first
     wait_for_quiet(service)
-    subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+    disk.make_read_only()
     assert retrain(service)["state"] == "failed"
     assert give(service, "a great film") == 503
     assert ask(service)["model_version"] == first
     service.end()
-    service = start(MODEL_PATH=str(volume))
+    service = start(MODEL_PATH=str(disk.path))
     assert ready(service) == first
     assert "nothing can be trained, and what is in the store answers" in service.log.read_text()
-    subprocess.run(["umount", "--lazy", volume], check=True)
+    disk.take_away()
     assert "no longer holds the versions" in retrain(service)["said"]
     assert ask(service)["model_version"] == first
-    assert not (volume / "versions").exists()
+    assert not (disk.path / "versions").exists()
 
 
 def refusals(service: loop.Service) -> float:
