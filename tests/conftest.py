@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import tiny
 
-from tuneserve.settings import PROJECT, Settings
-from tuneserve.signals import Stop
+from tuneserve.settings import PROJECT
 
 PACKAGE = PROJECT / "production" / "docker-res"
 
@@ -135,7 +134,7 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class Disk:
-    """A file system of 256 KiB."""
+    """A small file system."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -145,35 +144,36 @@ class Disk:
 
     def fill(self) -> None:
         with pytest.raises(OSError, match="No space left"):
-            (self.path / "ballast").write_bytes(bytes(1 << 20))
+            (self.path / "ballast").write_bytes(bytes(4 << 20))
+
+    def empty(self) -> None:
+        (self.path / "ballast").unlink()
+
+    def take_away(self) -> None:
+        subprocess.run(["umount", "--lazy", self.path], capture_output=True)
+
+
+@contextmanager
+def mounted(path: Path, *, size: str) -> Iterator[Disk]:
+    """A real disk at a path; only root may mount one."""
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr.strip()}")
+    yield Disk(path)
+    Disk(path).take_away()
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A real disk of its own; only root may mount one."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield Disk(path)
-    subprocess.run(["umount", "--lazy", path], check=True)
+    """A disk of 256 KiB."""
+    with mounted(tmp_path / "disk", size="256k") as disk:
+        yield disk
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one small trained model."""
-    from tuneserve.training import job
-
     folder = tmp_path_factory.mktemp("trained")
-    environment = {
-        "DATASET": str(tiny.write_csv(folder / "reviews.csv", tiny.sentences(160))),
-        "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
-        "NUM_MAX_POSITIONS": "32",
-        "LR": "5e-3",
-        "BATCH_SIZE": "16",
-        "N_EPOCHS": "12",
-        **{f"{name}_PATH": str(folder / name) for name in ("MODEL", "DATA", "LOG")},
-    }
-    job.train(Settings.from_environ(environment), Stop(), threads=1)
+    tiny.train(tiny.write_csv(folder / "reviews.csv", tiny.sentences(160)), folder)
     return folder / "MODEL"

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,42 +16,70 @@ import httpx
 import loop
 import pytest
 import tiny
+from conftest import Disk, mounted
+from wire import wait_until
 
 Start = Callable[..., loop.Service]
+Put = Callable[..., list[str]]
 
 PATIENCE_S = 240
 """Seconds for what takes seconds: other tests may run on the same cores."""
+TEXTS = [tiny.sentences(160), [*tiny.sentences(160), *tiny.sentences(60, first=400)]]
+"""What the first version is trained on, and what the second is."""
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    data = tmp_path / "data"
-    data.mkdir()
-    loop.write_rows(data / "train.csv", tiny.sentences(160))
-    loop.write_rows(data / "test.csv", tiny.sentences(120, first=1000))
     return {
-        "DATASET": str(data),
+        **tiny.RECIPE,
+        **tiny.paths(tmp_path),
+        "DATASET": str(write_data(tmp_path / "data", TEXTS[0])),
         "BASE_MODEL": str(tiny.make_base_model(tmp_path / "base")),
-        "NUM_MAX_POSITIONS": "32",
-        "LR": "5e-3",
-        "BATCH_SIZE": "16",
-        "N_EPOCHS": "12",
-        "OMP_NUM_THREADS": "1",
         "HOST": "127.0.0.1",
         "PORT": str(loop.free_port()),
         "API_KEY": loop.KEY["X-API-Key"],
         "DRIFT_WINDOW": "50",
         "RETRAIN_NICE": "0",  # other tests may run on the same cores
-        **{f"{name}_PATH": str(tmp_path / name) for name in ("MODEL", "DATA", "LOG")},
     }
+
+
+def write_data(folder: Path, texts: list[tuple[str, str]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    loop.write_rows(folder / "train.csv", texts)
+    loop.write_rows(folder / "test.csv", tiny.sentences(120, first=1000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[str]]]:
+    """A store with the first version, and one with the second too, which is the champion; the ids in their order."""
+    folder, versions = tmp_path_factory.mktemp("trained"), []
+    for number, texts in enumerate(TEXTS, 1):
+        dataset = write_data(folder / "texts", texts)
+        versions.append(tiny.train(dataset, folder, MAX_ACCURACY_DROP="1", MAX_LATENCY_INCREASE="100").id)
+        shutil.copytree(folder / "MODEL", folder / str(number))
+    return [(folder / str(number), versions[:number]) for number in (1, 2)]
+
+
+@pytest.fixture
+def put(environment: dict[str, str], stores: list[tuple[Path, list[str]]]) -> Put:
+    """Put a store with so many versions into place, and the data of its champion; their ids."""
+
+    def put(count: int, path: Path | None = None) -> list[str]:
+        folder, versions = stores[count - 1]
+        shutil.copytree(folder, path or environment["MODEL_PATH"], dirs_exist_ok=True)
+        loop.write_rows(Path(environment["DATASET"]) / "train.csv", TEXTS[count - 1])
+        return versions
+
+    return put
 
 
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     services = []
 
-    def start(**changed: str) -> loop.Service:
-        services.append(loop.Service(environment | changed, tmp_path / "out.log"))
+    def start(verb: str = "train-serve", **changed: str) -> loop.Service:
+        services.append(loop.Service(environment | changed, tmp_path / "out.log", verb=verb))
         services[-1].start()
         return services[-1]
 
@@ -68,6 +95,20 @@ def ready(service: loop.Service) -> str:
     return str(body["model_version"])
 
 
+def wait_for(service: loop.Service, version: str) -> None:
+    service.wait("/readyz", lambda body: body["model_version"] == version, timeout_s=PATIENCE_S)
+
+
+def wait_for_training(service: loop.Service) -> None:
+    service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
+
+
+def wait_for_quiet(service: loop.Service) -> list[dict[str, Any]]:
+    """Wait until nothing trains; all trainings, the latest first."""
+    jobs, _ = service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
+    return list(jobs)
+
+
 def ask(service: loop.Service, text: str = "a great film") -> dict[str, Any]:
     answer = httpx.post(f"{service.url}/inference", json={"text": text}, headers=loop.KEY)
     assert answer.status_code == 200, answer.text
@@ -75,7 +116,7 @@ def ask(service: loop.Service, text: str = "a great film") -> dict[str, Any]:
 
 
 def retrain(service: loop.Service) -> dict[str, Any]:
-    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
+    wait_for_quiet(service)
     answer = httpx.post(f"{service.url}/retrain", headers=loop.KEY)
     assert answer.status_code == 202, answer.text
     job = answer.json()
@@ -86,13 +127,10 @@ def retrain(service: loop.Service) -> dict[str, Any]:
 def training_process(service: loop.Service) -> int:
     """The child that trains."""
     assert service.process is not None
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-P", str(service.process.pid)], capture_output=True, text=True).stdout.split()
-        if found:
-            return int(found[0])
-        time.sleep(0.01)
-    pytest.fail("nothing trains")
+    threads = Path(f"/proc/{service.process.pid}/task")
+    found: list[str] = []
+    wait_until(lambda: found.extend(" ".join(one.read_text() for one in threads.glob("*/children")).split()) or found)
+    return int(found[0])
 
 
 def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
@@ -105,7 +143,7 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
     assert answer.json()["phase"] in ("empty", "preparing", "training")
     first = ready(service)
     data = Path(environment["DATASET"])
-    good = tiny.sentences(160)
+    good = TEXTS[0]
     with loop.Load(int(environment["PORT"]), [text for text, _ in good], clients=2) as load:
         job = retrain(service)
         assert (job["state"], job["version"]) == ("finished", first)
@@ -119,14 +157,14 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
         assert "may be worse than the champion" in job["said"]
         assert service.version() == first
 
-        loop.write_rows(data / "train.csv", [*good, *tiny.sentences(60, first=400)])
+        loop.write_rows(data / "train.csv", TEXTS[1])
         job = retrain(service)
         assert job["state"] == "finished"
         second = job["version"]
-        service.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
+        wait_for(service, second)
         said, _ = service.command("rollback")
         assert f"{first} is the champion again" in said
-        service.wait("/readyz", lambda body: body["model_version"] == first, timeout_s=2)
+        wait_for(service, first)
         assert retrain(service)["state"] == "refused"  # what people withdrew stays so
         assert ask(service)["model_version"] == first
     assert set(load.statuses) == {"200"}
@@ -136,21 +174,18 @@ def test_from_the_first_training_to_a_refused_a_swapped_and_a_withdrawn_version(
     assert service.end() == 0
     again = start()
     assert ready(again) == first
-    began = time.monotonic()
     again.command("promote", second)  # which is not loaded any more
-    again.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
-    assert time.monotonic() - began < 5
+    wait_for(again, second)
 
 
 def refused(table: str) -> str:
     return next(line.split()[0] for line in table.splitlines() if "refused" in line)
 
 
-def test_labelled_feedback_reaches_the_next_training_and_survives_the_server(
-    start: Start, environment: dict[str, str]
-) -> None:
-    service = start()
-    first = ready(service)
+def test_labelled_feedback_reaches_the_next_training_and_survives_the_server(start: Start, put: Put) -> None:
+    [first] = put(1)
+    service = start("serve")
+    assert ready(service) == first
     answer = ask(service, "the film was great")
     with httpx.Client(base_url=service.url, headers=loop.KEY) as client:
         by_id = {"request_id": answer["request_id"], "label": answer["label"]}
@@ -197,53 +232,48 @@ def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(sta
     )
 
 
-def test_a_training_yields_if_there_is_something_to_answer_with(start: Start) -> None:
-    def policy_of_training(service: loop.Service) -> int:
-        service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
-        return os.sched_getscheduler(training_process(service))
-
-    service = start(RETRAIN_NICE="idle", N_EPOCHS="40")
-    assert policy_of_training(service) == os.SCHED_OTHER  # nobody waits for answers yet
-    ready(service)
-    assert service.end() == 0
+def test_a_training_yields_if_there_is_something_to_answer_with(start: Start, put: Put) -> None:
     service = start(RETRAIN_NICE="idle", N_EPOCHS="400")
-    assert policy_of_training(service) == os.SCHED_IDLE
+    wait_for_training(service)
+    assert os.sched_getscheduler(training_process(service)) == os.SCHED_OTHER  # nobody waits for answers yet
+    service.end()
+    put(1)
+    service = start(RETRAIN_NICE="idle", N_EPOCHS="400")
+    child = training_process(service)
+    wait_until(lambda: os.sched_getscheduler(child) == os.SCHED_IDLE)
+    ready(service)
     assert ask(service)["label"] in ("good", "bad")
 
 
 @pytest.mark.parametrize("victim", ["child", "server", "both"])
-def test_whoever_is_killed_in_a_retraining_the_last_good_model_answers(start: Start, victim: str) -> None:
-    service = start()
-    first = ready(service)
-    service.end()
-    killer = start(N_EPOCHS="400", SEED="2")
-    child = training_process(killer)
-    assert killer.process is not None
-    killer.wait("/readyz", lambda body: body["phase"] == "ready", timeout_s=PATIENCE_S)
+def test_whoever_is_killed_in_a_retraining_the_last_good_model_answers(start: Start, put: Put, victim: str) -> None:
+    [first] = put(1)
+    service = start(N_EPOCHS="400", SEED="2")
+    child = training_process(service)
+    assert service.process is not None
+    assert ready(service) == first
     if victim in ("child", "both"):
         os.kill(child, signal.SIGKILL)
     if victim in ("server", "both"):
-        killer.process.kill()
-        killer.process.wait()
-        killer = start(N_EPOCHS="1", LR="1e-9")
-    assert ready(killer) == first
-    assert ask(killer)["model_version"] == first
+        service.process.kill()
+        service.process.wait()
+        service = start(N_EPOCHS="1", LR="1e-9")
+    assert ready(service) == first
+    assert ask(service)["model_version"] == first
     if victim == "child":
-        jobs, _ = killer.wait("/jobs", lambda jobs: jobs[0]["state"] != "running", timeout_s=PATIENCE_S)
+        jobs = wait_for_quiet(service)
         assert (jobs[0]["state"], jobs[0]["exit_code"]) == ("failed", 137)
-        assert httpx.get(f"{killer.url}/livez").status_code == 200
+        assert httpx.get(f"{service.url}/livez").status_code == 200
 
 
 @pytest.mark.parametrize("damage", ["weights", "pointer", "decision", "no store"])
 def test_torn_files_change_nothing_for_a_running_server_and_little_for_a_new_one(
-    start: Start, environment: dict[str, str], damage: str
+    start: Start, put: Put, environment: dict[str, str], damage: str
 ) -> None:
-    service = start()
-    first = ready(service)
+    first, second = put(2)
+    service = start("serve")
+    assert ready(service) == second
     store = Path(environment["MODEL_PATH"])
-    loop.write_rows(Path(environment["DATASET"]) / "train.csv", [*tiny.sentences(160), *tiny.sentences(60, first=400)])
-    second = retrain(service)["version"]
-    service.wait("/readyz", lambda body: body["model_version"] == second, timeout_s=10)
     if damage == "weights":
         weights = store / "versions" / second / "engine" / "model.bin"
         weights.write_bytes(weights.read_bytes()[:100])
@@ -263,14 +293,9 @@ def test_torn_files_change_nothing_for_a_running_server_and_little_for_a_new_one
 
 
 @pytest.fixture
-def volume(tmp_path: Path) -> Iterator[Path]:
-    """A small disk of its own; only root may mount one."""
-    path = tmp_path / "volume"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True).returncode:
-        pytest.skip("a disk cannot be mounted here")
-    yield path
-    subprocess.run(["umount", "--lazy", path], capture_output=True)
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with mounted(tmp_path / "disk", size="3m") as disk:
+        yield disk
 
 
 def give(service: loop.Service, text: str) -> int:
@@ -279,54 +304,51 @@ def give(service: loop.Service, text: str) -> int:
 
 
 def test_a_full_disk_is_a_failed_job_and_the_model_goes_on(
-    start: Start, environment: dict[str, str], volume: Path
+    start: Start, put: Put, environment: dict[str, str], disk: Disk
 ) -> None:
-    service = start(MODEL_PATH=str(volume))
-    first = ready(service)
-    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
-    with pytest.raises(OSError, match="No space"):
-        (volume / "ballast").write_bytes(bytes(4 << 20))
+    [first] = put(1, disk.path)
+    service = start(MODEL_PATH=str(disk.path))
+    wait_for_quiet(service)
+    disk.fill()
     loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
     job = retrain(service)
     assert (job["state"], job["exit_code"]) == ("failed", 6)
     assert give(service, "a great film") == 503
     assert ask(service)["model_version"] == first
-    (volume / "ballast").unlink()
+    disk.empty()
     assert retrain(service)["state"] == "finished"
     assert give(service, "a great film") == 200
 
 
-def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, volume: Path) -> None:
-    first_service = start(MODEL_PATH=str(volume))
-    first = ready(first_service)
-    first_service.end()
-    service = start(MODEL_PATH=str(volume), SEED="2", N_EPOCHS="60", CHECKPOINT_MINUTES="0.001")
-    service.wait("/jobs", lambda jobs: jobs[0].get("progress", {}).get("phase") == "training", timeout_s=PATIENCE_S)
-    with pytest.raises(OSError, match="No space"):
-        (volume / "ballast").write_bytes(bytes(4 << 20))
-    jobs, _ = service.wait("/jobs", lambda jobs: jobs[0]["state"] != "running", timeout_s=PATIENCE_S)
+def test_a_disk_that_fills_in_a_training_fails_the_job_alone(start: Start, put: Put, disk: Disk) -> None:
+    [first] = put(1, disk.path)
+    service = start(MODEL_PATH=str(disk.path), SEED="2", N_EPOCHS="60", CHECKPOINT_MINUTES="0.001")
+    wait_for_training(service)
+    disk.fill()
+    jobs = wait_for_quiet(service)
     assert (jobs[0]["state"], jobs[0]["exit_code"]) == ("failed", 6)
     assert ask(service)["model_version"] == first
 
 
 def test_a_read_only_store_is_served_and_a_vanished_one_is_not_mistaken_for_a_new_one(
-    start: Start, volume: Path
+    start: Start, put: Put, disk: Disk
 ) -> None:
-    service = start(MODEL_PATH=str(volume))
-    first = ready(service)
-    service.wait("/jobs", lambda jobs: all(job["state"] != "running" for job in jobs), timeout_s=PATIENCE_S)
-    subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+    [first] = put(1, disk.path)
+    service = start(MODEL_PATH=str(disk.path))
+    assert ready(service) == first
+    wait_for_quiet(service)
+    disk.make_read_only()
     assert retrain(service)["state"] == "failed"
     assert give(service, "a great film") == 503
     assert ask(service)["model_version"] == first
     service.end()
-    service = start(MODEL_PATH=str(volume))
+    service = start(MODEL_PATH=str(disk.path))
     assert ready(service) == first
     assert "nothing can be trained, and what is in the store answers" in service.log.read_text()
-    subprocess.run(["umount", "--lazy", volume], check=True)
+    disk.take_away()
     assert "no longer holds the versions" in retrain(service)["said"]
     assert ask(service)["model_version"] == first
-    assert not (volume / "versions").exists()
+    assert not (disk.path / "versions").exists()
 
 
 def refusals(service: loop.Service) -> float:
@@ -338,15 +360,11 @@ def refusals(service: loop.Service) -> float:
 
 
 def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
-    start: Start, environment: dict[str, str]
+    start: Start, put: Put, environment: dict[str, str]
 ) -> None:
-    service = start()
-    first = ready(service)
+    first, second = put(2)
     store = Path(environment["MODEL_PATH"])
-    loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
-    second = retrain(service)["version"]
-    service.end()
-    service = start()
+    service = start("serve")
     assert ready(service) == second
     for name in ("model.bin", "model.xml"):
         file = store / "versions" / first / "engine" / name
@@ -354,10 +372,7 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
         file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
         before = refusals(service)
         (store / "champion").write_text(f"{first}\n")
-        deadline = time.monotonic() + 30
-        while refusals(service) == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda before=before: refusals(service) > before)
         assert ask(service)["model_version"] == second
         (store / "champion").write_text(f"{second}\n")
         file.write_bytes(whole)
@@ -372,11 +387,9 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
 
 @pytest.mark.parametrize(("hours", "jobs"), [(-9000, 1), (9000, 0)])
 def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_nothing(
-    start: Start, environment: dict[str, str], hours: int, jobs: int
+    start: Start, put: Put, environment: dict[str, str], hours: int, jobs: int
 ) -> None:
-    service = start()
-    ready(service)
-    service.end()
+    put(1)
     schedule = {"RETRAIN_SCHEDULE": "0 0 1 1 *", "RETRAIN_TIME_ZONE": "Europe/Berlin"}
     handled = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
     memory = Path(environment["MODEL_PATH"]) / "schedule.json"
@@ -386,21 +399,21 @@ def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_not
         service.wait(
             "/jobs", lambda found: sum(job["why"] == "RETRAIN_SCHEDULE" for job in found) == jobs, timeout_s=60
         )
-        time.sleep(2.5)
-        service.wait("/jobs", lambda found: all(job["state"] != "running" for job in found), timeout_s=PATIENCE_S)
-        time.sleep(2.5)
-        assert [job["why"] for job in service.get("/jobs")].count("RETRAIN_SCHEDULE") == jobs
+        wait_for_quiet(service)
+        time.sleep(2.5)  # the schedule is looked at every second
+        assert [job["why"] for job in wait_for_quiet(service)].count("RETRAIN_SCHEDULE") == jobs
         service.end()
 
 
-def test_two_trainers_on_one_store_do_not_meet(start: Start, environment: dict[str, str]) -> None:
+def test_two_trainers_on_one_store_do_not_meet(start: Start) -> None:
     service = start(N_EPOCHS="400")
     service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
     said, _ = service.command("train")
     assert "has been training for this store since" in said
 
 
-def test_a_training_can_only_be_asked_for_with_the_key(start: Start) -> None:
+def test_a_training_can_only_be_asked_for_with_the_key(start: Start, put: Put) -> None:
+    put(1)
     service = start()
     ready(service)
     assert httpx.post(f"{service.url}/retrain").status_code == 401
@@ -411,11 +424,12 @@ def test_a_training_can_only_be_asked_for_with_the_key(start: Start) -> None:
     assert httpx.post(f"{open_one.url}/retrain").status_code == 403
 
 
-def test_many_ask_while_a_version_is_swapped_in_and_back_again(start: Start, environment: dict[str, str]) -> None:
+def test_many_ask_while_a_version_is_swapped_in_and_back_again(
+    start: Start, put: Put, environment: dict[str, str]
+) -> None:
+    first, second = put(2)
     service = start()
-    first = ready(service)
-    loop.write_rows(Path(environment["DATASET"]) / "train.csv", tiny.sentences(200))
-    second = retrain(service)["version"]
+    assert ready(service) == second
     ended = threading.Event()
 
     def swap() -> None:

@@ -14,9 +14,7 @@ import tiny
 from tuneserve.artifact import GOLDEN_INT8, Version, read_golden, read_version
 from tuneserve.files import write_json
 from tuneserve.settings import Settings
-from tuneserve.signals import Stop
 from tuneserve.tasks.classifier import Classifier, load_classifier
-from tuneserve.training import job
 
 INT8 = Settings.from_environ({"PRECISION": "int8", "DEVICE": "cpu"})
 FP32 = Settings.from_environ({"PRECISION": "fp32", "DEVICE": "cpu"})
@@ -24,16 +22,8 @@ TEXTS = ["the film was great", "the food was awful", "it is not very warm and on
 
 
 def train(folder: Path, precision: str) -> Version:
-    environment = {
-        "DATASET": str(tiny.write_csv(folder / "reviews.csv", tiny.sentences(240))),
-        "BASE_MODEL": str(tiny.make_base_model(folder / "bert")),
-        **{f"{name}_PATH": str(folder / name.lower()) for name in ("MODEL", "DATA", "LOG")},
-        **{"NUM_MAX_POSITIONS": "32", "BATCH_SIZE": "16", "LR": "5e-3", "DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
-        "PRECISION": precision,
-    }
-    version = job.train(Settings.from_environ(environment), Stop(), threads=1)
-    assert version is not None
-    return version
+    dataset = tiny.write_csv(folder / "reviews.csv", tiny.sentences(240))
+    return tiny.train(dataset, folder, N_EPOCHS="3", DEVICE="cpu", PRECISION=precision)
 
 
 @pytest.fixture(scope="module")
