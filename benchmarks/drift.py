@@ -123,7 +123,9 @@ def answer(classifier: Classifier, texts: list[str]) -> tuple[Answers, str]:
     began = time.perf_counter()
     predictions = classifier.predict(texts)
     answering = (time.perf_counter() - began) / len(texts) * 1e6
-    observations = [one.noted for one in predictions if isinstance(one, Prediction) and one.noted is not None]
+    observations = [
+        one.observation for one in predictions if isinstance(one, Prediction) and one.observation is not None
+    ]
     began = time.perf_counter()
     for observation in observations:
         monitor.observe(observation)

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from tuneserve.errors import OverloadedError, TuneserveError
@@ -20,21 +20,15 @@ class Answer:
     """What a model answers to one input; a task's own answer has its fields besides."""
 
     model_version: str
+    truncated: bool = False
+    """Whether only the beginning of the input was read."""
+    observation: Observation | None = field(default=None, repr=False, compare=False)
+    """What drift is judged by; None where it is not judged."""
 
     @property
     def verdict(self) -> tuple[str, float] | None:
         """The label that people may correct, and its probability; None where an answer is no label."""
         return None
-
-    @property
-    def observation(self) -> Observation | None:
-        """What drift is judged by; None where it is not judged."""
-        return None
-
-    @property
-    def truncated_input(self) -> bool:
-        """Whether only the beginning of the input was read."""
-        return False
 
     def agrees_with(self, other: "Answer") -> bool:
         """Whether another model's answer to the same input says the same."""

@@ -163,7 +163,7 @@ class Service:
         self.metrics.texts.inc()
         if answer.verdict is not None:
             self.metrics.labels.labels(answer.verdict[0]).inc()
-        if answer.truncated_input:
+        if answer.truncated:
             self.metrics.truncated.inc()
         if answer.observation is not None:
             monitor.observe(answer.observation)

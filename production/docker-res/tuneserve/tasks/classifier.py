@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -44,23 +44,11 @@ class Prediction(Answer):
     label: str
     scores: dict[str, float]
     tokens: int
-    truncated: bool
-    noted: Observation | None = field(default=None, repr=False, compare=False)
 
     @property
     def verdict(self) -> tuple[str, float]:
         """See `Answer`."""
         return self.label, self.scores[self.label]
-
-    @property
-    def observation(self) -> Observation | None:
-        """See `Answer`."""
-        return self.noted
-
-    @property
-    def truncated_input(self) -> bool:
-        """See `Answer`."""
-        return self.truncated
 
 
 class Classifier(Model):
@@ -245,7 +233,7 @@ class Classifier(Model):
             tokens=tokens.read,
             truncated=tokens.truncated,
             model_version=self.id,
-            noted=Observation(
+            observation=Observation(
                 label_id,
                 values[label_id],
                 len(ids),
