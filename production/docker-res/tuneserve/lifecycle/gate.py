@@ -21,7 +21,7 @@ import numpy as np
 from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
-from tuneserve.lifecycle.evidence import Evidence, read_evidence, unlearned
+from tuneserve.lifecycle.evidence import Evidence, read_evidence, unseen
 from tuneserve.lifecycle.statistics import Array, paired_bootstrap
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
@@ -83,7 +83,7 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
         return known
     evidence = read_evidence(store.evidence_folder / candidate.id)
     found = run_trial(candidate, champion, evidence, settings)
-    clean = unlearned(store.evidence_folder / champion.id, evidence.texts) if champion else None
+    clean = unseen(store.evidence_folder / champion.id, evidence.texts) if champion else None
     decision = judge(candidate, champion, evidence, found, clean, Bounds.of(settings))
     write_decision(candidate, decision)
     for check in decision.checks:
