@@ -8,7 +8,7 @@ import pytest
 
 from tuneserve.artifact import Version
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
-from tuneserve.lifecycle.evidence import Evidence, key_of, read_evidence, unlearned, write_evidence
+from tuneserve.lifecycle.evidence import Evidence, key_of, read_evidence, unseen, write_evidence
 from tuneserve.lifecycle.gate import Bounds, judge
 
 BOUNDS = Bounds(min_accuracy=0, min_recall=0, max_accuracy_drop=0.02, max_latency_increase=0.5)
@@ -148,8 +148,8 @@ def test_evidence_has_the_texts_of_the_test_and_only_marks_of_what_was_learned(t
     write_evidence(folder, Evidence(["a b", "ç"], ["x", "y"]), ["learned text", "Another  ONE"])
     assert read_evidence(folder) == Evidence(["a b", "ç"], ["x", "y"])
     texts = ["another one", "new", "learned<br>text"]
-    assert unlearned(folder, texts).tolist() == [False, True, False]
-    assert unlearned(tmp_path / "none", texts).tolist() == [True] * 3
+    assert unseen(folder, texts).tolist() == [False, True, False]
+    assert unseen(tmp_path / "none", texts).tolist() == [True] * 3
     content = b"".join(path.read_bytes() for path in folder.iterdir())
     assert b"learned" not in content
     assert key_of("A  b") == key_of("a b")

@@ -97,7 +97,7 @@ def test_jitter_puts_off_by_no_more_than_it_says_and_differs_by_host(memory: Pat
 def test_a_damaged_memory_is_a_first_start(memory: Path, caplog: pytest.LogCaptureFixture) -> None:
     memory.write_text("{")
     assert not hourly(memory).due(NOON)
-    assert "begins anew" in caplog.text
+    assert "starts over" in caplog.text
     assert json.loads(memory.read_text())["handled"] == NOON.isoformat()
 
 

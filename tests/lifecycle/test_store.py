@@ -351,14 +351,14 @@ def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.L
     refused = add(store, "two")
     write_decision(refused, Decision("two", "refused", "gate", "too slow", "one"))
     store.promote("two")
-    assert "two is promoted though: too slow" in caplog.text
+    assert "two is promoted, although: too slow" in caplog.text
     decision = read_decision(refused)
     assert decision is not None
     assert (decision.by, decision.stands, store.champion_id()) == ("person", True, "two")
     assert "too slow" in decision.sentence
     store.rollback()
     store.promote("two")
-    assert "two is promoted though: it was withdrawn 20" in caplog.text
+    assert "two is promoted, although: it was withdrawn 20" in caplog.text
     for name in ("none", "../one", "", ".hidden"):
         with pytest.raises(StoreError):
             store.promote(name)

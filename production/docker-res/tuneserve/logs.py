@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -69,8 +69,8 @@ class Queued(QueueHandler):
         self._waiting: SimpleQueue[Any] = SimpleQueue()  # its `put` is reentrant, for a signal's handler
         super().__init__(self._waiting)
         self.behind = behind
-        self._lost = 0
-        self._writer = Writer(self._waiting, *behind)
+        self._lost, self._open = 0, True
+        self._writer = Writer(self._waiting, behind)
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
@@ -94,44 +94,38 @@ class Queued(QueueHandler):
 
     def flush(self) -> None:
         """Wait until all earlier records are written, for FLUSH_S at most."""
-        if self._writer.is_alive:
+        if self._open and self._writer.is_alive():
             written = threading.Event()
             self._waiting.put(written)
             written.wait(FLUSH_S)
 
     def close(self) -> None:
-        """Write the queued records and end the thread."""
-        if self._writer.is_alive:
-            self._writer.end()
+        """Write the queued records and end the thread; one that is stuck is abandoned after FLUSH_S."""
+        if self._open and self._writer.is_alive():
+            self._waiting.put(None)
+            self._writer.join(FLUSH_S)
+            self._open = False
             for handler in self.behind:
                 with suppress(OSError):  # a disk that is full
                     handler.close()
         super().close()
 
 
-class Writer(QueueListener):
-    """The thread behind the queue; an event in the queue is set when all records before it are written."""
+class Writer(threading.Thread):
+    """Writes the queued records until None; an event in the queue is set when all records before it are written."""
 
-    _thread: threading.Thread | None
+    def __init__(self, waiting: SimpleQueue[Any], handlers: Sequence[logging.Handler]) -> None:
+        super().__init__(name="log", daemon=True)
+        self._waiting, self._handlers = waiting, handlers
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def handle(self, record: Any) -> None:
-        """Write a record, or set an event."""
-        if isinstance(record, threading.Event):
-            record.set()
-        else:
-            super().handle(record)
-
-    def end(self) -> None:
-        """Stop after the queued records; a thread that is stuck is abandoned."""
-        self.enqueue_sentinel()
-        if self._thread is not None:
-            self._thread.join(FLUSH_S)
-            self._thread = None
+    def run(self) -> None:
+        """Write, until the end of the queue."""
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            for handler in self._handlers:
+                handler.handle(item)
 
 
 class LogFile(RotatingFileHandler):

@@ -73,11 +73,11 @@ def read_evidence(folder: Path) -> Evidence:
         raise StoreError(f"{folder / 'test.parquet'} cannot be read: {error}") from error
 
 
-def unlearned(folder: Path, texts: Sequence[str]) -> Array:
+def unseen(folder: Path, texts: Sequence[str]) -> Array:
     """Which texts the version of this folder was not trained on, bool [texts]; all, if its hashes cannot be read."""
     try:
         learned = np.load(folder / "learned.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        logger.warning("nothing is known of the texts that version %s has learned from", folder.name)
+        logger.warning("the training texts of version %s are not known", folder.name)
         return np.ones(len(texts), dtype=bool)
     return ~np.isin(np.array([key_of(text) for text in texts], dtype=np.uint64), learned)

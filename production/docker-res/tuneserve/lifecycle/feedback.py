@@ -211,7 +211,7 @@ class Feedback:
             self.dropped += len(self._writing)
             if not self._complained:
                 self._complained = True
-                logger.warning("answers are not remembered for feedback: %s", error)
+                logger.warning("answers are not stored for feedback: %s", error)
         self._writing = []
 
     def _forget_surplus(self, database: sqlite3.Connection) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
-from tuneserve.lifecycle.evidence import Evidence, read_evidence, unlearned
+from tuneserve.lifecycle.evidence import Evidence, read_evidence, unseen
 from tuneserve.lifecycle.statistics import Array, paired_bootstrap
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
@@ -83,7 +83,7 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
         return known
     evidence = read_evidence(store.evidence_folder / candidate.id)
     found = run_trial(candidate, champion, evidence, settings)
-    clean = unlearned(store.evidence_folder / champion.id, evidence.texts) if champion else None
+    clean = unseen(store.evidence_folder / champion.id, evidence.texts) if champion else None
     decision = judge(candidate, champion, evidence, found, clean, Bounds.of(settings))
     write_decision(candidate, decision)
     for check in decision.checks:
@@ -239,24 +239,16 @@ def _same_as_torch(candidate: Version, right: Array) -> Check:
 def _floors(figures: dict[str, Any], bounds: Bounds) -> list[Check]:
     accuracy = figures["accuracy"]
     label, recall = min(figures["recall"].items(), key=lambda pair: pair[1])
-    words = {True: "reaches", False: "is below"}
-    above = accuracy >= bounds.min_accuracy, recall >= bounds.min_recall
     return [
-        Check(
-            "accuracy",
-            above[0],
-            accuracy,
-            bounds.min_accuracy,
-            f"accuracy {accuracy:.2%} {words[above[0]]} MIN_ACCURACY={bounds.min_accuracy:g}",
-        ),
-        Check(
-            "recall",
-            above[1],
-            recall,
-            bounds.min_recall,
-            f"the lowest recall, {recall:.2%} of {label!r}, {words[above[1]]} MIN_RECALL={bounds.min_recall:g}",
-        ),
+        _floor("accuracy", accuracy, bounds.min_accuracy, f"accuracy {accuracy:.2%}"),
+        _floor("recall", recall, bounds.min_recall, f"the lowest recall, {recall:.2%} of {label!r},"),
     ]
+
+
+def _floor(name: str, value: float, bound: float, words: str) -> Check:
+    passed = value >= bound
+    verdict = "reaches" if passed else "is below"
+    return Check(name, passed, value, bound, f"{words} {verdict} MIN_{name.upper()}={bound:g}")
 
 
 def _not_worse(right: Array, right_before: Array, clean: Array, max_drop: float, figures: dict[str, Any]) -> Check:

@@ -58,7 +58,7 @@ class Schedule:
         The first call finds nothing due: a new schedule has missed nothing.
         """
         if self._handled is not None and self._handled - now > AHEAD:
-            logger.warning("the clock went back by %s: the schedule begins anew", self._handled - now)
+            logger.warning("the clock went back by %s: the schedule starts over", self._handled - now)
             self._handled = None
         if self._handled is None:
             self.mark(now)
@@ -82,7 +82,7 @@ class Schedule:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s cannot be read (%r): the schedule begins anew", self._memory, error)
+            logger.warning("%s cannot be read (%r): the schedule starts over", self._memory, error)
             return None
         return handled if content.get("expression") == self._expression else None  # a new schedule has missed nothing
 
@@ -143,4 +143,4 @@ class Retraining:
             try:
                 self.look(datetime.now(UTC))
             except Exception:  # the next check may succeed, and the server must go on
-                logger.exception("retraining could not be looked after")
+                logger.exception("the check for a due training failed")

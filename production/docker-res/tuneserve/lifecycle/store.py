@@ -191,7 +191,7 @@ class Store:
             raise StoreError(f"version {version.id} is damaged and cannot be promoted.")
         if (decision := read_decision(version)) and not decision.stands:
             why = f"it was withdrawn {decision.withdrawn_at}" if decision.withdrawn_at else decision.sentence
-            logger.warning("version %s is promoted though: %s", version.id, why)
+            logger.warning("version %s is promoted, although: %s", version.id, why)
         champion = self._readable_champion_id()
         write_decision(version, Decision.by_a_person(version.id, champion=champion, before=decision))
         self.set_champion(version)

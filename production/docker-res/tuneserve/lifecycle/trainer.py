@@ -199,7 +199,7 @@ class Trainer:
             for old in sorted(self._folder.glob("*.json"))[:-KEEP_JOBS]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("job %s cannot be remembered: %s", job.id, error)
+            logger.warning("job %s cannot be recorded: %s", job.id, error)
 
 
 def _timestamp(moment: datetime) -> str:

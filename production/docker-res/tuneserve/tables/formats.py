@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from tuneserve.errors import DataError
 from tuneserve.tables import Format
 from tuneserve.tables.delimited import Delimited
 from tuneserve.tables.parquet import Parquet
 from tuneserve.tables.records import Records
-from tuneserve.tables.streams import COMPRESSIONS, compressing, decompressed
+from tuneserve.tables.streams import WRITERS, Decompressed
 
 FORMATS: dict[str, Format] = {
     ".csv": Delimited(","),
@@ -35,8 +35,8 @@ class FileType:
     def reading(self, raw: BinaryIO, where: str) -> Iterator[BinaryIO]:
         """The table's bytes; raises DataError while they are read if the archive is damaged."""
         if self.compression:
-            with decompressed(raw, self.compression, where) as file:
-                yield file
+            with Decompressed(raw, self.compression, where) as file:
+                yield cast(BinaryIO, file)
         else:
             yield raw
 
@@ -44,7 +44,7 @@ class FileType:
     def writing(self, raw: BinaryIO) -> Iterator[BinaryIO]:
         """A file whose bytes are compressed into `raw`."""
         if self.compression:
-            with compressing(raw, self.compression) as file:
+            with WRITERS[self.compression](raw) as file:
                 yield file
         else:
             yield raw
@@ -70,10 +70,10 @@ def file_type(name: str, where: str) -> FileType:
 
 def known_endings() -> str:
     """The endings, as messages list them."""
-    return f"{', '.join(FORMATS)} (or one of these with {', '.join(COMPRESSIONS)} behind it)"
+    return f"{', '.join(FORMATS)} (or one of these with {', '.join(WRITERS)} behind it)"
 
 
 def _split(name: str) -> tuple[str, str]:
     path = PurePath(name.lower())
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    compression = path.suffix if path.suffix in WRITERS else ""
     return (PurePath(path.stem).suffix if compression else path.suffix), compression

@@ -6,34 +6,32 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, TextIO, cast
+from functools import partial
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 
 from tuneserve.errors import DataError
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-
 BLOCK_BYTES = 1 << 20
 """Bytes that are read or decompressed at once."""
+
+READERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda raw: pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"),
+}
+"""Streams that decompress a file, by its last ending."""
 
 
 class Decompressed(io.RawIOBase):
     """The content of an archive, not seekable; closing it leaves the archive open."""
 
     def __init__(self, raw: BinaryIO, compression: str, where: str) -> None:
-        self._where = where
-        self._stream: Any
-        if compression == ".gz":
-            self._stream = gzip.GzipFile(fileobj=raw, mode="rb")
-        elif compression == ".bz2":
-            self._stream = bz2.BZ2File(raw)
-        elif compression == ".xz":
-            self._stream = lzma.LZMAFile(raw)  # noqa: SIM115  (closed with this)
-        else:
-            self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        self._stream, self._where = READERS[compression](raw), where
 
     def readable(self) -> bool:
         """Always."""
@@ -79,27 +77,13 @@ class ZstdWriter(io.RawIOBase):
         return self._written
 
 
-@contextmanager
-def decompressed(raw: BinaryIO, compression: str, where: str) -> Iterator[BinaryIO]:
-    """The content of the archive `raw`, to be read once from beginning to end."""
-    with Decompressed(raw, compression, where) as file:
-        yield cast(BinaryIO, file)
-
-
-@contextmanager
-def compressing(raw: BinaryIO, compression: str) -> Iterator[BinaryIO]:
-    """A file that compresses into `raw`; the same content gives the same bytes."""
-    stream: Any
-    if compression == ".gz":
-        stream = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
-    elif compression == ".bz2":
-        stream = bz2.BZ2File(raw, "wb")
-    elif compression == ".xz":
-        stream = lzma.LZMAFile(raw, "wb")  # noqa: SIM115  (closed below)
-    else:
-        stream = ZstdWriter(raw)
-    with stream:
-        yield stream
+WRITERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0),
+    ".bz2": partial(bz2.BZ2File, mode="wb"),
+    ".xz": partial(lzma.LZMAFile, mode="wb"),
+    ".zst": ZstdWriter,
+}
+"""Files that compress into another one, by its last ending; the same content gives the same bytes."""
 
 
 class CheckedUtf8(io.RawIOBase):
