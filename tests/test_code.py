@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from forked import run_job
 
 from tuneserve.code import code_hash
 from tuneserve.settings import PROJECT
@@ -109,24 +111,22 @@ class Tree:
         shutil.copytree(
             PROJECT / "production" / "docker-res", self.folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-        self.models, self.data = folder / "models", folder / "data"
+        self.models, self.data, self.log = folder / "MODEL", folder / "DATA", folder / "log"
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(["tuneserve.training.job"])  # for torch and its kin; the rest goes
         self.texts = folder / "texts"
         for first, name in enumerate(("train", "valid", "test")):  # split by hand: cleaning does not move a text
             tiny.write_csv(self.texts / f"{name}.csv", tiny.sentences(80, first=80 * first))
         self.environment = {
+            **tiny.RECIPE,
+            **tiny.paths(folder),
             "PYTHONPATH": str(self.folder),
             "DATASET": str(self.texts),
             "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
-            "MODEL_PATH": str(self.models),
-            "DATA_PATH": str(self.data),
-            "LOG_PATH": str(folder / "logs"),
-            "NUM_MAX_POSITIONS": "32",
             "N_EPOCHS": "1",
-            "BATCH_SIZE": "16",
             "MAX_ACCURACY_DROP": "1",
             "DEVICE": "cpu",
             "PRECISION": "fp32",
-            "OMP_NUM_THREADS": "1",
         }
 
     def edit(self, name: str, old: str, new: str) -> None:
@@ -138,10 +138,15 @@ class Tree:
     def train(self) -> tuple[set[Path], set[Path]]:
         """The versions and the cached tokens that this run has made."""
         before = self.made()
-        done = self.python(self.folder / "run.py", "train", timeout_s=120, **self.environment)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = self.processes.Process(
+            target=run_job, args=(self.environment, self.log, self.folder), kwargs={"anew": True}
+        )
+        process.start()
+        process.join()
+        said = self.log.read_text()
+        assert process.exitcode == 0, said
         versions, tokens = (now - old for now, old in zip(self.made(), before, strict=True))
-        assert ("nothing to train" in done.stdout + done.stderr) == (not versions)
+        assert ("nothing to train" in said) == (not versions)
         return versions, tokens
 
     def made(self) -> tuple[set[Path], set[Path]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tiny
 from nbclient import NotebookClient
 
 from tuneserve.settings import PROJECT, Settings
@@ -18,6 +19,10 @@ def test_the_template_runs_and_ends_in_an_environment_file(
 ) -> None:
     notebook = nbformat.read(template, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "templates are stored without outputs"
+    base = tiny.make_base_model(tmp_path / "base")
+    small = f'{{"BASE_MODEL": "{base}", "NUM_MAX_POSITIONS": "64", "DATASET"'
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('{"DATASET"', small)
     for name in ("DATA_PATH", "LOG_PATH"):
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = PROJECT / "research" / "develop"
@@ -25,8 +30,9 @@ def test_the_template_runs_and_ends_in_an_environment_file(
     written.unlink(missing_ok=True)
     try:
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-        lines = [line.split("=", 1) for line in written.read_text().splitlines()]
-        assert Settings.from_environ(dict(lines)).lr in (5e-5, 1e-4)
+        settings = Settings.from_environ(dict(line.split("=", 1) for line in written.read_text().splitlines()))
+        assert settings.lr in (5e-5, 1e-4)
+        assert settings.base_model == str(base)
     finally:
         written.unlink(missing_ok=True)
 

@@ -119,6 +119,13 @@ def batcher_of(slot: Slot) -> Batcher:
     return model.batcher
 
 
+def counts(slot: Slot) -> dict[tuple[str, str], float]:
+    """Answers by route and status."""
+    samples = [one for family in slot.metrics._registry.collect() for one in family.samples]
+    found = [one for one in samples if one.name == "tuneserve_requests_total"]
+    return {(one.labels["route"], one.labels["status"]): one.value for one in found}
+
+
 class Full:
     """A server whose queue is full until `go` is set."""
 

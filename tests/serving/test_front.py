@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi.telemetry import TelemetryConfig
 from pydantic import SecretStr
-from wire import BODY, LIVEZ, Client, batcher_of, served, wait_until, write
+from wire import BODY, LIVEZ, Client, batcher_of, counts, served, wait_until, write
 
 from tuneserve.artifact import Version
 from tuneserve.serving.http.routes import Direct
@@ -209,13 +209,6 @@ def test_a_request_that_takes_too_long_is_504_and_the_connection_goes_on(
         go.set()
         assert client.ask(write())[0] == 200
         client.close()
-
-
-def counts(slot: Slot) -> dict[tuple[str, str], float]:
-    """Answers by route and status."""
-    samples = [one for family in slot.metrics._registry.collect() for one in family.samples]
-    found = [one for one in samples if one.name == "tuneserve_requests_total"]
-    return {(one.labels["route"], one.labels["status"]): one.value for one in found}
 
 
 def counted(slot: Slot, status: str) -> float:
