@@ -73,6 +73,14 @@ def test_a_batch_of_any_lengths_has_the_logits_of_its_texts_alone(kind: str, mak
     np.testing.assert_allclose(found, wanted(engine, texts, tmp_path / kind), rtol=0, atol=1e-5)
 
 
+def test_a_head_that_transformers_does_not_know_is_refused_and_not_started_at_random(tmp_path: Path) -> None:
+    model = tiny.make_classifier("bert")
+    model.classifier = torch.nn.Sequential(model.classifier)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StoreError, match=r"no weights classifier\.bias, classifier\.weight"):
+        TorchEngine(tmp_path, Settings(device="cpu"), threads=1, max_tokens=64, max_batch_tokens=64)
+
+
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
 def test_a_batch_may_be_laid_out_while_another_runs(kind: str, make: Make, tmp_path: Path) -> None:
     engine = make(kind)

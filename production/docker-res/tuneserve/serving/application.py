@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from tuneserve.adapters.catalog import ADAPTERS
 from tuneserve.artifact import Version
-from tuneserve.errors import BusyError, StoreError
+from tuneserve.errors import BusyError, NoModelError, StoreError
 from tuneserve.lifecycle.drift import Window
 from tuneserve.lifecycle.feedback import FILE, Feedback
 from tuneserve.lifecycle.retraining import Retraining, Schedule
@@ -27,6 +27,7 @@ from tuneserve.serving.service import Service
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.catalog import task_of
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.task import Task
 
@@ -48,7 +49,7 @@ class Application:
         training: the command that trains as a child, at the start and when asked; empty for a server that only serves.
         environ: that command's environment variables; None for this process's own.
         listener: the socket on which connections arrive, if it is known.
-        task: what the model is asked.
+        task: what the model is asked, of whichever version; None: the task of the version that answers first.
         adapters: of the platforms that the server speaks to.
 
     Raises:
@@ -63,15 +64,16 @@ class Application:
         training: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         listener: socket.socket | None = None,
-        task: Task = CLASSIFICATION,
+        task: Task | None = None,
         adapters: Sequence[Adapter] = ADAPTERS,
     ) -> None:
         self.was_loading = False
         """Whether a model was still being loaded when all else had been closed."""
         self.drain = Drain()
-        self._settings, self._threads, self._task = settings, threads, task
+        self._settings, self._threads = settings, threads
         self._traces = Traces(settings.otel_exporter_otlp_endpoint)
         self._store = store = Store(settings.model_path)
+        self._only_task, self._task = task, task or _first_task(store)
         self.slot = slot = Slot(
             new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours)
         )
@@ -95,7 +97,7 @@ class Application:
         self.asgi = create_app(
             settings,
             Service.of(slot, self._feedback),
-            task,
+            self._task,
             self.trainer,
             adapters=adapters,
             lifespan=self._lifespan,
@@ -136,7 +138,13 @@ class Application:
         await asyncio.to_thread(self.close)
 
     def _load(self, version: Version) -> Model:
-        model = self._task.load(version, self._settings, threads=self._threads)
+        task = self._only_task or task_of(version)
+        if task is not self._task:
+            raise StoreError(
+                f"version {version.id} is for the task {task.name!r}, and this server was started with the routes of "
+                f"{self._task.name!r}; start it again."
+            )
+        model = task.load(version, self._settings, threads=self._threads)
         try:
             model.warm_up()
         except BaseException:
@@ -173,6 +181,19 @@ def prepare(store: Store) -> None:
         if not store.versions():
             raise
         logger.error("%s; nothing can be trained, and what is in the store answers", error)
+
+
+def _first_task(store: Store) -> Task:
+    """The task of the champion or, if that cannot answer, of what may instead; a store without a model will train one.
+
+    What is wrong with the champion is the follower's to say, and the task is known once: routes do not change.
+    """
+    with suppress(NoModelError, StoreError):
+        return task_of(store.champion())
+    for version in store.last_good():
+        with suppress(StoreError):
+            return task_of(version)
+    return CLASSIFICATION
 
 
 def _schedule(settings: Settings, store: Store) -> Schedule | None:

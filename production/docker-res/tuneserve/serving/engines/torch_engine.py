@@ -59,10 +59,14 @@ class TorchEngine:
         self._device, _ = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self._device)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
             model.to(self._device).eval()
         except Exception as error:  # transformers and safetensors raise whatever met them in a damaged file
             raise StoreError(f"The model in {folder} cannot be loaded: {error}") from error
+        if missing := sorted(found["missing_keys"]):  # transformers would start these weights at random
+            raise StoreError(f"The model in {folder} has no weights {', '.join(missing)}: it is not of this class.")
         # In fp32 a GPU has no kernel for texts of different lengths; torch's own attention over rows is faster there.
         packs = self._device.type == "cpu" or self.precision == "bf16"
         forward: Packed | Padded = choose_forward(model, learns=False) if packs else Padded(model)
