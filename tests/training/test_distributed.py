@@ -14,24 +14,13 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+from jobs import start, wait_for
 from safetensors.numpy import load_file
 
 from tuneserve.lifecycle.status import hold
 from tuneserve.lifecycle.store import Store
-from tuneserve.settings import PROJECT, Settings
+from tuneserve.settings import Settings
 from tuneserve.training import launch
-
-RUN = PROJECT / "production" / "docker-res" / "run.py"
-
-
-def start(environment: dict[str, str], *before: str, **changed: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [*before, sys.executable, str(RUN), "train"],
-        env=os.environ | environment | changed,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
@@ -76,13 +65,6 @@ def started_marked(environment: dict[str, str], **changed: str) -> "subprocess.P
     """Like `start`; its workers can be told by a variable that holds the launcher's number."""
     code = "import os, sys; os.environ['TUNESERVE_TEST'] = str(os.getpid()); os.execv(sys.executable, sys.argv[1:])"
     return start(environment, sys.executable, "-c", code, **changed)
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture

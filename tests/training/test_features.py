@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from jobs import train
 from transformers import AutoModelForSequenceClassification
 
-from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
 from tuneserve.network.forward import choose_forward
-from tuneserve.settings import Settings
-from tuneserve.signals import Stop
-from tuneserve.training import features, job
+from tuneserve.training import features
 from tuneserve.training.tokens import TokenizedSplit
 
 
@@ -27,12 +25,6 @@ from tuneserve.training.tokens import TokenizedSplit
 def head_only(environment: dict[str, str]) -> dict[str, str]:
     """Settings of a frozen body; nothing here is about which version is better."""
     return environment | {"TRAIN_BODY": "0", "N_EPOCHS": "1", "LR": "1e-2", "MAX_ACCURACY_DROP": "1"}
-
-
-def train(environment: dict[str, str], **changed: str) -> Version:
-    version = job.train(Settings.from_environ(environment | changed), Stop(), threads=1)
-    assert version is not None
-    return version
 
 
 @pytest.fixture

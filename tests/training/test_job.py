@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from jobs import start, train, wait_for
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -23,34 +21,9 @@ from tuneserve.artifact import Version
 from tuneserve.errors import BaseModelError, DeviceError, NoModelError, TrainingError
 from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
-from tuneserve.settings import PROJECT, Settings
+from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.training import job, loop
-
-RUN = PROJECT / "production" / "docker-res" / "run.py"
-
-
-def train(environment: dict[str, str], **changed: str) -> Version:
-    """Train, and serve what came of it: nothing here is about which version is better."""
-    changed = {"MAX_ACCURACY_DROP": "1"} | changed
-    return job.train(Settings.from_environ(environment | changed), Stop(), threads=1)
-
-
-def start_process(environment: dict[str, str], verb: str = "train") -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, str(RUN), verb],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_version_is_a_checkpoint_that_anything_loads(environment: dict[str, str]) -> None:
@@ -305,7 +278,7 @@ def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
 ) -> None:
     environment |= {"N_EPOCHS": "400", "LR": "1e-4"}
     checkpoints = Store(Path(environment["MODEL_PATH"])).checkpoints_folder
-    process = start_process(environment)
+    process = start(environment)
     wait_for(lambda: any(checkpoints.glob("*/*.safetensors")))
     began = time.monotonic()
     process.send_signal(number)
@@ -314,7 +287,7 @@ def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
     assert "the same command goes on from there" in output
     assert f"{number.name}: ended with exit code {code}" in output
     assert time.monotonic() - began < 10
-    process = start_process(environment)
+    process = start(environment)
     lines = iter(process.stdout or [])
     assert any("resuming in epoch" in line for line in lines)
     process.kill()
@@ -326,7 +299,7 @@ def test_a_killed_process_leaves_nothing_that_would_be_served(environment: dict[
     store = Store(Path(environment["MODEL_PATH"]))
     for delay in (0.0, 0.02, 0.05, 0.1):
         before = set(store.versions_folder.glob("*"))
-        process = start_process(environment | {"SEED": str(int(delay * 1000)), "N_EPOCHS": "1"})
+        process = start(environment | {"SEED": str(int(delay * 1000)), "N_EPOCHS": "1"})
         while process.poll() is None and not set(store.versions_folder.glob("*")) - before:
             time.sleep(0.001)
         time.sleep(delay)
@@ -340,7 +313,7 @@ def test_a_killed_process_leaves_nothing_that_would_be_served(environment: dict[
 
 
 def test_without_a_terminal_progress_is_plain_lines(environment: dict[str, str]) -> None:
-    process = start_process(environment)
+    process = start(environment)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "\r" not in output

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from jobs import wait_for
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -79,13 +80,6 @@ class Server:
             self.send(signal.SIGKILL)
             self.process.wait()
             self.process = None
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """How good a model is: its logits on a split, and the metrics that follow from them.
 
-The place for a metric of your own: `score` is what a test reports, `score_epoch` what the validation of an epoch does,
-by which SELECT_BY chooses the best one. No other module of training defines metrics.
+The place for a metric of your own: `score` is what a test reports, `validate` what an epoch does, by which SELECT_BY
+chooses the best one. No other module of training defines metrics.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,16 +74,6 @@ def score(logits: Array, label_ids: Array, labels: Sequence[str]) -> dict[str, A
     }
 
 
-def score_epoch(logits: Array, label_ids: Array, labels: Sequence[str]) -> dict[str, float]:
-    """The metrics of an epoch's validation, by the names that SELECT_BY knows behind `validation_`; see `score`."""
-    figures = score(logits, label_ids, labels)
-    return {
-        "validation_loss": figures["log_loss"],
-        "validation_accuracy": figures["accuracy"],
-        "validation_macro_f1": figures["macro_f1"],
-    }
-
-
 def validate(
     forward: Forward,
     split: TokenizedSplit,
@@ -93,9 +83,14 @@ def validate(
     stopping: Callable[[], bool],
     world: World,
 ) -> dict[str, float]:
-    """The figures of an epoch; see `predict_logits` and `score_epoch`."""
+    """The metrics of an epoch, by the names that SELECT_BY knows behind `validation_`; see `predict_logits`."""
     logits = predict_logits(forward, split, labels=len(labels), device=device, stopping=stopping, world=world)
-    return score_epoch(logits, split.label_ids, labels)
+    figures = score(logits, split.label_ids, labels)
+    return {
+        "validation_loss": figures["log_loss"],
+        "validation_accuracy": figures["accuracy"],
+        "validation_macro_f1": figures["macro_f1"],
+    }
 
 
 def expected_calibration_error(probabilities: Array, label_ids: Array) -> float:
