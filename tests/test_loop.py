@@ -85,9 +85,13 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for service in services:
-        if service.process is not None and service.process.poll() is None:
-            service.process.kill()
-            service.process.wait()
+        kill(service)
+
+
+def kill(service: loop.Service) -> None:
+    assert service.process is not None
+    service.process.kill()
+    service.process.wait()
 
 
 def ready(service: loop.Service) -> str:
@@ -192,9 +196,7 @@ def test_labelled_feedback_reaches_the_next_training_and_survives_the_server(sta
         assert client.post("/feedback", json=by_id).json() == {"stored": True}
         for text, label in tiny.sentences(40, first=700):
             client.post("/feedback", json={"text": text, "label": label}).raise_for_status()
-    assert service.process is not None
-    service.process.kill()
-    service.process.wait()
+    kill(service)
     service = start()
     assert ready(service) == first
     assert service.get("/feedback")["labels"] == 41
@@ -250,13 +252,11 @@ def test_whoever_is_killed_in_a_retraining_the_last_good_model_answers(start: St
     [first] = put(1)
     service = start(N_EPOCHS="400", SEED="2")
     child = training_process(service)
-    assert service.process is not None
     assert ready(service) == first
     if victim in ("child", "both"):
         os.kill(child, signal.SIGKILL)
     if victim in ("server", "both"):
-        service.process.kill()
-        service.process.wait()
+        kill(service)
         service = start(N_EPOCHS="1", LR="1e-9")
     assert ready(service) == first
     assert ask(service)["model_version"] == first

@@ -75,6 +75,14 @@ def environment(store: Path, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def copied(store: Path, tmp_path: Path, environment: dict[str, str]) -> Path:
+    """The version's folder in a copy of the store, which is the one that is served."""
+    environment["MODEL_PATH"] = str(shutil.copytree(store, tmp_path / "copy"))
+    [folder] = (tmp_path / "copy").glob("versions/*")
+    return folder
+
+
+@pytest.fixture
 def start() -> Iterator[Start]:
     servers: list[Server] = []
 
@@ -216,49 +224,41 @@ def test_an_empty_store_is_said_plainly(start: Start, environment: dict[str, str
 
 @pytest.mark.parametrize("file", ["model.safetensors", "engine/model.bin"])
 def test_torn_weights_end_the_server_instead_of_leaving_a_zombie(
-    start: Start, environment: dict[str, str], store: Path, tmp_path: Path, file: str
+    start: Start, environment: dict[str, str], copied: Path, file: str
 ) -> None:
-    torn = tmp_path / "torn"
-    shutil.copytree(store, torn)
-    champion = (torn / "champion").read_text().strip()
-    weights = torn / "versions" / champion / file
+    weights = copied / file
     weights.write_bytes(weights.read_bytes()[:1000])
-    server = start(environment | {"MODEL_PATH": str(torn)})
+    server = start(environment)
     output = server.output()
     assert server.process.returncode not in (0, -signal.SIGKILL), output
     assert "is damaged" in output
 
 
 def test_weights_with_a_flipped_bit_are_found_out_by_the_golden_answers(
-    start: Start, environment: dict[str, str], store: Path, tmp_path: Path
+    start: Start, environment: dict[str, str], copied: Path
 ) -> None:
-    bad = tmp_path / "bad"
-    shutil.copytree(store, bad)
-    champion = (bad / "champion").read_text().strip()
-    weights = bad / "versions" / champion / "engine" / "model.bin"
+    weights = copied / "engine" / "model.bin"
     content = np.frombuffer(weights.read_bytes(), dtype=np.float32).copy()
     content[(abs(content) > 1e-4) & (abs(content) < 10)] *= -1  # the weights, and not the numbers of the shapes
     weights.write_bytes(content.tobytes())
-    server = start(environment | {"MODEL_PATH": str(bad)})
+    server = start(environment)
     output = server.output()
     assert server.process.returncode == 6, output
     assert "does not answer as it did" in output
 
 
 def test_a_version_without_a_graph_is_served_by_torch(
-    start: Start, environment: dict[str, str], store: Path, tmp_path: Path
+    start: Start, environment: dict[str, str], store: Path, copied: Path
 ) -> None:
-    copy = tmp_path / "without a graph"
-    shutil.copytree(store, copy)
-    [metadata_file] = copy.glob("versions/*/metadata.json")
+    metadata_file = copied / "metadata.json"
     metadata = json.loads(metadata_file.read_text())
-    shutil.rmtree(metadata_file.parent / "engine")
+    shutil.rmtree(copied / "engine")
     metadata["files"] = {name: size for name, size in metadata["files"].items() if not name.startswith("engine/")}
     metadata_file.write_text(json.dumps(metadata | {"engine": None}))
     texts = ["a great film", "awful food", "the film was not bad and the food was very very warm"]
     answers = []
-    for folder in (store, copy):
-        server = start(environment | {"MODEL_PATH": str(folder)})
+    for changed in ({"MODEL_PATH": str(store)}, {}):
+        server = start(environment | changed)
         server.wait_until_ready()
         batch = httpx.post(f"{server.url}/inference/batch", json={"texts": texts}).json()["predictions"]
         alone = [httpx.post(f"{server.url}/inference", json={"text": text}).json() for text in texts]
@@ -268,7 +268,7 @@ def test_a_version_without_a_graph_is_served_by_torch(
         answers.append([one["scores"]["good"] for one in batch])
         code, output = server.end()
         assert code == 0
-        assert ("torch on the CPU, without padding" in output) == (folder == copy)
+        assert ("torch on the CPU, without padding" in output) == (not changed)
     assert answers[1] == pytest.approx(answers[0], abs=0.02)
 
 
