@@ -180,7 +180,7 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    fast = {"tuneserve.network.attention", "tuneserve.network.forward", "tuneserve.network.optimizer"}
+    fast = {f"tuneserve.network.{name}" for name in ("attention", "forward", "head", "optimizer")}
     assert apart == {*fast, "tuneserve.serving.engines.torch_engine"}
     askers = {
         (name, other)
@@ -193,6 +193,7 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
         ("tuneserve.network.optimizer", "tuneserve.network.forward"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.attention"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.forward"),
+        ("tuneserve.serving.engines.torch_engine", "tuneserve.network.head"),
         ("tuneserve.serving.engines.choice", "tuneserve.serving.engines.torch_engine"),
     }
     assert "tuneserve.serving.engines.torch_engine" not in set(

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from tuneserve.errors import BaseModelError
+from tuneserve.network import head
 from tuneserve.network.optimizer import body_parameters
 
 DROPOUTS = {
@@ -64,8 +64,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The base model with a new classification head, in fp32 on the device; `seed` decides the new weights.
 
-    The place for a head of your own: change what is returned here. What is saved must load again with transformers'
-    `AutoModelForSequenceClassification.from_pretrained`, which is how a version is exported and served.
+    The place for a head of your own, by its configuration; layers of your own are a class in `network/head.py`, which
+    also loads the model again wherever a version is exported or served.
 
     Raises:
         BaseModelError: transformers cannot classify with this model, or memory does not hold it.
@@ -79,7 +79,7 @@ def build_model(
         config.label2id = {label: index for index, label in enumerate(labels)}
         config.num_labels = len(labels)
         config.problem_type = "single_label_classification"
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = head.NETWORK.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from scipy.special import softmax
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
 from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden
@@ -20,6 +20,7 @@ from tuneserve.files import write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
+from tuneserve.network import head
 from tuneserve.network.forward import cast, choose_forward
 from tuneserve.text import TextEncoder
 from tuneserve.training import calibration
@@ -62,7 +63,7 @@ def publish(
     with new_version(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        saved = AutoModelForSequenceClassification.from_pretrained(temporary, dtype=torch.float32)
+        saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32)
         saved.to(model.device)
         logits = {name: _logits(saved, tokens[name], precision) for name in ("valid", "test")}
         metrics, errors = test(logits, tokens, metadata["labels"], temperature)

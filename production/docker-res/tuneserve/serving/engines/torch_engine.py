@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
 from tuneserve.hardware import choose_device, choose_precision
+from tuneserve.network import head
 from tuneserve.network.attention import upload
 from tuneserve.network.forward import Packed, Padded, Texts, cast, choose_forward, probe
 from tuneserve.network.graph import Prepared
@@ -59,9 +59,7 @@ class TorchEngine:
         self._device, _ = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self._device)
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
+            model, found = head.NETWORK.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
             model.to(self._device).eval()
         except Exception as error:  # transformers and safetensors raise whatever met them in a damaged file
             raise StoreError(f"The model in {folder} cannot be loaded: {error}") from error

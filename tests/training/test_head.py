@@ -1,0 +1,54 @@
+"""Layers of one's own behind the body: one class, named in one place, is trained, saved, exported and served."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from tuneserve.errors import StoreError
+from tuneserve.network import head
+from tuneserve.serving.engines import torch_engine
+from tuneserve.settings import Settings
+from tuneserve.tasks.classifier import Classifier, Prediction, load_classifier
+
+TEXTS = ["a great film", "awful food", "the film was good and the food was bad"]
+CPU = Settings.from_environ({"DEVICE": "cpu", "PRECISION": "fp32"})
+
+
+class TwoLayers(BertForSequenceClassification):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        hidden = config.hidden_size
+        self.classifier = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, config.num_labels))
+        self.post_init()
+
+
+def test_a_class_of_ones_own_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "NETWORK", TwoLayers)
+        version = tiny.train(tiny.write_csv(tmp_path / "in.csv", tiny.sentences(160)), tmp_path)
+        by_torch = Classifier(version, torch_engine.load(version, CPU, threads=1))
+        network = TwoLayers.from_pretrained(version.folder).eval()
+    by_graph = load_classifier(version, CPU, threads=1)
+    assert "classifier.2.weight" in network.state_dict()
+    for text, one, other in zip(TEXTS, by_torch.predict(TEXTS), by_graph.predict(TEXTS), strict=True):
+        assert isinstance(one, Prediction)
+        assert isinstance(other, Prediction)
+        wanted = scores(network, by_torch.read([text])[0])
+        assert list(one.scores.values()) == pytest.approx(wanted, abs=1e-4)
+        assert list(other.scores.values()) == pytest.approx(wanted, abs=1e-3)
+    assert by_torch.predict(TEXTS[:1])[0].label == "good"  # type: ignore[union-attr]
+    with pytest.raises(StoreError, match="not of this class"):
+        torch_engine.load(version, CPU, threads=1)
+    for model in (by_torch, by_graph):
+        model.close()
+
+
+def scores(network: nn.Module, tokens: Any) -> list[float]:
+    with torch.inference_mode():
+        logits = network(input_ids=torch.tensor([tokens.ids])).logits[0]
+    return torch.softmax(logits, dim=0).tolist()
