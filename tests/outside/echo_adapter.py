@@ -21,8 +21,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/invocations")
     async def invoke(wanted: Instances, request: Request) -> dict[str, list[str]]:
-        request_id = request.state.request_id
-        answers = await service.answer(wanted.instances, timeout_s=30, request_id=request_id)
+        answers = await service.answer(wanted.instances, request_id=request.state.request_id)
         return {"predictions": [str(one) if isinstance(one, TuneserveError) else shown(one) for one in answers]}
 
     return router

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from tuneserve.errors import StoreError
+from tuneserve.errors import BaseModelError, StoreError
 from tuneserve.network import head
 from tuneserve.serving.engines import torch_engine
 from tuneserve.settings import Settings
 from tuneserve.tasks.classifier import Classifier, Prediction, load_classifier
+from tuneserve.training import job
+from tuneserve.training.model import build_model
 
 TEXTS = ["a great film", "awful food", "the film was good and the food was bad"]
 CPU = Settings.from_environ({"DEVICE": "cpu", "PRECISION": "fp32"})
@@ -46,6 +48,19 @@ def test_a_class_of_ones_own_is_named_once(tmp_path: Path, monkeypatch: pytest.M
         torch_engine.load(version, CPU, threads=1)
     for model in (by_torch, by_graph):
         model.close()
+
+
+def test_layers_that_nothing_would_load_again_are_refused_before_they_are_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*about: Any, **options: Any) -> Any:
+        network = build_model(*about, **options)
+        network.classifier = nn.Sequential(network.classifier)
+        return network
+
+    monkeypatch.setattr(job, "build_model", build)
+    with pytest.raises(BaseModelError, match=r"classifier\.0\.bias.*network/head\.py"):
+        tiny.train(tiny.write_csv(tmp_path / "in.csv", tiny.sentences(40)), tmp_path)
 
 
 def scores(network: nn.Module, tokens: Any) -> list[float]:

@@ -20,7 +20,8 @@ from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 from tuneserve.tables import Answer
 from tuneserve.tables.rows import format_value
-from tuneserve.tasks.catalog import load_model
+from tuneserve.tasks.catalog import load_model, task_of
+from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.classifier import Prediction
 from tuneserve.text import has_surrogates
 
@@ -46,6 +47,8 @@ def score(settings: Settings, *, threads: int, environ: Mapping[str, str]) -> No
     if missing:
         raise SettingsError(f"`predict` wants {' and '.join(missing)}: the rows to score, and where to write them.")
     version = Store(settings.model_path).champion()
+    if (task := task_of(version)) is not CLASSIFICATION:
+        raise SettingsError(f"`predict` writes labels, and the champion {version.id} is for the task {task.name!r}.")
     source = Input(settings.input, text_column=settings.text_column, label_column=settings.label_column)
     parts = Output(settings.output, source, shard=shard, shards=settings.shards)
     slot = Slot()

@@ -96,7 +96,7 @@ class Application:
         )
         self.asgi = create_app(
             settings,
-            Service.of(slot, self._feedback),
+            Service.of(slot, self._feedback, timeout_s=settings.request_timeout_s),
             self._task,
             self.trainer,
             adapters=adapters,

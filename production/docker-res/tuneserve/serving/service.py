@@ -25,26 +25,34 @@ class Service:
         slots: by name.
         metrics: of the server.
         feedback: where answers are remembered and labels kept; None for nowhere.
+        timeout_s: seconds that an answer may take where its request does not say.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], *, metrics: Metrics, feedback: Feedback | None = None) -> None:
-        self.metrics, self.feedback = metrics, feedback
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        *,
+        metrics: Metrics,
+        feedback: Feedback | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.metrics, self.feedback, self.timeout_s = metrics, feedback, timeout_s
         self._slots = slots
         self._rendering = threading.Lock()
 
     @classmethod
-    def of(cls, slot: Slot, feedback: Feedback | None = None) -> "Service":
+    def of(cls, slot: Slot, feedback: Feedback | None = None, *, timeout_s: float = 30.0) -> "Service":
         """A service with one model."""
-        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback)
+        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback, timeout_s=timeout_s)
 
     async def answer(
-        self, inputs: Sequence[Any], *, timeout_s: float, request_id: str = "", name: str = DEFAULT
+        self, inputs: Sequence[Any], *, timeout_s: float | None = None, request_id: str = "", name: str = DEFAULT
     ) -> Answers:
         """One answer or error for each input, in order.
 
         Args:
             inputs: as the model's task has them.
-            timeout_s: seconds that this may take.
+            timeout_s: seconds that this may take; None for the service's.
             request_id: by which people may correct the answers later.
             name: of the model.
 
@@ -55,6 +63,7 @@ class Service:
             TimeoutExceededError: the time is over.
         """
         slot = self._slot(name)
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         with slot.served() as served:
             if refusal := served.model.room(timeout_s):
                 raise refusal

@@ -35,7 +35,7 @@ from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
 from tuneserve.training.loop import Recipe, Run, fit_model
-from tuneserve.training.model import build_model, load_tokenizer
+from tuneserve.training.model import build_model, load_tokenizer, require_reloadable
 from tuneserve.training.publication import publish
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
@@ -95,6 +95,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         with world.one_a_node_first():
             tokenizer, tokens = read_tokens(settings, base, splits)
         model = build_model(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
+        require_reloadable(model)
 
         checkpoints = Checkpoints(
             store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes

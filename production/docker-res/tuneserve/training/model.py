@@ -93,6 +93,23 @@ def build_model(
     return model
 
 
+def require_reloadable(model: PreTrainedModel) -> None:
+    """Make sure that what `build_model` returned has the layers of the class that will load it again.
+
+    Raises:
+        BaseModelError: it has others, which would be saved and never be read.
+    """
+    with torch.device("meta"):
+        make = getattr(head.NETWORK, "from_config", head.NETWORK)
+        expected, found = set(make(model.config).state_dict()), set(model.state_dict())
+    if expected != found:
+        names = ", ".join(sorted(expected ^ found)[:6])
+        raise BaseModelError(
+            f"The model cannot be loaded again as it is built: {names}. Layers of your own belong to a class in "
+            "network/head.py."
+        )
+
+
 def loss_of(
     logits: torch.Tensor, label_ids: torch.Tensor, *, class_weights: torch.Tensor | None, label_smoothing: float
 ) -> torch.Tensor:

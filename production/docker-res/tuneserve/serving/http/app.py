@@ -87,7 +87,7 @@ def create_app(
         telemetry=telemetry,
     )
     routers = [
-        inference_routes(service, task, timeout_s=settings.request_timeout_s, responses=PROBLEMS),
+        inference_routes(service, task, PROBLEMS),
         *(adapter(service) for adapter in adapters),
         model_routes(service),
         drift_routes(service),

@@ -41,13 +41,11 @@ class Direct(APIRoute):
         return handler
 
 
-def inference_routes(
-    service: Service, task: Task, *, timeout_s: float, responses: dict[int | str, dict[str, Any]]
-) -> APIRouter:
+def inference_routes(service: Service, task: Task, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
     """What the model is asked: each of the task's routes, with and without a slash at its end."""
     routes = APIRouter(route_class=Direct, tags=[INFERENCE])
     for route in task.routes:
-        handler = answering(service, route, timeout_s=timeout_s)
+        handler = answering(service, route)
         schema = {"application/json": {"schema": route.request.model_json_schema()}}
         routes.post(
             route.path,
@@ -60,14 +58,14 @@ def inference_routes(
     return routes
 
 
-def answering(service: Service, route: Route, *, timeout_s: float) -> Handler:
+def answering(service: Service, route: Route) -> Handler:
     """The way from a request's body to its response."""
 
     async def answer(request: Request) -> Response:
         wanted = read_body(route.request, await request.body())
         answers = await service.answer(
             route.inputs(wanted),
-            timeout_s=wanted_s(request.scope["headers"], timeout_s),
+            timeout_s=wanted_s(request.scope["headers"], service.timeout_s),
             request_id=request.scope["state"]["request_id"],
         )
         return Response(_to_json(route.content(answers)).encode(), media_type="application/json")
