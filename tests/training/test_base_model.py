@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,6 @@ def test_another_revision_of_the_default_is_asked_of_the_hub(hub: tuple[str, Pat
 
 
 def test_a_hub_out_of_reach_is_a_clear_error_and_soon(unreachable: str, python: Python) -> None:
-    began = time.perf_counter()
     try:
         (message,) = ask(python, unreachable, "owner/model", timeout_s=15)
     except subprocess.TimeoutExpired:
@@ -196,4 +194,3 @@ def test_a_hub_out_of_reach_is_a_clear_error_and_soon(unreachable: str, python: 
     assert message.startswith("BASE_MODEL=owner/model is not a folder here, and the hub cannot be reached")
     assert message.endswith("Give a local folder, or use the default, which needs no network.")
     assert len(message.splitlines()) == 1
-    assert time.perf_counter() - began < 15

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -502,7 +501,6 @@ def test_a_hub_name_gives_the_splits_that_are_labelled(hub: tuple[str, Path], py
 
 
 def test_a_hub_out_of_reach_is_a_clear_error_and_soon(unreachable: str, python: Python) -> None:
-    began = time.perf_counter()
     try:
         (message,) = ask(python, unreachable, "owner/reviews", timeout_s=15)
     except subprocess.TimeoutExpired:
@@ -510,4 +508,3 @@ def test_a_hub_out_of_reach_is_a_clear_error_and_soon(unreachable: str, python: 
     assert message.startswith("DATASET=owner/reviews is not a file or folder here, and the hub")
     assert "reach" in message
     assert len(message.splitlines()) == 1
-    assert time.perf_counter() - began < 15

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,11 +111,10 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     process = started_marked(shared)
     checkpoints = Store(Path(shared["MODEL_PATH"])).checkpoints_folder
     wait_for(lambda: any(checkpoints.glob("*/*.safetensors")))
-    workers, began = workers_of(process), time.monotonic()
+    workers = workers_of(process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == code, output
-    assert time.monotonic() - began < 10
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     if number == signal.SIGTERM:
         process = start(shared)

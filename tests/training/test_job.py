@@ -280,13 +280,11 @@ def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
     checkpoints = Store(Path(environment["MODEL_PATH"])).checkpoints_folder
     process = start(environment)
     wait_for(lambda: any(checkpoints.glob("*/*.safetensors")))
-    began = time.monotonic()
     process.send_signal(number)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == code, output
     assert "the same command goes on from there" in output
     assert f"{number.name}: ended with exit code {code}" in output
-    assert time.monotonic() - began < 10
     process = start(environment)
     lines = iter(process.stdout or [])
     assert any("resuming in epoch" in line for line in lines)

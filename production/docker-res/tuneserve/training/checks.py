@@ -7,7 +7,6 @@ A test file that is given stays as it is, empties aside, so that its figures com
 """
 
 import hashlib
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from tuneserve.lifecycle.evidence import key_of
 from tuneserve.tables.rows import BATCH_ROWS
 from tuneserve.text import plain
 from tuneserve.training.data import Source
-
-logger = logging.getLogger(__name__)
 
 MIN_CLASS_TEXTS = 5
 """Fewest training texts of a class: enough for one in each split and a few to learn from."""
