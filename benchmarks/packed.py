@@ -103,7 +103,7 @@ def batches(engine: TorchEngine, ids: Ids, first: int, size: int) -> list[Ids]:
 
 def padding_share(engine: TorchEngine, ids: Ids, size: int) -> float:
     all_of_them = [batch for first in range(0, len(ids), size) for batch in batches(engine, ids, first, size)]
-    return 1 - sum(map(len, ids)) / sum(engine.prepare(batch).places for batch in all_of_them)
+    return 1 - sum(map(len, ids)) / sum(engine.prepare(batch).padded_tokens for batch in all_of_them)
 
 
 def rate(engine: TorchEngine, ids: Ids, size: int, seconds: float) -> float:

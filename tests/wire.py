@@ -81,9 +81,8 @@ def app_of(
     settings: Settings, slot: Slot, trainer: Trainer | None = None, feedback: Feedback | None = None, **options: Any
 ) -> FastAPI:
     """The application over a slot that classifies."""
-    return create_app(
-        settings, Service.of(slot, feedback, timeout_s=settings.request_timeout_s), CLASSIFICATION, trainer, **options
-    )
+    service = Service.of(slot, feedback, timeout_s=settings.request_timeout_s)
+    return create_app(settings, service, CLASSIFICATION, trainer, **options)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a server is put together for: the task of the version that it finds in the store."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from fastapi.testclient import TestClient
 from outside.echo_task import ECHO, GO
 from wire import wait_until
 
+from tuneserve.errors import SettingsError
 from tuneserve.files import write_json
 from tuneserve.lifecycle.store import Store
+from tuneserve.scoring.job import score
 from tuneserve.serving.application import Application
 from tuneserve.settings import Settings
 from tuneserve.tasks import catalog
@@ -43,7 +46,7 @@ def test_a_server_has_the_routes_of_the_task_that_its_champion_names(store: Stor
     assert "/inference" not in paths(application)
     with TestClient(application.asgi) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        assert client.post("/echo", json={"texts": ["one"]}).json() == {"model_version": "first", "text": "one"}
+        assert client.post("/echo", json={"texts": ["one"]}).json()["text"] == "one"
 
 
 @pytest.mark.parametrize(("task", "found"), [("text-classification", "was started with"), ("other", "knows")])
@@ -75,3 +78,11 @@ def test_a_store_without_a_model_is_one_of_a_classifier(store: Store, settings: 
     assert "/inference" in paths(application)
     assert "/echo" not in paths(application)
     application.close()
+
+
+def test_whole_files_are_scored_by_classifiers_alone(store: Store, settings: Settings, tmp_path: Path) -> None:
+    put(store, "first", task="echo")
+    (tmp_path / "in.csv").write_text("text\nfilm\n")
+    about = {"input": str(tmp_path / "in.csv"), "output": str(tmp_path / "out.csv")}
+    with pytest.raises(SettingsError, match="first is for the task 'echo'"):
+        score(settings.model_copy(update=about), threads=1, environ={})

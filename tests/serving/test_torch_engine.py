@@ -67,7 +67,7 @@ def test_a_batch_of_any_lengths_has_the_logits_of_its_texts_alone(kind: str, mak
     engine.begin(prepared)
     found = engine.result()
     assert engine.packs == (kind in PACKED)
-    assert (prepared.texts, prepared.places) == (len(LENGTHS), sum(LENGTHS) if engine.packs else 8 * 60)
+    assert (prepared.texts, prepared.padded_tokens) == (len(LENGTHS), sum(LENGTHS) if engine.packs else 8 * 60)
     assert found.dtype == np.float32
     assert len(np.unique(found, axis=0)) == len(texts)
     np.testing.assert_allclose(found, wanted(engine, texts, tmp_path / kind), rtol=0, atol=1e-5)

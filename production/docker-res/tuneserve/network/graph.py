@@ -58,7 +58,7 @@ class Prepared:
 
     inputs: tuple[Any, ...]
     texts: int
-    places: int
+    padded_tokens: int
 
 
 class Graph:

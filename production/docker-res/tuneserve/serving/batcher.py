@@ -203,7 +203,7 @@ class Batcher:
         if batch:
             try:
                 prepared = self._engine.prepare([item.ids for item in batch])
-                self.metrics.batch(len(batch), sum(len(item.ids) for item in batch), prepared.places)
+                self.metrics.batch(len(batch), sum(len(item.ids) for item in batch), prepared.padded_tokens)
             except Exception as error:
                 failure = error
         outcomes = self._finish(running) if running else []
