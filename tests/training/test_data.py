@@ -502,9 +502,9 @@ def test_a_hub_name_gives_the_splits_that_are_labelled(hub: tuple[str, Path], py
 
 def test_a_hub_out_of_reach_is_a_clear_error_and_soon(unreachable: str, python: Python) -> None:
     try:
-        (message,) = ask(python, unreachable, "owner/reviews", timeout_s=15)
+        (message,) = ask(python, unreachable, "owner/reviews", timeout_s=60)
     except subprocess.TimeoutExpired:
-        pytest.fail("after 15 s it was still trying")
+        pytest.fail("after a minute it was still trying")
     assert message.startswith("DATASET=owner/reviews is not a file or folder here, and the hub")
     assert "reach" in message
     assert len(message.splitlines()) == 1

