@@ -147,17 +147,24 @@ def test_a_training_runs_in_the_background_only_where_a_model_answers(make: Make
     ).exit_code == (3 if serves else 0)
 
 
-@pytest.mark.parametrize(("wanted", "policy", "nice"), [("", os.SCHED_IDLE, 0), ("7", os.SCHED_OTHER, 7)])
-def test_a_background_training_is_idle_work_or_as_nice_as_it_is_told(
-    python: Python, wanted: str, policy: int, nice: int
+@pytest.mark.parametrize(
+    ("variables", "policy", "nice", "threads", "gpu"),
+    [
+        ({"RETRAIN_NICE": "", "OMP_NUM_THREADS": "6"}, os.SCHED_IDLE, 0, 3, "0.5"),
+        ({"RETRAIN_NICE": "7", "RETRAIN_THREADS": "5", "RETRAIN_GPU_FRACTION": "0.2"}, os.SCHED_OTHER, 7, 5, "0.2"),
+    ],
+)
+def test_a_background_training_takes_what_it_is_told_to(
+    python: Python, variables: dict[str, str], policy: int, nice: int, threads: int, gpu: str
 ) -> None:
     ask = (
         "import os; from tuneserve.settings import Settings; from tuneserve.hardware import run_in_background; "
         "settings = run_in_background(Settings.from_environ(os.environ)); "
-        "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads)"
+        "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads, os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
     )
-    done = python("-c", ask, RETRAIN_NICE=wanted, OMP_NUM_THREADS="6")
-    assert [int(word) for word in done.stdout.split()] == [policy, nice + os.nice(0), 3], done.stderr
+    done = python("-c", ask, **variables)
+    wanted = f"{policy} {nice + os.nice(0)} {threads} per_process_memory_fraction:{gpu}"
+    assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, store: Store) -> None:

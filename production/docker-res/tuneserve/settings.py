@@ -158,7 +158,7 @@ class Settings(BaseModel):
 
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
-    probabilities are averaged."""
+    probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""
 
     max_batch_tokens: int = Field(default=0, ge=0)
     """Tokens that the engine takes at once. 0: 1024 on a CPU, 16384 on a GPU."""
@@ -276,7 +276,7 @@ class Settings(BaseModel):
     def _zone_is_known(cls, value: str) -> str:
         try:
             ZoneInfo(value)
-        except (KeyError, ValueError, OSError):
+        except (KeyError, ValueError, OSError, RecursionError):  # the last for a name of thousands of slashes
             raise ValueError("should be an IANA time zone") from None
         return value
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -24,7 +25,7 @@ class Delimited:
         if header is None:
             raise DataError(f"{where} is empty.")
         names = [name.strip() for name in header[1]]
-        if not any(names) or any(names.count(name) > 1 for name in names if name):
+        if not any(names) or max(Counter(filter(None, names)).values()) > 1:
             raise DataError(f"{where}, row 1: the column names {names} should be there, each once.")
         others = [mark for mark in ",;\t|" if mark in names[0] and mark != self._separator]
         if len(names) == 1 and others:

@@ -21,6 +21,7 @@ from tuneserve.redaction import redact_url
 from tuneserve.settings import SAMPLE
 from tuneserve.tables.formats import file_type, is_known, known_endings
 from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, find_columns, format_value, in_batches, read_file
+from tuneserve.text import is_blank
 from tuneserve.training.base_model import connect_to_hub
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def join_feedback(
         cache: where rows are kept.
     """
     known = {label for source in sources.values() for label in source.rows.unique("label")}
-    newest = {key_of(text): (text, label) for text, label in labelled if text.strip()}
+    newest = {key_of(text): (text, label) for text, label in labelled if not is_blank(text)}
     usable = {key: row for key, row in newest.items() if row[1] in known}
     keys_of = {split: _find_keys(source, usable.keys()) for split, source in sources.items()}
     held_out = {key for split, keys in keys_of.items() if split != "train" for key in keys}
