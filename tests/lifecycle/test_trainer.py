@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lifecycle.conftest import ENVIRONMENT, SLEEP, Make
+from wire import wait_until
 
 from tuneserve.errors import BusyError
 from tuneserve.lifecycle.store import Store
@@ -74,6 +75,53 @@ def test_one_at_a_time_and_none_after_the_end(make: Make) -> None:
     assert trainer.running is None
     with pytest.raises(BusyError, match="about to end"):
         trainer.start("third")
+
+
+def test_a_training_is_told_once_however_often_its_server_is(make: Make, tmp_path: Path) -> None:
+    note, go = tmp_path / "note", tmp_path / "go"
+    counting = f"""
+import signal, time
+from pathlib import Path
+told = []
+def note(number, frame):
+    told.append(number)
+    Path({str(note)!r}).write_text(str(len(told)))
+signal.signal(signal.SIGTERM, note)
+Path({str(note)!r}).write_text("0")
+while not Path({str(go)!r}).exists():
+    time.sleep(0.01)
+"""
+    trainer = make(counting)
+    trainer.start("a test")
+    wait_until(note.exists)
+    trainer.interrupt()
+    wait_until(lambda: note.read_text() == "1")
+    for _ in range(3):
+        trainer.interrupt()
+    closing = threading.Thread(target=trainer.close)
+    closing.start()
+    assert trainer.running is not None
+    go.touch()
+    closing.join()
+    assert note.read_text() == "1"
+
+
+@pytest.mark.parametrize("end", [Trainer.close, Trainer.kill])
+def test_a_training_that_does_not_end_is_killed_in_time_or_at_once(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[Trainer], None]
+) -> None:
+    monkeypatch.setattr("tuneserve.lifecycle.trainer.SAVE_S", 0.1)
+    deaf = (
+        f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(tmp_path / 'deaf')!r}, 'w'); time.sleep(60)"
+    )
+    trainer = make(deaf)
+    job = trainer.start("a test")
+    wait_until((tmp_path / "deaf").exists)
+    end(trainer)
+    wait_until(lambda: trainer.running is None)
+    found = trainer.job(job.id)
+    assert found is not None
+    assert found.exit_code == 128 + signal.SIGKILL
 
 
 def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store) -> None:

@@ -221,17 +221,46 @@ def test_a_first_candidate_that_is_refused_ends_it_too(start: Start) -> None:
     assert "is below MIN_ACCURACY=1" in service.tail()
 
 
-def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(start: Start) -> None:
-    service = start(N_EPOCHS="400")
+@pytest.mark.parametrize("both", [False, True], ids=["docker stop", "Ctrl+C in a terminal"])
+def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(start: Start, both: bool) -> None:
+    service = start(N_EPOCHS="4000")
+    store = Path(service.environment["MODEL_PATH"])
     seen, _ = service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
     assert seen["phase"] == "training"
     assert {"epoch", "progress", "loss", "eta_s"} <= set(seen)
+    wait_until(lambda: any(store.glob("checkpoints/*/[0-9]*")))
     child = training_process(service)
+    number = signal.SIGINT if both else signal.SIGTERM
+    if both:  # as the terminal does, which knows only the group
+        os.kill(child, number)
+    assert service.end(number) == 128 + number
+    assert not Path(f"/proc/{child}").exists()
+    [(epoch, batch)] = re.findall(r"interrupted in epoch (\d+) after batch (\d+) of", service.log.read_text())
+    newest = max(path.name for path in store.glob("checkpoints/*/[0-9]*"))
+    assert newest == f"{int(epoch) - 1:05d}-{int(batch):08d}.safetensors"
+    assert not [path for path in store.rglob(".*") if path.is_file()]
+    again = start(N_EPOCHS="4000")
+    wait_until(lambda: f"resuming in epoch {epoch} after batch {batch} of" in again.log.read_text())
+
+
+def test_a_second_signal_waits_for_no_checkpoint(start: Start) -> None:
+    service = start(N_EPOCHS="4000")
+    service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
+    child = training_process(service)
+    assert service.process is not None
+    os.kill(child, signal.SIGSTOP)  # it hangs: in a file system, say
+    service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not _listens(service))
     assert service.end() == 128 + signal.SIGTERM
     assert not Path(f"/proc/{child}").exists()
-    assert "checkpoint" in service.log.read_text() or list(
-        Path(service.environment["MODEL_PATH"]).glob("checkpoints/*")
-    )
+    assert "interrupted in epoch" not in service.log.read_text()
+
+
+def _listens(service: loop.Service) -> bool:
+    try:
+        return httpx.get(f"{service.url}/livez").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_training_yields_if_there_is_something_to_answer_with(start: Start, put: Put) -> None:

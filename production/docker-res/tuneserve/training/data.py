@@ -16,7 +16,9 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.errors import DataError, StoreError
 from tuneserve.lifecycle.evidence import key_of
-from tuneserve.settings import SAMPLE, without_password
+from tuneserve.logs import in_one_line
+from tuneserve.redaction import redact_url
+from tuneserve.settings import SAMPLE
 from tuneserve.tables.formats import file_type, is_known, known_endings
 from tuneserve.tables.rows import (
     BATCH_ROWS,
@@ -69,12 +71,12 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
     path = SAMPLE_FOLDER if dataset == SAMPLE else Path(dataset).expanduser()
     try:
         if "://" in dataset:
-            shown = without_password(dataset)
+            shown = redact_url(dataset)
             files = _find_files(_fetch(dataset, shown, cache / "downloads"), shown)
         elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
             files, shown = _find_files(path, str(path)), ""
         elif dataset.startswith(("/", ".", "~")) or is_known(path.name):
-            raise DataError(f"DATASET={dataset}: there is no such file or folder.")
+            raise DataError(f"DATASET={redact_url(dataset)}: there is no such file or folder.")
         else:
             return _read_hub(dataset, columns, cache)
         return {split: _read_files(parts, columns, shown, cache) for split, parts in files.items()}
@@ -151,8 +153,7 @@ def _fetch(url: str, shown: str, folder: Path) -> Path:
     except DataError:
         raise
     except Exception as error:  # each file system of fsspec raises exceptions of its own library
-        reason = f"{type(error).__name__}: {error}".replace(url, shown)
-        raise DataError(f"DATASET={shown} cannot be fetched: {reason}") from error
+        raise DataError(f"DATASET={shown} cannot be fetched: {type(error).__name__}: {in_one_line(error)}") from error
     else:
         shutil.rmtree(local, ignore_errors=True)
         incoming.rename(local)
@@ -211,14 +212,14 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
             reason = "and the hub has no data set of this name (a private one needs HF_TOKEN)"
         else:
             reason = f"and the hub does not give it: {_root_cause(error)}"
-        raise DataError(f"DATASET={dataset} is not a file or folder here, {reason}.") from error
+        raise DataError(f"DATASET={redact_url(dataset)} is not a file or folder here, {reason}.") from error
     sources = {}
     for split, data in found.items():
         if split in STEMS and not _is_unlabelled(data):
             where = f"{dataset}, split {split}"
             sources[STEMS[split]] = Source(memory_map(_hub_rows(data, columns, where), where, cache), where)
     if "train" not in sources:
-        raise DataError(f"DATASET={dataset} has no labelled train split; it has {', '.join(found)}.")
+        raise DataError(f"DATASET={redact_url(dataset)} has no labelled train split; it has {', '.join(found)}.")
     return sources
 
 
