@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     from tuneserve import logs
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
+    from tuneserve.redaction import remember
     from tuneserve.settings import Settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,13 +52,15 @@ def main(arguments: list[str]) -> int:
         parser.error("feedback takes nothing, or list, trust or remove and which labels")
     if wanted.verb not in ("promote", "feedback") and wanted.arguments:
         parser.error(f"{wanted.verb} takes no argument: it is configured by the environment")
+    stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
+    remember(os.environ)
     try:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
             STORE_VERBS[wanted.verb](settings, *wanted.arguments)
             return 0
-        if wanted.child:
+        if stop.once:
             end_with_parent()
         if wanted.background:
             settings = run_in_background(settings)

@@ -31,11 +31,9 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.catalog import task_of
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.task import Task
+from tuneserve.text import CHARACTERS_PER_TOKEN
 
 logger = logging.getLogger(__name__)
-
-CHARACTERS_PER_TOKEN = 64
-"""Characters of a text that are kept for each token that a model reads: far more than it can read of them."""
 
 LOAD_S = 0.5
 """Seconds that a model which is just being loaded is waited for."""
@@ -89,13 +87,13 @@ class Application:
             keep_texts=settings.keep_texts,
             keyed=bool(settings.api_key.get_secret_value()),
         )
-        self.trainer = self._retraining = None
+        self.trainer = self.retraining = None
         if training:
             self.trainer = Trainer(
                 training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ
             )
             drift = partial(_drifted, slot) if settings.retrain_on_drift else lambda: None
-            self._retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
+            self.retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
         self._follower = Follower(
             store,
             slot,
@@ -121,9 +119,9 @@ class Application:
         """Train, if that is wanted, and load the model; neither is waited for."""
         for line in what_is_open(self._settings, trains=self.trainer is not None):
             logger.warning("%s", line)
-        if self.trainer is not None and self._retraining is not None:
+        if self.trainer is not None and self.retraining is not None:
             self._train_first(self.trainer)
-            self._retraining.start()
+            self.retraining.start()
         self._follower.start()
         self._feedback.start()
 
@@ -134,8 +132,8 @@ class Application:
                 return
             self._closed = True
             self.was_loading = not self._follower.close(wait_s=LOAD_S)
-            if self._retraining is not None:
-                self._retraining.close()
+            if self.retraining is not None:
+                self.retraining.close()
             if self.trainer is not None:
                 self.trainer.close()
             self.slot.close()

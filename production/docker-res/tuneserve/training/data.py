@@ -15,9 +15,20 @@ from datasets import ClassLabel, Dataset, concatenate_datasets, disable_progress
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.errors import DataError, StoreError
-from tuneserve.settings import SAMPLE, without_password
+from tuneserve.logs import in_one_line
+from tuneserve.redaction import redact_url
+from tuneserve.settings import SAMPLE
 from tuneserve.tables.formats import file_type, is_known, known_endings
-from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, find_columns, format_value, in_batches, read_file
+from tuneserve.tables.rows import (
+    BATCH_ROWS,
+    Columns,
+    Row,
+    format_label,
+    format_value,
+    in_batches,
+    read_file,
+    require_columns,
+)
 from tuneserve.training.base_model import connect_to_hub
 
 logger = logging.getLogger(__name__)
@@ -58,12 +69,12 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
     path = SAMPLE_FOLDER if dataset == SAMPLE else Path(dataset).expanduser()
     try:
         if "://" in dataset:
-            shown = without_password(dataset)
+            shown = redact_url(dataset)
             files = _find_files(_fetch(dataset, shown, cache / "downloads"), shown)
         elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
             files, shown = _find_files(path, str(path)), ""
         elif dataset.startswith(("/", ".", "~")) or is_known(path.name):
-            raise DataError(f"DATASET={dataset}: there is no such file or folder.")
+            raise DataError(f"DATASET={redact_url(dataset)}: there is no such file or folder.")
         else:
             return _read_hub(dataset, columns, cache)
         return {split: _read_files(parts, columns, shown, cache) for split, parts in files.items()}
@@ -91,8 +102,7 @@ def _fetch(url: str, shown: str, folder: Path) -> Path:
     except DataError:
         raise
     except Exception as error:  # each file system of fsspec raises exceptions of its own library
-        reason = f"{type(error).__name__}: {error}".replace(url, shown)
-        raise DataError(f"DATASET={shown} cannot be fetched: {reason}") from error
+        raise DataError(f"DATASET={shown} cannot be fetched: {type(error).__name__}: {in_one_line(error)}") from error
     else:
         shutil.rmtree(local, ignore_errors=True)
         incoming.rename(local)
@@ -134,7 +144,7 @@ def _read_files(files: list[Path], columns: Columns, shown: str, cache: Path) ->
 
 
 def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:
-    rows = read_file(path, where, partial(_find_columns, wanted=columns, where=where))
+    rows = read_file(path, where, partial(require_columns, wanted=columns, where=where))
     return Source(memory_map(rows, where, cache), where)
 
 
@@ -151,19 +161,19 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
             reason = "and the hub has no data set of this name (a private one needs HF_TOKEN)"
         else:
             reason = f"and the hub does not give it: {_root_cause(error)}"
-        raise DataError(f"DATASET={dataset} is not a file or folder here, {reason}.") from error
+        raise DataError(f"DATASET={redact_url(dataset)} is not a file or folder here, {reason}.") from error
     sources = {}
     for split, data in found.items():
         if split in STEMS and not _is_unlabelled(data):
             where = f"{dataset}, split {split}"
             sources[STEMS[split]] = Source(memory_map(_hub_rows(data, columns, where), where, cache), where)
     if "train" not in sources:
-        raise DataError(f"DATASET={dataset} has no labelled train split; it has {', '.join(found)}.")
+        raise DataError(f"DATASET={redact_url(dataset)} has no labelled train split; it has {', '.join(found)}.")
     return sources
 
 
 def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
-    columns = _find_columns(data.column_names, wanted=columns, where=where)
+    columns = require_columns([(name, "") for name in data.column_names], columns, where)
     feature = data.features[columns.label]
     row = 0
     for batch in data.select_columns([columns.text, columns.label]).iter(batch_size=BATCH_ROWS):
@@ -171,7 +181,7 @@ def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
             row += 1
             if isinstance(feature, ClassLabel) and label is not None:
                 label = None if label == -1 else feature.int2str(label)
-            yield row, format_value(text), format_value(label).strip()
+            yield row, format_value(text), format_label(label)
 
 
 def _is_unlabelled(data: Dataset) -> bool:
@@ -209,18 +219,3 @@ def memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
     finally:
         incoming.unlink(missing_ok=True)
     return Dataset.from_file(str(folder / f"{content.hexdigest()[:32]}.arrow"))
-
-
-def _find_columns(names: list[str], wanted: Columns, where: str) -> Columns:
-    text, label = find_columns(names, text=wanted.text, label=wanted.label)
-    unknown = {kind: name for kind, name in (("text", text), ("label", label)) if name not in names}
-    if unknown:
-        missing = (
-            f"has no column {name!r}" if name else f"does not say which column holds the {kind}"
-            for kind, name in unknown.items()
-        )
-        needed = " and ".join(f"{kind.upper()}_COLUMN" for kind in unknown)
-        raise DataError(f"{where} {' and '.join(missing)}; its columns are {', '.join(names)}. Set {needed}.")
-    if text == label:
-        raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
-    return Columns(text, label)

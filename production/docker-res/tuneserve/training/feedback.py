@@ -16,6 +16,8 @@ from datasets import concatenate_datasets
 
 from tuneserve.lifecycle.evidence import key_of
 from tuneserve.lifecycle.secret import lot
+from tuneserve.tables.rows import format_label
+from tuneserve.text import is_blank
 from tuneserve.training.checks import Split, Splits, count
 from tuneserve.training.data import memory_map
 
@@ -40,7 +42,7 @@ def join(splits: Splits, labelled: Sequence[Labelled], *, cache: Path) -> Splits
         labelled: the newest last: of texts that differ in case or spaces alone it counts.
         cache: where rows are kept.
     """
-    newest = {key_of(text): (text, label, held) for text, label, held in labelled if text.strip()}
+    newest = {key_of(text): (text, format_label(label), held) for text, label, held in labelled if not is_blank(text)}
     usable = {key: row for key, row in newest.items() if row[1] in splits.labels}
     learned = {key for text in splits.train if (key := key_of(text)) in usable}
     tested = {key for split in (splits.valid, splits.test) for text in split if (key := key_of(text)) in usable}
