@@ -7,6 +7,8 @@ predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
+feedback      count the labels people have sent by day and origin; with `list`, `trust` or `remove` and an id, a day, an
+              origin or one client of it: show them, let them be trained on, take them out
 """
 
 import argparse
@@ -14,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,19 +38,27 @@ def main(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
-    parser.add_argument("version", nargs="?", help="of promote")
+    parser.add_argument("arguments", nargs="*", help="promote: a version; feedback: [list|trust|remove] which")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
     wanted = parser.parse_args(arguments)
+    if wanted.verb == "promote" and len(wanted.arguments) != 1:
+        parser.error("promote takes a version's id; `versions` lists them")
+    if (
+        wanted.verb == "feedback"
+        and wanted.arguments
+        and (len(wanted.arguments) != 2 or wanted.arguments[0] not in ("list", "trust", "remove"))
+    ):
+        parser.error("feedback takes nothing, or list, trust or remove and which labels")
+    if wanted.verb not in ("promote", "feedback") and wanted.arguments:
+        parser.error(f"{wanted.verb} takes no argument: it is configured by the environment")
     stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
-    if (wanted.verb == "promote") != (wanted.version is not None):
-        parser.error("promote takes a version's id, and no other verb does; `versions` lists them")
     remember(os.environ)
     try:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
-            STORE_VERBS[wanted.verb](settings, wanted.version)
+            STORE_VERBS[wanted.verb](settings, *wanted.arguments)
             return 0
         if stop.once:
             end_with_parent()
@@ -108,22 +119,37 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     server.serve(settings, threads=threads, training=command, environ=environ)
 
 
-def versions(settings: "Settings", version: str | None) -> None:
+def versions(settings: "Settings") -> None:
     """Print a table of the store's versions."""
     from tuneserve.lifecycle.store import Store
 
     print(Store(settings.model_path).table())
 
 
-def promote(settings: "Settings", version: str | None) -> None:
+def promote(settings: "Settings", version: str) -> None:
     """Move the champion's pointer to a version."""
     from tuneserve.lifecycle.store import Store
 
-    chosen = Store(settings.model_path).promote(version or "")
+    chosen = Store(settings.model_path).promote(version)
     print(f"{chosen.id} is the champion; servers change over when they have loaded it")
 
 
-def rollback(settings: "Settings", version: str | None) -> None:
+def feedback(settings: "Settings", act: str = "", which: str = "") -> None:
+    """Count the labels that people have sent, or list them, trust them or remove them."""
+    from tuneserve.lifecycle import feedback_database as database
+
+    path = settings.model_path / database.FILE
+    if not act:
+        print(database.counts_table(path))
+    elif act == "list":
+        print(database.labels_table(path, which))
+    elif act == "trust":
+        print(f"{database.trust(path, which)} labels count as yours: the next training uses them")
+    else:
+        print(f"{database.remove(path, which)} labels removed")
+
+
+def rollback(settings: "Settings") -> None:
     """Move the champion's pointer back."""
     from tuneserve.lifecycle.store import Store
 
@@ -132,7 +158,12 @@ def rollback(settings: "Settings", version: str | None) -> None:
 
 
 VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}
-STORE_VERBS = {"versions": versions, "promote": promote, "rollback": rollback}
+STORE_VERBS: dict[str, Callable[..., None]] = {
+    "versions": versions,
+    "promote": promote,
+    "rollback": rollback,
+    "feedback": feedback,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -107,6 +107,12 @@ class NotFoundError(TuneserveError):
     status = 404
 
 
+class ConflictError(TuneserveError):
+    """The name that was given stands for several things."""
+
+    status = 409
+
+
 class UnavailableError(TuneserveError):
     """Feedback's database cannot be used now."""
 

@@ -192,13 +192,17 @@ class Settings(BaseModel):
     """Versions that the store keeps; the champion and the one before it always stay."""
 
     use_feedback: bool = True
-    """Train also on the labelled texts that `POST /feedback` has brought; a share of TEST_PCT joins the test texts."""
+    """Train also on the texts that `POST /feedback` has labelled with the API key; a share of TEST_PCT is held out, and
+    the gate judges by it too."""
 
     keep_texts: bool = False
     """Keep the texts of requests beside their answers, so that a label that names a request teaches something."""
 
     feedback_max_rows: int = Field(default=1_000_000, ge=1)
-    """Answers, and labels, that are kept for feedback; the oldest go."""
+    """Answers, and labels of each origin, that are kept for feedback; the oldest go."""
+
+    feedback_max_mb: int = Field(default=1024, ge=1)
+    """Size of the feedback database, in MiB; the oldest rows go, answers and anonymous labels first."""
 
     retrain_schedule: str = ""
     """When `train-serve` trains again, as cron writes it: minute, hour, day, month, weekday (`0 3 * * 1` is Mondays at
