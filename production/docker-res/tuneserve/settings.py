@@ -159,6 +159,9 @@ class Settings(BaseModel):
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
 
+    max_batch_texts: int = Field(default=4096, ge=1)
+    """Texts of one request to `/inference/batch`; beyond it: 413."""
+
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
     probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""

@@ -87,7 +87,7 @@ def create_app(
         telemetry=telemetry,
     )
     routers = [
-        inference_routes(service, task, PROBLEMS),
+        inference_routes(service, task, PROBLEMS, max_inputs=settings.max_batch_texts),
         *(adapter(service) for adapter in adapters),
         model_routes(service),
         drift_routes(service),
