@@ -9,6 +9,7 @@ handlers.
 import asyncio
 import hmac
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,7 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tuneserve.errors import (
     BodyTimeoutError,
     ClientGoneError,
+    EncodingError,
     FramingError,
+    InvalidInputError,
     InvalidRequestError,
     LeavingError,
     OverloadedError,
@@ -54,6 +57,10 @@ Small ones may hold as many again, so that a few clients with large ones do not 
 
 SMALL_BYTES = 64 << 10
 
+GZIP = (b"gzip", b"x-gzip")
+"""The content encoding that is read, by both its names."""
+
+NOT_UTF8 = "the body is not UTF-8"
 NO_KEY = "This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`."
 
 
@@ -201,14 +208,19 @@ class Front:
             TuneserveError: there is none, for a reason that the client is told.
         """
         path, headers = scope["path"], scope["headers"]
-        declared = self._check_head(scope)
+        declared, encoding = self._check_head(scope)
         if self._key and path not in self._open_paths and not has_key(headers, self._key):
             return problem(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
         is_models = path in self._model_paths and scope["method"] == "POST"
         if is_models and (refused := self._room()) is not None:
             self._backoff.request()
             return _refusal(str(refused), refused.retry_after_s, _expects_continue(headers))
-        body = [await self._read_body(declared, receive, held)]
+        content = await self._read_body(declared, receive, held)
+        if encoding:
+            content = self._unpack(content, held)
+        if not is_models and not is_utf8(content):  # a model's route says so itself, if it cannot read it
+            raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
+        body = [content]
 
         async def replay() -> Message:
             return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
@@ -221,14 +233,15 @@ class Front:
             return None
         return await unless_gone(handler(Request(scope, replay)), receive)
 
-    def _check_head(self, scope: Scope) -> int:
-        """The bytes that the body declares to have; 0 if it comes in chunks.
+    def _check_head(self, scope: Scope) -> tuple[int, bytes]:
+        """The bytes that the body declares to have, 0 if it comes in chunks; and its encoding, if it has one.
 
         Raises:
+            EncodingError: nothing here can read it.
             InvalidRequestError: it is not clear which host is meant.
             FramingError: the body is coded for its transfer in another way than in chunks.
         """
-        declared, hosts, coding = b"0", 0, b""
+        declared, hosts, coding, encoding = b"0", 0, b"", b""
         for name, value in scope["headers"]:
             if name == b"host":
                 hosts += 1
@@ -236,11 +249,34 @@ class Front:
                 declared = value
             elif name == b"transfer-encoding":
                 coding = b"%b,%b" % (coding, value) if coding else value
+            elif name == b"content-encoding" and value.lower() != b"identity":
+                encoding = b"%b,%b" % (encoding, value) if encoding else value
         if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):
             raise InvalidRequestError("A request has one Host header.")
         if coding and coding.strip().lower() != b"chunked":
             raise FramingError("Of the transfer codings this server knows `chunked` alone.")
-        return int(declared)
+        if encoding and encoding.lower() not in GZIP:
+            raise EncodingError("Of the content encodings this server reads `gzip` alone.")
+        return int(declared), encoding
+
+    def _unpack(self, content: bytes, held: list[int]) -> bytes:
+        """The content of an archive; no more of it is unpacked than may be.
+
+        Raises:
+            TooLargeError: it is larger than a body may be.
+            InvalidInputError: this is no archive, or not a whole one, or several.
+        """
+        stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            unpacked = stream.decompress(content, self._max_body_bytes + 1)
+            if len(unpacked) > self._max_body_bytes:
+                raise self._too_large()
+            if not stream.eof or stream.unused_data:
+                raise zlib.error
+        except zlib.error:
+            raise InvalidInputError((("body",), "the body is not gzip, as its Content-Encoding says", "gzip")) from None
+        held[0] += self.bodies.hold(max(0, len(unpacked) - held[0]), of=len(unpacked))
+        return unpacked
 
     async def _read_body(self, declared: int, receive: Receive, held: list[int]) -> bytes:
         if declared > self._max_body_bytes:
@@ -270,6 +306,15 @@ class Front:
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"The body is larger than {self._max_body_bytes // 1024} KiB, the most this server takes.")
+
+
+def is_utf8(content: bytes) -> bool:
+    """Whether these bytes are text."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def has_key(headers: Headers, key: bytes) -> bool:

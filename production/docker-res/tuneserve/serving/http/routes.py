@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 import tuneserve
 from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError
 from tuneserve.lifecycle.trainer import Job, Trainer
-from tuneserve.serving.http.front import Handler
+from tuneserve.serving.http.front import NOT_UTF8, Handler, is_utf8
 from tuneserve.serving.http.problems import RETRY_AFTER_S
 from tuneserve.serving.http.request_log import Headers
 from tuneserve.serving.http.schemas import FeedbackRequest, Problem, Readiness
@@ -113,7 +113,13 @@ def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:
 
 
 def _lenient(body: bytes, error: ValidationError) -> Any:
-    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
+    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault.
+
+    Raises:
+        InvalidInputError: this is not even text.
+    """
+    if not is_utf8(body):
+        raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
