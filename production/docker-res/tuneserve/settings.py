@@ -29,6 +29,7 @@ def _absolute(path: Path) -> Path:
 
 
 WORDS = {
+    "cors_origins": "`*`, or origins as browsers name them (`https://reviews.example`), separated by commas",
     "retrain_schedule": "five fields as crontab has them",
     "retrain_time_zone": "the name of a time zone",
 }
@@ -156,6 +157,13 @@ class Settings(BaseModel):
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
 
+    cors_origins: str = ""
+    """Origins whose pages may ask this server from a browser, separated by commas: `https://reviews.example`; `*` for
+    every page. Empty: none."""
+
+    max_batch_texts: int = Field(default=4096, ge=1)
+    """Texts of one request to `/inference/batch`; beyond it: 413."""
+
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
     probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""
@@ -261,6 +269,14 @@ class Settings(BaseModel):
         if not value:
             raise ValueError("should name a data set")
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: str) -> str:
+        origins = [origin.strip() for origin in value.split(",") if origin.strip()]
+        if not all(origin == "*" or re.fullmatch(r"https?://[^/\s*?#@]+", origin) for origin in origins):
+            raise ValueError("should be origins")
+        return ",".join(origins)
 
     @field_validator("retrain_schedule")
     @classmethod
