@@ -10,7 +10,7 @@ from tuneserve.errors import DataError
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
 from tuneserve.tables import Answer, Chunk
 from tuneserve.tables.formats import file_type, is_known, known_endings
-from tuneserve.tables.rows import Columns, enumerate_some, require_columns
+from tuneserve.tables.rows import Columns, enumerate_some, require_columns, shorten
 
 STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
 """File systems' names of a stamp that changes with a file's content; the first one found counts."""
@@ -133,4 +133,4 @@ def _wants(wanted: Callable[[int], bool], first: int, index: int) -> bool:
 
 
 def _list(columns: list[tuple[str, str]]) -> str:
-    return enumerate_some(f"{name} ({kind})" for name, kind in columns)
+    return enumerate_some(f"{shorten(name)} ({kind})" for name, kind in columns)
