@@ -245,8 +245,8 @@ def _name_indicators(kind: FileType, file: BinaryIO, where: str, types: Types) -
     if len(marks) < 2:
         return ""
     return (
-        f" {enumerate_some(map(shorten, marks), 5)} hold only 0 and 1. A text with several labels is not supported, but "
-        "LABEL_COLUMN may name one of them."
+        f" {enumerate_some(map(shorten, marks), 5)} hold only 0 and 1. A text with several labels is not supported, "
+        "but LABEL_COLUMN may name one of them."
     )
 
 
