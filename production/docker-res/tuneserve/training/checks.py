@@ -217,14 +217,14 @@ def _mend_rare(
         return labels
     ids = [number for number, name in enumerate(labels) if name in rare]
     marks = {split: one.kept & np.isin(one.labels, ids) for split, one in rows.items()}
+    other = next((name for name in labels if names_of.fold(name) == names_of.OTHER), names_of.OTHER)
     findings["rare_labels"] = {
         "labels": len(rare),
         "examples": [name for name in labels if name in rare][: names_of.SHOWN],
-        "joined": join,
+        "joined_as": other if join else None,
         "texts": {split: int(mark.sum()) for split, mark in marks.items()},
     }
     if join:
-        other = next((name for name in labels if names_of.fold(name) == names_of.OTHER), names_of.OTHER)
         return _rename(rows, labels, [other if name in rare else name for name in labels])
     stay = [name for name in labels if name not in rare]
     if len(stay) < 2:

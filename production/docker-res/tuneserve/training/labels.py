@@ -121,5 +121,5 @@ def describe(findings: Mapping[str, Any]) -> Iterator[str]:
         yield f"labels may mean that the label is missing: {name_labels(missing)}; they are classes like any other"
     if rare := findings.get("rare_labels"):
         texts = ", ".join(f"{count} {split} texts" for split, count in rare["texts"].items() if count)
-        what = "joined as one" if rare["joined"] else "left out"
+        what = f"joined as {quote(rare['joined_as'])}" if rare["joined_as"] else "left out"
         yield f"{rare['labels']} rare labels with {texts or 'no texts'} {what}, such as {name_labels(rare['examples'])}"
