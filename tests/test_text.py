@@ -3,11 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tuneserve.text import TextEncoder, Tokens, has_surrogates, plain, split_by_tokens
+from tuneserve.text import ENCODE_CHARACTERS, TextEncoder, Tokens, has_surrogates, is_blank, plain, split_by_tokens
 
 FIRST, LAST, UNKNOWN = 1, 2, 3
 WORDS = {"[PAD]": 0, "[CLS]": FIRST, "[SEP]": LAST, "[UNK]": UNKNOWN, "a": 4, "good": 5, "film": 6}
@@ -52,6 +53,57 @@ def test_a_text_is_cut_at_the_limit_and_the_encoder_says_so(
     text: str, ids: list[int], truncated: bool, tokenizer: Tokenizer
 ) -> None:
     assert TextEncoder(tokenizer, max_tokens=5).encode([text]) == [Tokens([ids], len(ids), truncated)]
+
+
+def test_a_text_is_cut_by_characters_before_it_is_looked_at(tokenizer: Tokenizer) -> None:
+    """64 characters for each token of the limit, in windows eight times as many; the last word would be known."""
+    word = "x" * (64 * 5 - 1)
+    for windows, words in ((False, 1), (True, 8)):
+        encoder = TextEncoder(tokenizer, max_tokens=5, windows=windows)
+        just, beyond = encoder.encode([f"{word} " * words, f"{word} " * words + "film"])
+        assert (just.truncated, beyond.truncated) == (False, True)
+        assert just.windows == beyond.windows
+        assert not any(WORDS["film"] in ids for ids in beyond.windows)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_library_is_given_a_bounded_number_of_characters_at_once(
+    tokenizer: Tokenizer, windows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    class Watched:
+        def encode_batch_fast(self, texts: list[str]) -> list[Any]:
+            given.append(sum(map(len, texts)))
+            return tokenizer.encode_batch_fast(texts)
+
+    encoder = TextEncoder(tokenizer, max_tokens=64, windows=windows)
+    monkeypatch.setattr(encoder, "_tokenizer", Watched())
+    assert len(encoder.encode(["a" * (1 << 20)] * 40)) == 40
+    assert len(given) > 1
+    assert max(given) <= max(ENCODE_CHARACTERS, encoder.max_characters)
+
+
+@pytest.mark.parametrize(
+    ("text", "blank"),
+    [
+        ("", True),
+        (" \n\t\u3000", True),
+        ("<br/>", True),
+        (" <BR >\u200b< br / >\n", True),
+        ("\u200b\ufeff\u00ad\u2060", True),
+        ("\0\x1f", True),
+        ("\u3164\u2800\ufe0f", True),
+        ("<br", False),
+        ("<br/>.", False),
+        ("<p>", False),
+        ("\u200b0", False),
+        ("😀\ufe0f", False),
+        ("\u0301", False),
+    ],
+)
+def test_a_text_without_anything_to_see_is_blank(text: str, blank: bool) -> None:
+    assert is_blank(text) == blank
 
 
 def test_texts_are_encoded_in_order_and_none_is_padded(tokenizer: Tokenizer) -> None:

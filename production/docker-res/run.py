@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     from tuneserve import logs
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
+    from tuneserve.redaction import remember
     from tuneserve.settings import Settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,15 +39,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
     wanted = parser.parse_args(arguments)
+    stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
     if (wanted.verb == "promote") != (wanted.version is not None):
         parser.error("promote takes a version's id, and no other verb does; `versions` lists them")
+    remember(os.environ)
     try:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
             STORE_VERBS[wanted.verb](settings, wanted.version)
             return 0
-        if wanted.child:
+        if stop.once:
             end_with_parent()
         if wanted.background:
             settings = run_in_background(settings)

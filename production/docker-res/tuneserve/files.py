@@ -3,14 +3,19 @@
 Content is written under a temporary name in the same folder, beginning with a dot, and renamed when it is complete.
 """
 
+import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -81,6 +86,44 @@ def write_json(path: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(path, text.encode())
+
+
+TEMPORARY = re.compile(r"\..*-[0-9a-f]{8}|\.[0-9a-f]{32}")
+"""Names of content that is being written, or was when its process was killed."""
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed processes left half written in these folders; only where nobody else writes now."""
+    for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
+        if TEMPORARY.fullmatch(path.name):
+            logger.info("removing %s, which a process that was killed left half written", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_use(folder: Path, *parts: str) -> Iterator[None]:
+    """Use a cache during the block; whoever is its only user first removes what killed ones left half written.
+
+    Where the file system has no locks nothing is removed.
+
+    Args:
+        folder: of the cache, which several processes may share.
+        parts: folders in it that are written to.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_leftovers(*(folder / part for part in parts))
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
 
 
 def sync_tree(folder: Path) -> None:

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from tuneserve.errors import SettingsError
-from tuneserve.settings import without_password
+from tuneserve.redaction import redact
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -37,8 +37,8 @@ def report(error: Exception) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of a library's error for the log: in one line, without passwords, shortened."""
-    said = without_password(" ".join(str(error).split())) or type(error).__name__
+    """The message of a library's error for the log: in one line, without secrets, shortened."""
+    said = redact(" ".join(str(error).split())) or type(error).__name__
     return said if len(said) <= 300 else f"{said[:120]} … {said[-180:]}"
 
 
@@ -74,11 +74,11 @@ class Queued(QueueHandler):
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Format now what may change or is large; leave the rest to the thread."""
+        """Format now what may change or is large, without secrets; leave the rest to the thread."""
         record = copy.copy(record)
-        record.msg, record.args = record.getMessage(), None
+        record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info:
-            record.exc_text = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
             record.exc_info = None
         return record
 

@@ -5,7 +5,6 @@ long because the sentences about all variables are here.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +14,11 @@ from zoneinfo import ZoneInfo
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from tuneserve.errors import SettingsError
+from tuneserve.redaction import redact_url
 from tuneserve.text import has_surrogates
 
 PROJECT = Path(__file__).resolve().parents[3]
 """The folder that holds `production/`: the clone's root, and `/` in the image."""
-
-URLS = ("dataset", "input", "output", "otel_exporter_otlp_endpoint")
-"""Settings that may be URLs, whose passwords are not shown."""
 
 SAMPLE = "sample"
 """The value of DATASET that means the embedded reviews."""
@@ -171,7 +168,7 @@ class Settings(BaseModel):
 
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
-    probabilities are averaged."""
+    probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""
 
     max_batch_tokens: int = Field(default=0, ge=0)
     """Tokens that the engine takes at once. 0: 1024 on a CPU, 16384 on a GPU."""
@@ -289,7 +286,7 @@ class Settings(BaseModel):
     def _zone_is_known(cls, value: str) -> str:
         try:
             ZoneInfo(value)
-        except (KeyError, ValueError, OSError):
+        except (KeyError, ValueError, OSError, RecursionError):  # the last for a name of thousands of slashes
             raise ValueError("should be an IANA time zone") from None
         return value
 
@@ -324,12 +321,7 @@ class Settings(BaseModel):
     def public(self) -> dict[str, Any]:
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
-        return shown | {name: without_password(shown[name]) for name in URLS}
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown: what stands before an `@` in its host is left out."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", url)
+        return {name: redact_url(value) if isinstance(value, str) else value for name, value in shown.items()}
 
 
 def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
@@ -340,7 +332,7 @@ def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def _describe(field: str, value: str) -> str:
-    shown = "(secret)" if _is_secret(field) else repr(value)
+    shown = "(secret)" if _is_secret(field) else repr(redact_url(value))
     return f"  {field.upper()}={shown} is not {allowed(field)} (the default is {default(field) or 'empty'})."
 
 

@@ -10,7 +10,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-LINE_BREAK_TAG = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
+# Possessive, and with one place for each space: a tag without an end must not be tried in every way it could be split.
+BREAK = r"<\s*+br\s*+(?:/\s*+)?>"
+LINE_BREAK_TAG = re.compile(BREAK, re.IGNORECASE)
+
+INVISIBLE = (
+    r"\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""Spaces, control characters, and what Unicode calls ignorable by default; the inside of a set of a pattern."""
+BLANK = re.compile(rf"(?:[{INVISIBLE}]|{BREAK})*+", re.IGNORECASE)
+
+CHARACTERS_PER_TOKEN = 64
+"""Characters read of a text for each token of the limit: more than real texts have, so only others are cut there."""
+MAX_WINDOWS = 8
+"""A text that is read in windows may have as many characters as this many windows of CHARACTERS_PER_TOKEN."""
+ENCODE_CHARACTERS = 1 << 16
+"""Most characters that the library is given at once, for it needs some 300 bytes for each while it encodes."""
 
 
 def plain(text: str) -> str:
@@ -19,6 +35,11 @@ def plain(text: str) -> str:
     Only `<br>` is removed, in all its spellings: other markup may be content ("the <b> tag").
     """
     return LINE_BREAK_TAG.sub(" ", text)
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to read: only spaces, line breaks (HTML's too) and characters that are not shown."""
+    return BLANK.fullmatch(text) is not None
 
 
 def has_surrogates(text: str) -> bool:
@@ -68,11 +89,13 @@ class TextEncoder:
     """A `tokenizer.json` with the length limit of one model. Safe to share between threads.
 
     Texts are truncated to `max_tokens`, special tokens included, or read in overlapping `windows` of that length;
-    nothing is padded here.
+    nothing is padded here. Before anything else a text is cut to `max_characters`, whatever it consists of, so that
+    time and memory are bounded; what was cut counts as truncated.
     """
 
     def __init__(self, tokenizer: "Tokenizer", *, max_tokens: int, windows: bool = False) -> None:
         self.max_tokens = max_tokens
+        self.max_characters = max_tokens * CHARACTERS_PER_TOKEN * (MAX_WINDOWS if windows else 1)
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._special = tokenizer.num_special_tokens_to_add(is_pair=False)
@@ -97,16 +120,20 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of each text, in order; the library encodes in several threads."""
-        encodings = self._tokenizer.encode_batch_fast([plain(text) for text in texts])
-        return [self._read(encoding) for encoding in encodings]
+        cut = [text[: self.max_characters] for text in texts]
+        found: list[Tokens] = []
+        for part in split_by_tokens(list(map(len, cut)), ENCODE_CHARACTERS):
+            encodings = self._tokenizer.encode_batch_fast([plain(text) for text in cut[part]])
+            found += map(self._read, encodings, [len(text) > self.max_characters for text in texts[part]])
+        return found
 
-    def _read(self, encoding: "Encoding") -> Tokens:
+    def _read(self, encoding: "Encoding", is_cut: bool) -> Tokens:
         if not self._windows or not encoding.overflowing:
             ids = encoding.ids
-            return Tokens([ids], len(ids), bool(encoding.overflowing))
+            return Tokens([ids], len(ids), is_cut or bool(encoding.overflowing))
         windows = [encoding.ids, *(one.ids for one in encoding.overflowing)]
         repeated = (len(windows) - 1) * (self._overlap + self._special)
-        return Tokens(windows, sum(map(len, windows)) - repeated, truncated=False)
+        return Tokens(windows, sum(map(len, windows)) - repeated, truncated=is_cut)
 
     def to_json(self) -> str:
         """The tokenizer and its limits as JSON: equal texts encode equally wherever this string is equal."""

@@ -23,7 +23,7 @@ from tuneserve.tables.rows import format_value
 from tuneserve.tasks.catalog import load_model, task_of
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.classifier import Prediction
-from tuneserve.text import has_surrogates
+from tuneserve.text import has_surrogates, is_blank
 
 logger = logging.getLogger(__name__)
 
@@ -163,4 +163,4 @@ def _problem(value: Any) -> str:
     text = format_value(value)
     if has_surrogates(text):
         return "The text holds half a surrogate pair, which is not Unicode text."
-    return "" if text.strip() else "The text is empty."
+    return "The text is empty." if is_blank(text) else ""

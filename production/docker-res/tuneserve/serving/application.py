@@ -80,13 +80,13 @@ class Application:
         self._feedback = Feedback(
             settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts
         )
-        self.trainer = self._retraining = None
+        self.trainer = self.retraining = None
         if training:
             self.trainer = Trainer(
                 training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ
             )
             drift = partial(_drifted, slot) if settings.retrain_on_drift else lambda: None
-            self._retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
+            self.retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
         self._follower = Follower(
             store,
             slot,
@@ -110,9 +110,9 @@ class Application:
 
     def start(self) -> None:
         """Train, if that is wanted, and load the model; neither is waited for."""
-        if self.trainer is not None and self._retraining is not None:
+        if self.trainer is not None and self.retraining is not None:
             self._train_first(self.trainer)
-            self._retraining.start()
+            self.retraining.start()
         self._follower.start()
         self._feedback.start()
 
@@ -123,8 +123,8 @@ class Application:
                 return
             self._closed = True
             self.was_loading = not self._follower.close(wait_s=LOAD_S)
-            if self._retraining is not None:
-                self._retraining.close()
+            if self.retraining is not None:
+                self.retraining.close()
             if self.trainer is not None:
                 self.trainer.close()
             self.slot.close()

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -35,7 +35,7 @@ class Delimited:
         if header is None:
             raise DataError(f"{where} is empty.")
         names = _clean(header[1])
-        if not any(names) or any(names.count(name) > 1 for name in names if name):
+        if not any(names) or max(Counter(filter(None, names)).values()) > 1:
             shown = ", ".join(repr(name[:SHOWN_CHARACTERS]) for name in names[:6])
             raise DataError(f"{where}, row 1: the column names [{shown}] should be there, each once.")
         others = [mark for mark in ",;\t|" if mark in names[0] and mark != self._separator]

@@ -95,6 +95,7 @@ def _read(file: BinaryIO, where: str) -> Iterator[tuple[int, Record]]:
             line += begin == "\n"
             begin = text.read(1)
         read = _read_array if begin == "[" else _read_lines
+        number = 0
         try:
             for number, source, record in read(begin, text, line):
                 if not isinstance(record, dict):
@@ -102,6 +103,9 @@ def _read(file: BinaryIO, where: str) -> Iterator[tuple[int, Record]]:
                 yield number, (source, record)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}, line {error.lineno}: {error.msg}. {WAY_OUT}") from None
+        except (RecursionError, ValueError) as error:  # Python's bounds: depth, and digits of a whole number
+            fault = "is nested too deeply" if isinstance(error, RecursionError) else "has a number of too many digits"
+            raise DataError(f"{where}: the record behind line {number} {fault} to be read.") from None
 
 
 def _read_lines(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str, Any]]:

@@ -29,6 +29,9 @@ ID = re.compile(r"#|(.*[\W_])?([Ii][Dd]|idx|index|nr|row|key|uuid|guid)|.*[a-z]I
 
 INTEGRAL = re.compile(r"(-?)(0|[1-9][0-9]*)\.0+")
 
+MOST_NORMALIZED = 1000
+"""Characters of a label beyond which it is left as it is: to order combining marks takes the square of their number."""
+
 NESTED = {
     "messages": "chats; write what is asked as text and what is answered as label",
     "conversations": "chats; write what is asked as text and what is answered as label",
@@ -195,9 +198,14 @@ def format_value(value: Any) -> str:
 
 def format_label(value: Any) -> str:
     """A label as it is stored and compared, whatever the format: NFC, no spaces around it, and `1.0` is `1`."""
-    label = unicodedata.normalize("NFC", format_value(value)).strip()
+    label = format_value(value).strip()
+    if len(label) <= MOST_NORMALIZED:
+        label = unicodedata.normalize("NFC", label).strip()
     whole = INTEGRAL.fullmatch(label)
-    return str(int(label.partition(".")[0])) if whole else label
+    if whole is None:
+        return label
+    sign, digits = whole.groups()
+    return digits if digits == "0" else sign + digits
 
 
 def read_file(path: Path, where: str, find: Find) -> Iterator[Row]:

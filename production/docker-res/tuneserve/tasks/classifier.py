@@ -21,7 +21,7 @@ from tuneserve.serving.engines.engine import Engine
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model, wait_for
 from tuneserve.settings import Settings
-from tuneserve.text import TextEncoder, Tokens, has_surrogates, split_by_tokens
+from tuneserve.text import TextEncoder, Tokens, has_surrogates, is_blank, split_by_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Classifier(Model):
 
     def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
         """The tokens of each text, or why it cannot be read."""
-        problems = [_problem(text) for text in texts]
+        problems = [self._problem(text) for text in texts]
         found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
         return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
 
@@ -244,16 +244,19 @@ class Classifier(Model):
 
     def _fit(self, tokens: Tokens) -> Tokens | TextError:
         if tokens.truncated and self._long_text == "error":
-            return TextError(f"the text has more than {self._encoder.max_tokens} tokens, the most this model reads")
+            most, unit = self._encoder.max_tokens, "tokens"
+            if len(tokens.ids) < most:
+                most, unit = self._encoder.max_characters, "characters"
+            return TextError(f"the text has more than {most} {unit}, the most this model reads")
         return tokens
 
-
-def _problem(text: str) -> str:
-    if not text.strip():
-        return "the text is empty"
-    if has_surrogates(text):
-        return "the text holds half a surrogate pair, which is not Unicode text"
-    return ""
+    def _problem(self, text: str) -> str:
+        """Why a text cannot be read; nothing, if it can."""
+        if is_blank(text[: self._encoder.max_characters]):
+            return "the text is empty"
+        if has_surrogates(text):
+            return "the text holds half a surrogate pair, which is not Unicode text"
+        return ""
 
 
 def _softmax(logits: Array) -> list[float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneserve.errors import BaseModelError
+from tuneserve.redaction import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class BaseModel:
 
     def record(self) -> dict[str, Any]:
         """What a version's metadata says of it."""
-        return {key: value for key, value in asdict(self).items() if key not in ("folder", "content")}
+        shown = asdict(self) | {"name": redact_url(self.name)}
+        return {key: value for key, value in shown.items() if key not in ("folder", "content")}
 
 
 def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
@@ -56,7 +58,7 @@ def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
     if os.path.isdir(local):  # noqa: PTH112  (Path.is_dir() raises when the name is too long)
         folder, source, revision = local.absolute(), "folder", ""
     elif name.startswith(("/", ".", "~")):
-        raise BaseModelError(f"BASE_MODEL={name}: there is no such folder.")
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: there is no such folder.")
     elif name == PACKAGED and revision in ("", PACKAGED_REVISION) and (packaged := _packaged_folder()):
         folder, source, revision = packaged, "package", PACKAGED_REVISION
     else:
@@ -95,17 +97,19 @@ def _download(name: str, *, revision: str, cache: Path) -> Path:
     try:
         path = snapshot_download(name, revision=revision or None, cache_dir=cache / "hub", allow_patterns=FILES)
     except HFValidationError:
-        raise BaseModelError(f"BASE_MODEL={name}: there is no such folder, and no hub name looks like that.") from None
+        raise BaseModelError(
+            f"BASE_MODEL={redact_url(name)}: there is no such folder, and no hub name looks like that."
+        ) from None
     except GatedRepoError:
-        raise BaseModelError(f"BASE_MODEL={name}: the hub wants a token for it; set HF_TOKEN.") from None
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: the hub wants a token for it; set HF_TOKEN.") from None
     except RevisionNotFoundError:
-        raise BaseModelError(f"BASE_MODEL={name}: the hub has no revision {revision!r} of it.") from None
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: the hub has no revision {revision!r} of it.") from None
     except RepositoryNotFoundError:
-        raise BaseModelError(f"BASE_MODEL={name}: neither a folder here nor a model on the hub.") from None
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: neither a folder here nor a model on the hub.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BaseModelError(
-            f"BASE_MODEL={name} is not a folder here, and the hub cannot be reached ({reason}). "
+            f"BASE_MODEL={redact_url(name)} is not a folder here, and the hub cannot be reached ({reason}). "
             "Give a local folder, or use the default, which needs no network."
         ) from error
     return Path(path)

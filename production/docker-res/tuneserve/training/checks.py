@@ -19,7 +19,7 @@ from datasets import Dataset
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
 from tuneserve.tables.rows import BATCH_ROWS, enumerate_some, shorten
-from tuneserve.text import plain
+from tuneserve.text import is_blank
 from tuneserve.training import labels as names_of
 from tuneserve.training.data import Source
 
@@ -166,7 +166,7 @@ def _scan(source: Source, vocabulary: dict[str, int]) -> _Rows:
             content.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
             keys[row] = key_of(text)
             labels[row] = vocabulary.setdefault(label, len(vocabulary))
-            kept[row] = bool(plain(text).strip())
+            kept[row] = not is_blank(text)
             row += 1
     return _Rows(source, keys, labels, kept, content.hexdigest())
 

@@ -17,7 +17,9 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.errors import DataError, StoreError
 from tuneserve.lifecycle.evidence import key_of
-from tuneserve.settings import SAMPLE, without_password
+from tuneserve.logs import in_one_line
+from tuneserve.redaction import redact_url
+from tuneserve.settings import SAMPLE
 from tuneserve.tables.formats import DESCRIPTIONS, file_type, is_data, is_hidden, is_known, is_text, known_endings
 from tuneserve.tables.rows import (
     BATCH_ROWS,
@@ -33,6 +35,7 @@ from tuneserve.tables.rows import (
     shorten,
 )
 from tuneserve.tables.streams import read_text
+from tuneserve.text import is_blank
 from tuneserve.training.base_model import connect_to_hub
 
 logger = logging.getLogger(__name__)
@@ -82,14 +85,14 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
     path = SAMPLE_FOLDER if dataset == SAMPLE else Path(dataset).expanduser()
     try:
         if "://" in dataset:
-            shown = without_password(dataset)
+            shown = redact_url(dataset)
             fetched, left_out = _fetch(dataset, shown, cache / "downloads")
             files = _find_files(fetched, shown, left_out)
         elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
             left_out, shown = [], ""
             files = _find_files(path, str(path), left_out)
         elif dataset.startswith(("/", ".", "~")) or is_known(path.name):
-            raise DataError(f"DATASET={dataset}: there is no such file or folder.")
+            raise DataError(f"DATASET={redact_url(dataset)}: there is no such file or folder.")
         else:
             return _read_hub(dataset, columns, cache)
         reader = _Reader(columns, cache)
@@ -184,7 +187,7 @@ def join_feedback(
         cache: where rows are kept.
     """
     known = {label for source in sources.values() for label in source.rows.unique("label")}
-    newest = {key_of(text): (text, format_label(label)) for text, label in labelled if text.strip()}
+    newest = {key_of(text): (text, format_label(label)) for text, label in labelled if not is_blank(text)}
     usable = {key: row for key, row in newest.items() if row[1] in known}
     keys_of = {split: _find_keys(source, usable.keys()) for split, source in sources.items()}
     held_out = {key for split, keys in keys_of.items() if split != "train" for key in keys}
@@ -244,8 +247,7 @@ def _fetch(url: str, shown: str, folder: Path) -> tuple[Path, list[str]]:
     except DataError:
         raise
     except Exception as error:  # each file system of fsspec raises exceptions of its own library
-        reason = f"{type(error).__name__}: {error}".replace(url, shown)
-        raise DataError(f"DATASET={shown} cannot be fetched: {reason}") from error
+        raise DataError(f"DATASET={shown} cannot be fetched: {type(error).__name__}: {in_one_line(error)}") from error
     else:
         shutil.rmtree(local, ignore_errors=True)
         incoming.rename(local)
@@ -371,7 +373,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
             reason = "and the hub has no data set of this name (a private one needs HF_TOKEN)"
         else:
             reason = f"and the hub does not give it: {_root_cause(error)}"
-        raise DataError(f"DATASET={dataset} is not a file or folder here, {reason}.") from error
+        raise DataError(f"DATASET={redact_url(dataset)} is not a file or folder here, {reason}.") from error
     reader = _Reader(columns, cache)
     sources: dict[str, Source] = {}
     left_out = []
@@ -386,7 +388,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
         except _UnlabelledError as error:
             left_out.append(str(error))
     if "train" not in sources:
-        raise DataError(f"DATASET={dataset} has no train split; it has {', '.join(found)}.")
+        raise DataError(f"DATASET={redact_url(dataset)} has no train split; it has {', '.join(found)}.")
     return _report(sources, reader.columns, left_out)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 import tuneserve
 from tuneserve.artifact import Version
 from tuneserve.code import code_hash
+from tuneserve.files import in_use, remove_leftovers
 from tuneserve.hardware import Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
@@ -26,6 +27,7 @@ from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
 from tuneserve.lifecycle.feedback import FILE, labelled_texts
 from tuneserve.lifecycle.status import Lock, Status, hold
 from tuneserve.lifecycle.store import Store
+from tuneserve.redaction import redact_url
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
@@ -79,6 +81,9 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             store.prepare()
             lock = held.enter_context(hold(store.lock))
             status = held.enter_context(Status(store.status_file))
+            if lock.exclusive:
+                remove_leftovers(store.versions_folder, store.evidence_folder, *store.checkpoints_folder.glob("*"))
+        held.enter_context(in_use(settings.data_path, "arrow", "downloads", "features", "tokens"))
         began = time.perf_counter()
 
         feedback = read_feedback(settings, world)
@@ -202,7 +207,7 @@ def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed
 def describe_data(settings: Settings, splits: checks.Splits, tokens: Mapping[str, TokenizedSplit]) -> dict[str, Any]:
     """What a version's metadata says of its data."""
     return {
-        "dataset": settings.dataset,
+        "dataset": redact_url(settings.dataset),
         "fingerprints": splits.fingerprints,
         **splits.findings,
         "truncated_share": {name: one.truncated_share for name, one in tokens.items()},

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tuneserve.text import has_surrogates
+from tuneserve.text import has_surrogates, is_blank
 
 
 class Readiness(BaseModel):
@@ -42,7 +42,7 @@ class FeedbackRequest(BaseModel):
     def _names_one(self) -> "FeedbackRequest":
         if (self.request_id is None) == (self.text is None):
             raise ValueError("should have either request_id or text")
-        if self.text is not None and not self.text.strip():
+        if self.text is not None and is_blank(self.text):
             raise ValueError("the text is empty")
         if self.text is not None and has_surrogates(self.text):
             raise ValueError("the text holds half a surrogate pair, which is not Unicode text")

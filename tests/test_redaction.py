@@ -1,0 +1,213 @@
+"""Secrets: planted in everything that may hold one, and looked for in everything that is written or answered."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import httpx
+import loop
+import pytest
+import tiny
+from conftest import Files, serving
+
+from tuneserve import redaction
+from tuneserve.errors import TuneserveError
+from tuneserve.redaction import redact, redact_url, remember
+from tuneserve.scoring.input import Input
+from tuneserve.serving.http import traces
+from tuneserve.settings import Settings
+from tuneserve.tables.rows import Columns
+from tuneserve.training import base_model, data, trackers
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_known", None)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://me:hunter2@host/reviews.csv", "ftp://host/reviews.csv"),
+        ("https://me:hun/ter@2 x%20y@host:8/x.csv?sig=abc#part", "https://host:8/x.csv"),
+        ("https://ghp_hunter2@host/x", "https://host/x"),
+        ("https://host/x.csv?sig=hunter2", "https://host/x.csv"),
+        ("https://host/x.csv#token=hunter2", "https://host/x.csv"),
+        ("https:/me:hunter2@host/x", "https:/host/x"),
+        ("me:hunter2@host/x", "host/x"),
+        ("https://me:hun?ter2@host/x", "https://…"),
+        ("https://host:80/x?mail=a@b&sig=hunter2", "https://…"),
+        ("https://host/x?mail=a@b&sig=hunter2", "https://host/x"),
+        ("simplecache::s3://key:hunter2@bucket/x", "simplecache::s3://bucket/x"),
+        ("zip://a.csv::https://me:hunter2@host/a.zip?sig=1", "zip://host/a.zip"),
+        *[
+            (same, same)
+            for same in (
+                "s3://bucket/a@b.csv",
+                "hf://datasets/owner/name@main/x.csv",
+                "http://host:8080/x.csv",
+                "owner/name:configuration",
+                "/data/what?.csv",
+                "C:/x",
+            )
+        ],
+    ],
+)
+def test_a_url_is_shown_without_what_may_be_secret(url: str, shown: str) -> None:
+    assert redact_url(url) == shown
+    assert Settings.from_environ({"DATASET": url}).public()["dataset"] == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("told http://me:p@ss@host:1 of a@b", "told http://host:1 of a@b"),
+        ("no ftp://me:pass word@host/x: see 'https://a:b@c/d?x=1'", "no ftp://host/x: see 'https://c/d'"),
+        ("Max retries exceeded with url: /path?sig=hunter2 (Caused by it)", "… url: /path (Caused by it)"),
+        ("listening on http://0.0.0.0:8000 (docs at /docs)", "listening on http://0.0.0.0:8000 (docs at /docs)"),
+        ("why? because a=b", "why? because a=b"),
+    ],
+)
+def test_a_text_is_shown_without_the_secrets_of_its_urls(text: str, shown: str) -> None:
+    assert redact(text).endswith(shown.removeprefix("…"))
+    assert str(TuneserveError(text)) == redact(text)
+
+
+def test_what_the_environment_holds_is_known_however_it_is_spelt() -> None:
+    remember(
+        {
+            "DATASET": "ftp://me:a b/hunter2@host/x?sig=s%2Fhunter3",
+            "HF_TOKEN": "hf_hunter4",
+            "API_KEY": "short",
+            "API_KEY_GUARDS": "everything",
+            "AWS_SHARED_CREDENTIALS_FILE": "/home/me/.aws",
+        }
+    )
+    secrets = "a b/hunter2, a%20b/hunter2, a+b%2Fhunter2, s/hunter3, s%2Fhunter3, hf_hunter4"
+    said = redact(f"{secrets}; short everything /home/me/.aws")
+    assert "hunter" not in said
+    assert said.endswith("; short everything /home/me/.aws")
+
+
+@pytest.mark.parametrize("piece", ["a", "://", "aa:/", "?", "@", "?=", "aa://b:", "aa://b:c ", "aa://b:c@ ", "a:a://'"])
+def test_redaction_takes_linear_time(piece: str) -> None:
+    text = piece * ((1 << 20) // len(piece))
+    began = time.process_time()
+    redact(text)
+    redact_url(text)
+    assert time.process_time() - began < 3
+
+
+HARD = "hun/ter@2 %41"
+"""A password with all that it should not hold."""
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        lambda url, cache: data.read(f"{url}/x.csv?sig=hunter3", Columns("", ""), cache=cache),
+        lambda url, cache: data.read(f"{url}/x.csv?sig=hunter3".replace("://", ":/"), Columns("", ""), cache=cache),
+        lambda url, cache: base_model.resolve(f"{url}/owner/name?token=hunter3", revision="", cache=cache),
+        lambda url, cache: trackers.require_extra(url.replace("http", "gopher")),
+        lambda url, cache: traces.require_extra(url.replace("http", "gopher")),
+        lambda url, cache: Input(f"{url}/x.csv?sig=hunter3"),
+        lambda url, cache: Settings.from_environ({"LR": url, "PORT": f"{url}?sig=hunter3"}),
+    ],
+    ids=["DATASET", "a typo in DATASET", "BASE_MODEL", "MLFLOW", "OTEL", "INPUT", "in other variables"],
+)
+def test_no_refusal_repeats_a_secret(refuse: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(TuneserveError) as caught:
+        refuse(f"http://me:{HARD}@127.0.0.1:9", tmp_path)
+    assert "ter" not in str(caught.value).replace("character", "").replace("after", "").replace("Encoder", "")
+    assert "127.0.0.1:9" in str(caught.value)
+
+
+class MLflow(BaseHTTPRequestHandler):
+    """As much of an MLflow server as a run asks for; it keeps what it is told."""
+
+    told: list[str]
+
+    def __init__(self, *arguments: Any, told: list[str]) -> None:
+        self.told = told
+        super().__init__(*arguments)
+
+    def do_POST(self) -> None:
+        """Take everything."""
+        self.told.append(f"{self.path} {self.rfile.read(int(self.headers.get('Content-Length', 0))).decode()}")
+        run = {"info": {"run_id": "0" * 32, "experiment_id": "1", "lifecycle_stage": "active"}, "data": {}}
+        experiment = {"experiment_id": "1", "name": "tuneserve", "lifecycle_stage": "active"}
+        body = json.dumps({"run": run, "experiment": experiment}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+    do_PUT = do_POST
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """An environment with a secret in every variable that may hold one, and what MLflow is told."""
+    tiny.write_csv(tmp_path / "web" / "reviews.csv", tiny.sentences(160))
+    told: list[str] = []
+    with (
+        serving(partial(Files, directory=str(tmp_path / "web"))) as web,
+        serving(partial(MLflow, told=told)) as mlflow,
+    ):
+        yield (
+            {
+                **tiny.RECIPE,
+                **tiny.paths(tmp_path),
+                "N_EPOCHS": "1",
+                "MIN_ACCURACY": "0",
+                "HOST": "127.0.0.1",
+                "PORT": str(loop.free_port()),
+                "BASE_MODEL": str(tiny.make_base_model(tmp_path / "base")),
+                "DATASET": f"{web.replace('//', '//me:hunter-1@')}/reviews.csv?sig=hunter-2#hunter-3",
+                "INPUT": "https://me:hunter-4/x@ y@host/in.csv?sig=hunter-5",
+                "OUTPUT": "s3://key:hunter-6@bucket/out?token=hunter-7",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://me:hunter-8@127.0.0.1:9",
+                "MLFLOW_TRACKING_URI": mlflow.replace("//", "//me:hunter-9@"),
+                "HTTP_PROXY": "http://me:hunter-10@127.0.0.1:9",
+                "NO_PROXY": "127.0.0.1",
+                "API_KEY": "hunter-11",
+                "HF_TOKEN": "hunter-12",
+                "ACCESS_LOG": "1",
+            },
+            told,
+        )
+
+
+def test_no_planted_secret_is_stored_logged_sent_or_answered(
+    planted: tuple[dict[str, str], list[str]], tmp_path: Path
+) -> None:
+    environment, told = planted
+    service = loop.Service(environment, tmp_path / "out.log")
+    service.start()
+    answers = []
+    try:
+        service.wait("/readyz", lambda body: body["phase"] == "ready", timeout_s=240)
+        with httpx.Client(base_url=service.url, headers={"X-API-Key": environment["API_KEY"]}) as client:
+            paths = client.get("/openapi.json").json()["paths"]
+            for path in [*paths, "/docs", "/openapi.json", "/?sig=hunter-13"]:
+                answers.append(client.get(path.replace("{name}", "none")).text)
+            answers.append(client.post("/inference", json={"text": "a great film"}).text)
+            answers.append(json.dumps(client.get("/model").json()))
+    finally:
+        service.end()
+    assert '"dataset"' in answers[-1]
+    assert any("log-batch" in one and '"dataset"' in one for one in told)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in written)
+    assert any(path.name == "metadata.json" for path in written)
+    found = [path.name for path in written if b"hunter" in path.read_bytes()]
+    assert found == []
+    assert [one for one in [*told, *answers] if "hunter" in one.replace("hunter-13", "")] == []
