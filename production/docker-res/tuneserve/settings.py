@@ -5,6 +5,7 @@ long because the sentences about all variables are here.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,16 @@ class Settings(BaseModel):
 
     label_column: str = ""
     """Column that holds the label. Empty: found by its name, or refused when several could be meant."""
+
+    labels: Literal["as-is", "merge"] = "as-is"
+    """Labels that differ only in case, spaces, Unicode form or number format (`Positive`, `positive`): `merge` joins
+    them under the name that most training texts have; `as-is` keeps them apart and names them in the log."""
+
+    min_class_size: int = Field(default=5, ge=5)
+    """Fewest usable training texts of a label; one with fewer is rare."""
+
+    rare_labels: Literal["refuse", "drop", "other"] = "refuse"
+    """Rare labels: refuse the data, drop the texts of these labels, or join them as the label `other`."""
 
     num_train: int = Field(default=0, ge=0)
     """Training texts to use, drawn by SEED. 0: all."""

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 DECISIVE = {
     *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
+    *("labels", "min_class_size", "rare_labels"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
 }
 """The settings that, with the data and the base model, decide what training ends with."""
@@ -265,6 +266,9 @@ def gather(
         valid_fraction=settings.valid_pct,
         test_fraction=settings.test_pct,
         seed=settings.seed,
+        merge_labels=settings.labels == "merge",
+        min_class_size=settings.min_class_size,
+        rare_labels=settings.rare_labels,
     )
     if labelled:
         splits = feedback.join(splits, labelled, cache=settings.data_path)
