@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
     from tuneserve.redaction import remember
-    from tuneserve.settings import Settings
+    from tuneserve.settings import Settings, unquote
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
@@ -42,11 +42,13 @@ def main(arguments: list[str]) -> int:
     stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
     if (wanted.verb == "promote") != (wanted.version is not None):
         parser.error("promote takes a version's id, and no other verb does; `versions` lists them")
+    quoted = unquote(os.environ)
     remember(os.environ)
     try:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
+            say_quoted(quoted)
             STORE_VERBS[wanted.verb](settings, wanted.version)
             return 0
         if stop.once:
@@ -55,6 +57,7 @@ def main(arguments: list[str]) -> int:
             settings = run_in_background(settings)
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
+        say_quoted(quoted)
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         VERBS[wanted.verb](settings, stop, threads)
     except SystemExit as end:
@@ -70,6 +73,12 @@ def main(arguments: list[str]) -> int:
         logs.report(error)
         return error.exit_code
     return 0
+
+
+def say_quoted(names: list[str]) -> None:
+    """Name the variables whose values stood in quotes."""
+    if names:
+        logging.getLogger(__name__).warning("taken without the quotes around their values: %s", ", ".join(names))
 
 
 def train(settings: "Settings", stop: Stop, threads: int) -> None:
