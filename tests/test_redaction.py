@@ -76,12 +76,14 @@ def test_what_the_environment_holds_is_known_however_it_is_spelt() -> None:
             "DATASET": "ftp://me:a b/hunter2@host/x?sig=s%2Fhunter3",
             "HF_TOKEN": "hf_hunter4",
             "API_KEY": "short",
+            "API_KEY_GUARDS": "everything",
             "AWS_SHARED_CREDENTIALS_FILE": "/home/me/.aws",
         }
     )
-    said = redact("a b/hunter2, a%20b/hunter2, a+b%2Fhunter2, s/hunter3, s%2Fhunter3, hf_hunter4; short /home/me/.aws")
+    secrets = "a b/hunter2, a%20b/hunter2, a+b%2Fhunter2, s/hunter3, s%2Fhunter3, hf_hunter4"
+    said = redact(f"{secrets}; short everything /home/me/.aws")
     assert "hunter" not in said
-    assert said.endswith("; short /home/me/.aws")
+    assert said.endswith("; short everything /home/me/.aws")
 
 
 @pytest.mark.parametrize("piece", ["a", "://", "aa:/", "?", "@", "?=", "aa://b:", "aa://b:c ", "aa://b:c@ ", "a:a://'"])

@@ -12,8 +12,8 @@ HIDDEN = "…"
 SCHEME = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{1,30}:/+")
 TOKEN = re.compile(r"[^\s'\"<>`]+")
 PORT = re.compile(r"[^:]*:\d{0,5}")
-NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|HEADERS", re.IGNORECASE)
-"""What the names of variables contain whose values are secrets."""
+NAMES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|HEADERS|CONNECTION_STRING)$", re.IGNORECASE)
+"""How the names of variables end whose values are secrets."""
 SHORTEST = 8
 """Characters below which a known secret is not searched for, since it may be a word."""
 

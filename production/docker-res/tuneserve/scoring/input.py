@@ -10,7 +10,7 @@ from tuneserve.errors import DataError
 from tuneserve.scoring.locations import Location, locate, refused_as, shown
 from tuneserve.tables import Answer, Chunk
 from tuneserve.tables.formats import file_type, is_known, known_endings
-from tuneserve.tables.rows import check_type, find_columns
+from tuneserve.tables.rows import Columns, enumerate_some, require_columns
 
 STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
 """File systems' names of a stamp that changes with a file's content; the first one found counts."""
@@ -46,7 +46,10 @@ class Input:
             self.type = file_type(self.files[0].name, self.where)
             self._types = self._read_columns()
         self.columns = [name for name, _ in self._types]
-        self.text_column = self._find_text(text_column, label_column) if self.columns else ""
+        self.text_column = ""
+        if self.columns:
+            wanted = Columns(text_column, label_column)
+            self.text_column = require_columns(self._types, wanted, self._name(self.files[0]), labelled=False).text
 
     def chunks(self, *, chunk_rows: int, wanted: Callable[[int], bool]) -> Iterator[InputChunk]:
         """All chunks in order. None holds rows of two files.
@@ -118,15 +121,6 @@ class Input:
             columns = found
         return columns
 
-    def _find_text(self, text_column: str, label_column: str) -> str:
-        text, _ = find_columns(self.columns, text=text_column, label=label_column)
-        text = text or (self.columns[0] if len(self.columns) == 1 else "")
-        if text not in self.columns:
-            missing = f"has no column {text!r}" if text else "does not say which column holds the text"
-            raise DataError(f"{self.where} {missing}; its columns are {', '.join(self.columns)}. Set TEXT_COLUMN.")
-        check_type(text, dict(self._types)[text], self.where)
-        return text
-
     def _name(self, file: Location) -> str:
         return f"{self.where}, {file.name}" if self.is_folder else self.where
 
@@ -139,4 +133,4 @@ def _wants(wanted: Callable[[int], bool], first: int, index: int) -> bool:
 
 
 def _list(columns: list[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in columns)
+    return enumerate_some(f"{name} ({kind})" for name, kind in columns)

@@ -8,14 +8,14 @@ from typing import BinaryIO, cast
 
 from tuneserve.errors import DataError
 from tuneserve.tables import Format
-from tuneserve.tables.delimited import Delimited
+from tuneserve.tables.delimited import Delimited, Tabs
 from tuneserve.tables.parquet import Parquet
 from tuneserve.tables.records import Records
 from tuneserve.tables.streams import WRITERS, Decompressed
 
 FORMATS: dict[str, Format] = {
     ".csv": Delimited(","),
-    ".tsv": Delimited("\t"),
+    ".tsv": Tabs(),
     ".jsonl": Records(is_array=False),
     ".json": Records(is_array=True),
     ".parquet": Parquet(),

@@ -20,7 +20,16 @@ from tuneserve.logs import in_one_line
 from tuneserve.redaction import redact_url
 from tuneserve.settings import SAMPLE
 from tuneserve.tables.formats import file_type, is_known, known_endings
-from tuneserve.tables.rows import BATCH_ROWS, Columns, Row, find_columns, format_value, in_batches, read_file
+from tuneserve.tables.rows import (
+    BATCH_ROWS,
+    Columns,
+    Row,
+    format_label,
+    format_value,
+    in_batches,
+    read_file,
+    require_columns,
+)
 from tuneserve.text import is_blank
 from tuneserve.training.base_model import connect_to_hub
 
@@ -91,7 +100,7 @@ def join_feedback(
         cache: where rows are kept.
     """
     known = {label for source in sources.values() for label in source.rows.unique("label")}
-    newest = {key_of(text): (text, label) for text, label in labelled if not is_blank(text)}
+    newest = {key_of(text): (text, format_label(label)) for text, label in labelled if not is_blank(text)}
     usable = {key: row for key, row in newest.items() if row[1] in known}
     keys_of = {split: _find_keys(source, usable.keys()) for split, source in sources.items()}
     held_out = {key for split, keys in keys_of.items() if split != "train" for key in keys}
@@ -186,7 +195,7 @@ def _read_files(files: list[Path], columns: Columns, shown: str, cache: Path) ->
 
 
 def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:
-    rows = read_file(path, where, partial(_find_columns, wanted=columns, where=where))
+    rows = read_file(path, where, partial(require_columns, wanted=columns, where=where))
     return Source(memory_map(rows, where, cache), where)
 
 
@@ -215,7 +224,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
 
 
 def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
-    columns = _find_columns(data.column_names, wanted=columns, where=where)
+    columns = require_columns([(name, "") for name in data.column_names], columns, where)
     feature = data.features[columns.label]
     row = 0
     for batch in data.select_columns([columns.text, columns.label]).iter(batch_size=BATCH_ROWS):
@@ -223,7 +232,7 @@ def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
             row += 1
             if isinstance(feature, ClassLabel) and label is not None:
                 label = None if label == -1 else feature.int2str(label)
-            yield row, format_value(text), format_value(label).strip()
+            yield row, format_value(text), format_label(label)
 
 
 def _is_unlabelled(data: Dataset) -> bool:
@@ -261,18 +270,3 @@ def memory_map(rows: Iterable[Row], where: str, cache: Path) -> Dataset:
     finally:
         incoming.unlink(missing_ok=True)
     return Dataset.from_file(str(folder / f"{content.hexdigest()[:32]}.arrow"))
-
-
-def _find_columns(names: list[str], wanted: Columns, where: str) -> Columns:
-    text, label = find_columns(names, text=wanted.text, label=wanted.label)
-    unknown = {kind: name for kind, name in (("text", text), ("label", label)) if name not in names}
-    if unknown:
-        missing = (
-            f"has no column {name!r}" if name else f"does not say which column holds the {kind}"
-            for kind, name in unknown.items()
-        )
-        needed = " and ".join(f"{kind.upper()}_COLUMN" for kind in unknown)
-        raise DataError(f"{where} {' and '.join(missing)}; its columns are {', '.join(names)}. Set {needed}.")
-    if text == label:
-        raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
-    return Columns(text, label)

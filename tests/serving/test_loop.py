@@ -1,4 +1,4 @@
-"""Each setting of the loop reaches what it is for: seen on a whole application, whose models are echoes."""
+"""The loop in one process, with echoes for models and stubs for trainings: settings, schedule, keys, jobs."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from outside.echo_task import ECHO, GO, EchoModel
+from pydantic import SecretStr
 from wire import wait_until
 
 from tuneserve.files import write_json
@@ -48,6 +49,13 @@ def say(client: TestClient) -> str:
 
 def ready(client: TestClient) -> None:
     wait_until(lambda: client.get("/readyz").status_code == 200)
+
+
+def idle(application: Application) -> None:
+    """Wait until nothing trains."""
+    trainer = application.trainer
+    assert trainer is not None
+    wait_until(lambda: trainer.running is None)
 
 
 def reasons(application: Application) -> list[str]:
@@ -91,6 +99,61 @@ def test_retrain_on_drift_starts_a_training_for_drift(
     assert bool(asked) == wanted
 
 
+@pytest.mark.parametrize(("hours", "starts"), [(-9000, 1), (9000, 0)])
+def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_nothing(
+    store: Store, settings: Settings, hours: int, starts: int
+) -> None:
+    schedule, now = "0 0 1 1 *", datetime.now(UTC)
+    handled = (now + timedelta(hours=hours)).isoformat()
+    write_json(store.root / "schedule.json", {"handled": handled, "expression": schedule})
+    for _ in range(2):  # once, also if the container starts again
+        application = Application(
+            changed(settings, retrain_schedule=schedule, retrain_time_zone="Europe/Berlin"), threads=1, training=TRAINS
+        )
+        assert application.retraining is not None
+        with TestClient(application.asgi) as client:
+            ready(client)
+            for second in range(5):
+                idle(application)
+                application.retraining.look(now + timedelta(seconds=second))
+            idle(application)
+        assert reasons(application) == ["RETRAIN_SCHEDULE"] * starts
+
+
+def test_a_training_is_asked_for_with_the_key_and_followed_as_a_job(store: Store, settings: Settings) -> None:
+    key = {"X-API-Key": "mine"}
+    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+    application = Application(changed(settings, api_key=SecretStr("mine")), threads=1, training=TRAINS)
+    with TestClient(application.asgi) as client:
+        ready(client)
+        idle(application)
+        for method, path in (("POST", "/retrain"), ("GET", "/jobs"), ("GET", "/jobs/none")):
+            assert client.request(method, path).status_code == 401
+        assert client.get("/jobs/none", headers=key).status_code == 404
+        assert application.trainer is not None
+        application.trainer._command = sleeps
+        answer = client.post("/retrain", headers=key)
+        job = answer.json()
+        assert (answer.status_code, answer.headers["Location"]) == (202, f"/jobs/{job['id']}")
+        assert client.post("/retrain", headers=key).status_code == 409
+        running = client.get(f"/jobs/{job['id']}", headers=key).json()
+        assert (running["state"], running["why"], running["progress"]) == (
+            "running",
+            "POST /retrain",
+            {"phase": "preparing"},
+        )
+        first, start = client.get("/jobs", headers=key).json()
+        assert (first["id"], start["why"], start["state"]) == (job["id"], "the container's start", "finished")
+    ended = application.trainer.job(job["id"])
+    assert ended is not None
+    assert ended.state == "interrupted"
+
+
+def test_without_a_key_nobody_asks_for_a_training(store: Store, settings: Settings) -> None:
+    with TestClient(Application(settings, threads=1, training=TRAINS).asgi) as client:
+        assert client.post("/retrain").status_code == 403
+
+
 @pytest.mark.parametrize(("jitter_s", "starts"), [(0, True), (1e11, False)])
 def test_retrain_jitter_delays_what_is_due(store: Store, settings: Settings, jitter_s: float, starts: bool) -> None:
     schedule, handled = "0 0 1 1 *", datetime.now(UTC) - timedelta(days=800)
@@ -101,7 +164,7 @@ def test_retrain_jitter_delays_what_is_due(store: Store, settings: Settings, jit
     assert application.retraining is not None
     with TestClient(application.asgi) as client:
         ready(client)
-        wait_until(lambda: application.trainer is not None and application.trainer.running is None)
+        idle(application)
         application.retraining.look(datetime.now(UTC))
         assert ("RETRAIN_SCHEDULE" in reasons(application)) == starts
     assert (json.loads(memory.read_text())["handled"] != handled.isoformat()) == starts
