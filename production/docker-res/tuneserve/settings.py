@@ -6,7 +6,7 @@ long because the sentences about all variables are here.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -35,6 +35,14 @@ WORDS = {
     "retrain_time_zone": "the name of a time zone",
 }
 """What a variable may hold where its type does not say it."""
+
+QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
+COMMENT = re.compile(r"\s#")
+OF_LIBRARIES = re.compile(
+    "(?:AWS|AZURE|GOOGLE|HF|HUGGING_FACE|MLFLOW|OTEL|PET|TUNESERVE)_.*|(?:HTTPS?|ALL|NO)_PROXY|JOB_COMPLETION_INDEX",
+    re.IGNORECASE,
+)
+"""Variables that are read elsewhere; in their values a `#` is theirs to judge."""
 
 Fraction = Annotated[float, Field(gt=0, le=0.5)]
 Folder = Annotated[Path, AfterValidator(_absolute)]
@@ -317,14 +325,21 @@ class Settings(BaseModel):
 
         Raises:
             SettingsError: naming every bad variable at once, its value and what would be right, and every
-                unknown variable whose name is close to a known one.
+                unknown variable whose name is close to a known one. One pair of quotes around a value is taken off.
         """
         names = {field.upper(): field for field in cls.model_fields}
-        values = {names[name]: value.strip() for name, value in environ.items() if name in names and value.strip()}
+        read = {name: unquoted(value) for name, value in environ.items() if name in names}
+        values = {names[name]: value for name, value in read.items() if value}
         problems = [
             f"  {name}: there is no such variable; did you mean {neighbour}? Rename it or unset it."
             for name in environ
             if name not in names and (neighbour := _neighbour(name, names))
+        ]
+        problems += [
+            f"  {name}: ` #` in a value begins no comment in an environment file. Put a comment on a line of its own, "
+            "and a value that holds ` #` in quotes."
+            for name, value in environ.items()
+            if name in names and COMMENT.search(value.strip()) and not QUOTED.fullmatch(value.strip())
         ]
         problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if has_surrogates(value)]
         try:
@@ -343,6 +358,21 @@ class Settings(BaseModel):
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
         return {name: redact_url(value) if isinstance(value, str) else value for name, value in shown.items()}
+
+
+def unquoted(value: str) -> str:
+    """The value without spaces around it, and without one pair of equal quotes: Docker keeps those of an env-file."""
+    value = value.strip()
+    return found[2].strip() if (found := QUOTED.fullmatch(value)) else value
+
+
+def unquote(environ: MutableMapping[str, str]) -> list[str]:
+    """Take the quotes off all variables that this job and its libraries read, and name those that had some."""
+    names = {field.upper() for field in Settings.model_fields}
+    read = [name for name in environ if name in names or OF_LIBRARIES.fullmatch(name)]
+    quoted = [name for name in read if QUOTED.fullmatch(environ[name].strip())]
+    environ.update({name: unquoted(environ[name]) for name in quoted})
+    return quoted
 
 
 def _neighbour(name: str, names: Mapping[str, str]) -> str | None:

@@ -314,7 +314,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     reached = connect_to_hub()
     logger.info("reading %s from the Hugging Face hub%s", dataset, "" if reached else "'s copy on disk")
     try:
-        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"))
+        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"), trust_remote_code=False)
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
         if not reached:
             reason = "and the hub cannot be reached"

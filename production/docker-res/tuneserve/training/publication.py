@@ -63,7 +63,7 @@ def publish(
     with new_version(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32)
+        saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
         saved.to(model.device)
         logits = {name: _logits(saved, tokens[name], precision) for name in tokens if name != "train"}
         metrics, errors = test(logits, tokens, metadata["labels"], temperature)
