@@ -33,6 +33,7 @@ from tuneserve.errors import (
     TuneserveError,
     UnauthorizedError,
 )
+from tuneserve.serving.http import viewer
 from tuneserve.serving.http.backoff import Backoff
 from tuneserve.serving.http.problems import problem, unforeseen
 from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
@@ -40,10 +41,7 @@ from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, Re
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
-OPEN_PATHS = frozenset(
-    {"/", "/livez", "/readyz", "/metrics", "/openapi.json", "/docs"}
-    | {f"/docs/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")}
-)
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json", *viewer.PATHS})
 """What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation."""
 
 DRAIN_BODY_S = 2.0

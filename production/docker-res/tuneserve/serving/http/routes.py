@@ -5,12 +5,9 @@ import json
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
@@ -29,31 +26,6 @@ CSV = "text/csv; charset=utf-8"
 CSV_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 METRICS_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-
-SWAGGER = Path(__file__).parent / "swagger"
-VIEWER = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "start.js": "text/javascript"}
-"""Files of the viewer of the API's description, and their types."""
-
-VIEWER_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tuneserve</title>
-<link rel="stylesheet" href="{root}/docs/swagger-ui.css">
-</head>
-<body>
-<div id="viewer"></div>
-<script src="{root}/docs/swagger-ui-bundle.js"></script>
-<script src="{root}/docs/start.js"></script>
-</body>
-</html>
-"""
-
-VIEWER_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answer yet; see Retry-After."}
 
@@ -316,17 +288,6 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     def prometheus() -> Response:
         """Figures for Prometheus."""
         return Response(service.render_metrics(), media_type=METRICS)
-
-    @routes.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        page = VIEWER_PAGE.format(root=escape(request.scope.get("root_path", "")))
-        return HTMLResponse(page, headers={"Content-Security-Policy": VIEWER_POLICY})
-
-    @routes.get("/docs/{name}", include_in_schema=False)
-    async def viewer(name: str) -> FileResponse:
-        if name not in VIEWER:
-            raise NotFoundError(f"There is no file {name!r} here.")
-        return FileResponse(SWAGGER / name, media_type=VIEWER[name], headers={"Cache-Control": "max-age=86400"})
 
     @routes.get("/", include_in_schema=False)
     async def index() -> dict[str, str]:
