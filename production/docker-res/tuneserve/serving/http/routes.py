@@ -223,8 +223,8 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
 
     @routes.get("/livez")
     async def livez(response: Response) -> dict[str, str]:
-        """Whether the process is worth keeping; 503 once the engine has died."""
-        if service.phase() == "failed":
+        """Whether the process is worth keeping; 503 once the engine has died, or while the store cannot be followed."""
+        if not service.is_alive():
             response.status_code = 503
             return {"status": "failed"}
         return {"status": "alive"}
