@@ -262,10 +262,12 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     """For whoever keeps the server running."""
     routes = APIRouter(tags=["operations"])
 
-    @routes.get("/livez", responses={503: {"model": Health, "description": "The engine has died."}})
+    @routes.get(
+        "/livez", responses={503: {"model": Health, "description": "The engine or the store's follower failed."}}
+    )
     async def livez(response: Response) -> Health:
-        """Whether the process is worth keeping; 503 once the engine has died."""
-        if service.phase() == "failed":
+        """Whether the process is worth keeping; 503 once the engine has died, or while the store cannot be followed."""
+        if not service.is_alive():
             response.status_code = 503
             return Health(status="failed")
         return Health(status="alive")
