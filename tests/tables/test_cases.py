@@ -142,8 +142,13 @@ COLUMNS = {
         {"a.csv": table([(label, text, "") for text, label in POS_NEG], ("v1", "v2", ""))}, "Set TEXT_COLUMN and", ""
     ),
     "a quote that swallows rows": Case(
-        {"a.csv": table([*POS_NEG[:9], ('"a great film', "pos"), *POS_NEG[9:20], ("awful", 'neg"'), *POS_NEG[20:]])},
-        "row 11: ",
+        {"a.csv": table([*POS_NEG[:9], ('"a great film', "pos"), *POS_NEG[9:20], ('awful"', "neg"), *POS_NEG[20:]])},
+        "row 11: a quote opens here and takes in 11 lines that look like rows. Close it, or write",
+    ),
+    "lines of a poem": Case(
+        {"a.csv": table([('"Roses are red,\nViolets are blue,\nSugar is sweet,\nAnd so are you."', "pos"), *POS_NEG])},
+        {"train": 41},
+        41,
     ),
 }
 REVIEWS = [*POS_NEG[:9], ('"a great film', "pos"), *POS_NEG[9:30], ('and then: awful"', "neg"), *POS_NEG[30:]]
@@ -523,6 +528,13 @@ LABELS = {
         labels=("neg", "pos"),
         how={"rare_labels": "drop", "min_class_size": 10},
         says=("2 rare labels with 6 train texts, 2 test texts left out",),
+    ),
+    "rare labels, too few to be joined": Case(
+        {"a.csv": table([*POS_NEG, ("an odd text", "odd")])},
+        {"train": 41},
+        labels=("neg", "pos"),
+        how={"rare_labels": "other"},
+        says=("1 rare labels with 1 train texts left out, such as 'odd'",),
     ),
     "none is left": Case(
         {"a.csv": table(RARE[120:])},

@@ -118,3 +118,29 @@ def test_a_text_of_feedback_is_trained_or_tested_on(environment: dict[str, str],
     assert sum(map(len, parts.values())) == len(SAID)
     assert parts["test"] == {text for text, _ in joined(folder, SAID, test_fraction=settings.test_pct)[0]["test"]}
     assert len(parts["test"]) > 5
+
+
+@pytest.mark.parametrize(
+    ("variables", "labels"),
+    [
+        ({}, ["1", "2", "Good", "bad", "good"]),
+        ({"LABELS": "merge"}, ["1", "2", "bad", "good"]),
+        ({"RARE_LABELS": "other", "MIN_CLASS_SIZE": "7"}, ["bad", "good", "other"]),
+        ({"RARE_LABELS": "drop", "MIN_CLASS_SIZE": "7"}, ["bad", "good"]),
+    ],
+)
+def test_the_settings_of_labels_reach_the_data_and_feedback_and_change_the_fingerprint(
+    environment: dict[str, str], folder: Path, variables: dict[str, str], labels: list[str]
+) -> None:
+    rows = [*tiny.sentences(200), *((f"a film of {number}", str(number % 2 + 1)) for number in range(10))]
+    tiny.write_csv(folder / "train.csv", [*rows, *((f"one of {number}", "Good") for number in range(5))])
+    (folder / "test.csv").unlink()
+    said = [("the interval", "GOOD"), ("the end", "other"), ("an end", "1.0"), ("a new one", "odd")]
+    settings = Settings.from_environ(environment | {"DATASET": str(folder)} | variables)
+    base, splits = job.gather(settings, said)
+    assert splits.labels == labels
+    plain = Settings.from_environ(environment | {"DATASET": str(folder)})
+    same = job.fingerprint_run(settings, base, splits, []) == job.fingerprint_run(plain, base, splits, [])
+    assert same is not bool(variables)
+    expected = {"merge": 2, "other": 2}.get(variables.get("LABELS", variables.get("RARE_LABELS", "")), 3)
+    assert splits.findings["feedback"]["unknown_label"] == expected

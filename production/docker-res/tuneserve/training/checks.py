@@ -211,10 +211,12 @@ def _refuse_numbers(train: _Rows, labels: list[str], *, by_hand: bool) -> None:
 def _mend_rare(
     rows: Mapping[str, _Rows], labels: list[str], findings: dict[str, Any], *, least: int, join: bool
 ) -> list[str]:
-    """Leave out labels with too few training texts, or join them as one: (the labels that stay)."""
-    rare = {name for name, size in zip(labels, _sizes(rows["train"], len(labels)), strict=True) if size < least}
+    """Leave out labels with too few training texts, or join them as one that has enough: the labels that stay."""
+    sizes = dict(zip(labels, _sizes(rows["train"], len(labels)), strict=True))
+    rare = {name for name, size in sizes.items() if size < least}
     if not rare:
         return labels
+    join = join and sum(sizes[name] for name in rare) >= least
     ids = [number for number, name in enumerate(labels) if name in rare]
     marks = {split: one.kept & np.isin(one.labels, ids) for split, one in rows.items()}
     other = next((name for name in labels if names_of.fold(name) == names_of.OTHER), names_of.OTHER)

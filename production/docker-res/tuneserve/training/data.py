@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -172,7 +172,13 @@ def _report(sources: dict[str, Source], columns: Columns | None, left_out: Seque
 
 
 def join_feedback(
-    sources: Mapping[str, Source], labelled: Sequence[tuple[str, str]], *, test_fraction: float, cache: Path
+    sources: Mapping[str, Source],
+    labelled: Sequence[tuple[str, str]],
+    *,
+    test_fraction: float,
+    cache: Path,
+    alike: Callable[[str], str] = str,
+    more_labels: Set[str] = frozenset(),
 ) -> tuple[dict[str, Source], dict[str, int]]:
     """The sources with feedback behind their rows, and what became of it.
 
@@ -185,10 +191,13 @@ def join_feedback(
         labelled: texts and labels, the newest last: of texts that differ in case or spaces alone it counts.
         test_fraction: share of the feedback that joins the test texts.
         cache: where rows are kept.
+        alike: of a label what equals that of another one which the data know it by.
+        more_labels: that a model may answer, beside those of the data.
     """
-    known = {label for source in sources.values() for label in source.rows.unique("label")}
+    labels = {label for source in sources.values() for label in source.rows.unique("label")} | more_labels
+    known = set(map(alike, labels))
     newest = {key_of(text): (text, format_label(label)) for text, label in labelled if not is_blank(text)}
-    usable = {key: row for key, row in newest.items() if row[1] in known}
+    usable = {key: row for key, row in newest.items() if alike(row[1]) in known}
     keys_of = {split: _find_keys(source, usable.keys()) for split, source in sources.items()}
     held_out = {key for split, keys in keys_of.items() if split != "train" for key in keys}
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}

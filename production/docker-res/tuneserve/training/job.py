@@ -36,6 +36,7 @@ from tuneserve.training import base_model, checks, data
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
+from tuneserve.training.labels import OTHER, fold
 from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer, require_reloadable
 from tuneserve.training.publication import publish
@@ -247,7 +248,12 @@ def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tupl
     joined: dict[str, int] = {}
     if feedback:
         sources, joined = data.join_feedback(
-            sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path
+            sources,
+            feedback,
+            test_fraction=settings.test_pct,
+            cache=settings.data_path,
+            alike=fold if settings.labels == "merge" else str,
+            more_labels={OTHER} if settings.rare_labels == "other" else frozenset(),
         )
     splits = checks.check(
         sources,
