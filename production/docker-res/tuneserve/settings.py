@@ -5,7 +5,8 @@ long because the sentences about all variables are here.
 """
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -29,10 +30,19 @@ def _absolute(path: Path) -> Path:
 
 
 WORDS = {
+    "cors_origins": "`*`, or origins as browsers name them (`https://reviews.example`), separated by commas",
     "retrain_schedule": "five fields as crontab has them",
     "retrain_time_zone": "the name of a time zone",
 }
 """What a variable may hold where its type does not say it."""
+
+QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
+COMMENT = re.compile(r"\s#")
+OF_LIBRARIES = re.compile(
+    "(?:AWS|AZURE|GOOGLE|HF|HUGGING_FACE|MLFLOW|OTEL|PET|TUNESERVE)_.*|(?:HTTPS?|ALL|NO)_PROXY|JOB_COMPLETION_INDEX",
+    re.IGNORECASE,
+)
+"""Variables that are read elsewhere; in their values a `#` is theirs to judge."""
 
 Fraction = Annotated[float, Field(gt=0, le=0.5)]
 Folder = Annotated[Path, AfterValidator(_absolute)]
@@ -166,6 +176,13 @@ class Settings(BaseModel):
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
 
+    cors_origins: str = ""
+    """Origins whose pages may ask this server from a browser, separated by commas: `https://reviews.example`; `*` for
+    every page. Empty: none."""
+
+    max_batch_texts: int = Field(default=4096, ge=1)
+    """Texts of one request to `/inference/batch`; beyond it: 413."""
+
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
     probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""
@@ -202,13 +219,17 @@ class Settings(BaseModel):
     """Versions that the store keeps; the champion and the one before it always stay."""
 
     use_feedback: bool = True
-    """Train also on the labelled texts that `POST /feedback` has brought; a share of TEST_PCT joins the test texts."""
+    """Train also on the texts that `POST /feedback` has labelled with the API key; a share of TEST_PCT is held out, and
+    the gate judges by it too."""
 
     keep_texts: bool = False
     """Keep the texts of requests beside their answers, so that a label that names a request teaches something."""
 
     feedback_max_rows: int = Field(default=1_000_000, ge=1)
-    """Answers, and labels, that are kept for feedback; the oldest go."""
+    """Answers, and labels of each origin, that are kept for feedback; the oldest go."""
+
+    feedback_max_mb: int = Field(default=1024, ge=1)
+    """Size of the feedback database, in MiB; the oldest rows go, answers and anonymous labels first."""
 
     retrain_schedule: str = ""
     """When `train-serve` trains again, as cron writes it: minute, hour, day, month, weekday (`0 3 * * 1` is Mondays at
@@ -268,6 +289,14 @@ class Settings(BaseModel):
             raise ValueError("should name a data set")
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: str) -> str:
+        origins = [origin.strip() for origin in value.split(",") if origin.strip()]
+        if not all(origin == "*" or re.fullmatch(r"https?://[^/\s*?#@]+", origin) for origin in origins):
+            raise ValueError("should be origins")
+        return ",".join(origins)
+
     @field_validator("retrain_schedule")
     @classmethod
     def _schedule_is_crons(cls, value: str) -> str:
@@ -296,14 +325,21 @@ class Settings(BaseModel):
 
         Raises:
             SettingsError: naming every bad variable at once, its value and what would be right, and every
-                unknown variable whose name is close to a known one.
+                unknown variable whose name is close to a known one. One pair of quotes around a value is taken off.
         """
         names = {field.upper(): field for field in cls.model_fields}
-        values = {names[name]: value.strip() for name, value in environ.items() if name in names and value.strip()}
+        read = {name: unquoted(value) for name, value in environ.items() if name in names}
+        values = {names[name]: value for name, value in read.items() if value}
         problems = [
             f"  {name}: there is no such variable; did you mean {neighbour}? Rename it or unset it."
             for name in environ
             if name not in names and (neighbour := _neighbour(name, names))
+        ]
+        problems += [
+            f"  {name}: ` #` in a value begins no comment in an environment file. Put a comment on a line of its own, "
+            "and a value that holds ` #` in quotes."
+            for name, value in environ.items()
+            if name in names and COMMENT.search(value.strip()) and not QUOTED.fullmatch(value.strip())
         ]
         problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if has_surrogates(value)]
         try:
@@ -322,6 +358,21 @@ class Settings(BaseModel):
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
         return {name: redact_url(value) if isinstance(value, str) else value for name, value in shown.items()}
+
+
+def unquoted(value: str) -> str:
+    """The value without spaces around it, and without one pair of equal quotes: Docker keeps those of an env-file."""
+    value = value.strip()
+    return found[2].strip() if (found := QUOTED.fullmatch(value)) else value
+
+
+def unquote(environ: MutableMapping[str, str]) -> list[str]:
+    """Take the quotes off all variables that this job and its libraries read, and name those that had some."""
+    names = {field.upper() for field in Settings.model_fields}
+    read = [name for name in environ if name in names or OF_LIBRARIES.fullmatch(name)]
+    quoted = [name for name in read if QUOTED.fullmatch(environ[name].strip())]
+    environ.update({name: unquoted(environ[name]) for name in quoted})
+    return quoted
 
 
 def _neighbour(name: str, names: Mapping[str, str]) -> str | None:

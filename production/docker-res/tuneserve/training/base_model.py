@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 from dataclasses import asdict, dataclass
@@ -64,6 +65,7 @@ def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
     else:
         folder = _download(name, revision=revision, cache=cache)
         source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
+    _require_no_code(folder)
     sha256 = _hash_weights(folder)
     if source == "package" and sha256 != PACKAGED_SHA256:
         raise BaseModelError(
@@ -129,6 +131,20 @@ def connect_to_hub() -> bool:
             hub.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = hub.HF_HUB_OFFLINE
     return not hub.HF_HUB_OFFLINE
+
+
+def _require_no_code(folder: Path) -> None:
+    """Refuse a model whose files name Python code of its own, which would have to be trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # said where it is needed
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise BaseModelError(
+                f"{folder} brings code of its own (auto_map in {name}), which is never run. If transformers knows this "
+                f"kind of model without it, remove auto_map from {name} in a copy, and name the copy in BASE_MODEL."
+            )
 
 
 def _hash_weights(folder: Path) -> str:

@@ -61,6 +61,8 @@ class Splits:
     labels: list[str]
     fingerprints: dict[str, str]
     findings: dict[str, Any]
+    feedback: Split | None = None
+    """What is held out of the feedback: a second test, apart from the data's own."""
 
 
 @dataclass
@@ -144,7 +146,7 @@ def check(
 
     parts = {"train": (train, pool), "valid": (valid_source, valid_rows), "test": (test_source, test_rows)}
     splits = {name: Split(one.source.rows, rows_, one.labels[rows_]) for name, (one, rows_) in parts.items()}
-    findings["counts"] = {name: _count(split, labels) for name, split in splits.items()}
+    findings["counts"] = {name: count(split, labels) for name, split in splits.items()}
     _require_use(splits, labels)
     return Splits(
         **splits, labels=labels, fingerprints={name: one.fingerprint for name, one in rows.items()}, findings=findings
@@ -338,7 +340,8 @@ def _draw(rows: Array, count: int, rng: np.random.Generator) -> Array:
     return np.sort(rng.choice(rows, count, replace=False)) if 0 < count < len(rows) else rows
 
 
-def _count(split: Split, labels: list[str]) -> dict[str, int]:
+def count(split: Split, labels: list[str]) -> dict[str, int]:
+    """Texts by label."""
     sizes = np.bincount(split.label_ids, minlength=len(labels))
     return {name: int(size) for name, size in zip(labels, sizes, strict=True)}
 

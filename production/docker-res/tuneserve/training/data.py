@@ -1,11 +1,11 @@
-"""Reading labelled texts: a file, folder, URL or hub name becomes memory-mapped splits of rows, and feedback joins."""
+"""Reading labelled texts: a file, folder, URL or hub name becomes memory-mapped splits of rows."""
 
 import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -16,7 +16,6 @@ from datasets import ClassLabel, Dataset, concatenate_datasets, disable_progress
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from tuneserve.errors import DataError, StoreError
-from tuneserve.lifecycle.evidence import key_of
 from tuneserve.logs import in_one_line
 from tuneserve.redaction import redact_url
 from tuneserve.settings import SAMPLE
@@ -44,7 +43,6 @@ from tuneserve.tables.rows import (
     shorten,
 )
 from tuneserve.tables.streams import read_text
-from tuneserve.text import is_blank
 from tuneserve.training.base_model import connect_to_hub
 
 logger = logging.getLogger(__name__)
@@ -180,64 +178,6 @@ def _report(sources: dict[str, Source], columns: Columns | None, left_out: Seque
     others = [*dict.fromkeys(left_out), *(f"{sources[split].where} (no labels)" for split in withheld)]
     logger.info("data: %s%s%s", read, where, f"; left out: {enumerate_some(others, 8)}" if others else "")
     return {split: source for split, source in sources.items() if split not in withheld}
-
-
-def join_feedback(
-    sources: Mapping[str, Source],
-    labelled: Sequence[tuple[str, str]],
-    *,
-    test_fraction: float,
-    cache: Path,
-    alike: Callable[[str], str] = str,
-    more_labels: Set[str] = frozenset(),
-) -> tuple[dict[str, Source], dict[str, int]]:
-    """The sources with feedback behind their rows, and what became of it.
-
-    If the data bring test texts, a share of the feedback joins them, the same texts each time: a model that is trained
-    after its world has changed must be tested on the new one too. Texts that the data hold out already stay where they
-    are, those that they train with are never moved to the test, and labels that they do not know are left out.
-
-    Args:
-        sources: as read; `train` is among them.
-        labelled: texts and labels, the newest last: of texts that differ in case or spaces alone it counts.
-        test_fraction: share of the feedback that joins the test texts.
-        cache: where rows are kept.
-        alike: of a label what equals that of another one which the data know it by.
-        more_labels: that a model may answer, beside those of the data.
-    """
-    labels = {label for source in sources.values() for label in source.rows.unique("label")} | more_labels
-    known = set(map(alike, labels))
-    newest = {key_of(text): (text, format_label(label)) for text, label in labelled if not is_blank(text)}
-    usable = {key: row for key, row in newest.items() if alike(row[1]) in known}
-    keys_of = {split: _find_keys(source, usable.keys()) for split, source in sources.items()}
-    held_out = {key for split, keys in keys_of.items() if split != "train" for key in keys}
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-    for key, row in usable.items():
-        if key not in held_out:
-            tests = "test" in sources and key not in keys_of["train"] and key % 2**32 < test_fraction * 2**32
-            parts["test" if tests else "train"].append(row)
-    joined = dict(sources)
-    for split, rows in parts.items():
-        if rows:
-            more = memory_map(((row, text, label) for row, (text, label) in enumerate(rows, 1)), "feedback", cache)
-            joined[split] = sources[split].followed_by(Source(more, "feedback"))
-    found = {
-        **{split: len(rows) for split, rows in parts.items()},
-        "unknown_label": len(newest) - len(usable),
-        "already_held_out": len(held_out),
-    }
-    logger.info(
-        "feedback: %d texts join the training texts and %d the test texts; %d left out for labels that the data do not "
-        "know, %d because the data hold them out already",
-        *found.values(),
-    )
-    return joined, found
-
-
-def _find_keys(source: Source, keys: Set[int]) -> set[int]:
-    """Which of these keys are among a source's texts."""
-    chunks = source.rows.data.to_batches(max_chunksize=BATCH_ROWS)
-    return {key for chunk in chunks for text in chunk["text"].to_pylist() if (key := key_of(text)) in keys}
 
 
 def _fetch(url: str, shown: str, folder: Path) -> tuple[Path, list[str]]:
@@ -387,7 +327,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     reached = connect_to_hub()
     logger.info("reading %s from the Hugging Face hub%s", dataset, "" if reached else "'s copy on disk")
     try:
-        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"))
+        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"), trust_remote_code=False)
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
         if not reached:
             reason = "and the hub cannot be reached"
