@@ -66,12 +66,17 @@ def find_alike(sizes: Mapping[str, int]) -> dict[str, list[str]]:
 def look_like_numbers(sizes: Mapping[str, int]) -> bool:
     """Whether the labels measure something: numbers with decimals, or whole ones with few texts each."""
     try:
-        numbers = [_number(name.replace(",", ".")) for name in sizes]
+        numbers = [_number(name.replace(",", ".").rstrip("%")) for name in sizes if name.casefold() not in MISSING]
     except ValueError:
         return False
     if any(not number.is_integer() for number in numbers):
         return len(numbers) > MOST_FRACTIONS
     return len(numbers) > MOST_INTEGERS and sum(sizes.values()) < TEXTS_PER_INTEGER * len(numbers)
+
+
+def count_numbers(names: Sequence[str]) -> int:
+    """How many labels there are if all are numbers and there are many; else 0."""
+    return len(names) if len(names) > MOST_INTEGERS and all(map(NUMBER.fullmatch, names)) else 0
 
 
 def find_combined(names: Sequence[str]) -> list[str]:
@@ -117,6 +122,8 @@ def describe(findings: Mapping[str, Any]) -> Iterator[str]:
             f"labels look like several in one: {name_labels(combined)}; each combination is a class of its own, for a "
             "text with several labels is not supported"
         )
+    if count := findings.get("numbers_as_labels"):
+        yield f"labels are {count} different numbers; if they measure something, put them into classes"
     if missing := findings.get("missing_labels"):
         yield f"labels may mean that the label is missing: {name_labels(missing)}; they are classes like any other"
     if rare := findings.get("rare_labels"):
