@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RES := production/docker-res
 
-.PHONY: help setup run test test-survival test-containers bench-train bench-serve lint format docs image
+.PHONY: help setup run test test-processes test-benchmarks test-containers test-all bench-train bench-serve lint format docs image
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -36,14 +36,19 @@ run: setup ## train on the embedded sample, then serve on port 8000 until Ctrl+C
 	.venv/mlflow-server/bin/pip install --quiet --no-compile --requirement requirements-mlflow-server.txt
 	@touch $@
 
-test: .venv/.dev .venv/.bench .venv/.mlflow-server ## all tests but the two sets below
-	$(BIN)/pytest --ignore=tests/containers --ignore=tests/training/test_survival.py
+test: .venv/.dev ## the tests of an edit, in process, and one of the real command (ARGS="tests/network -k packed")
+	$(BIN)/pytest $(addprefix --ignore=tests/,processes benchmarks containers) $(ARGS)
 
-test-survival: .venv/.dev ## end a training by twenty random signals, and compare its bytes: three minutes
-	$(BIN)/pytest tests/training/test_survival.py
+test-processes: .venv/.dev .venv/.mlflow-server ## real processes: the loop, servers, killed trainings, trackers, README
+	$(BIN)/pytest $(or $(ARGS),tests/processes)
+
+test-benchmarks: .venv/.dev .venv/.bench ## the benchmarks measure what they say
+	$(BIN)/pytest $(or $(ARGS),tests/benchmarks)
 
 test-containers: .venv/.dev ## build the image and test it in a real Docker engine
-	$(BIN)/pytest tests/containers
+	$(BIN)/pytest $(or $(ARGS),tests/containers)
+
+test-all: test test-processes test-benchmarks test-containers ## all four
 
 bench-train: .venv/.bench ## training against Hugging Face Trainer, an hour on two cores (ARGS="--help" for options)
 	@$(BIN)/python benchmarks/train.py $(ARGS)

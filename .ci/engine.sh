@@ -2,10 +2,10 @@
 # What the container tests need, from Debian's packages alone: a Docker engine, a base image to build on, and two
 # registries, of which one takes every push and the other denies every push. Prints the base image's name:
 #
-#     TUNESERVE_BASE_IMAGE=$(.ci/engine.sh) TUNESERVE_REQUIRE_ENGINE=1 python -m pytest tests/containers
+#     TUNESERVE_BASE_IMAGE=$(.ci/engine.sh) TUNESERVE_REQUIRE_ALL=1 python -m pytest tests/containers
 #
 # It starts only what does not answer yet, so it may run any number of times. It needs root where something is missing.
-# `.ci/engine.sh engine`, `base` or `registries` do one part each.
+# `.ci/engine.sh engine`, `base` or `registries` do one part each; `end` ends what was started here.
 set -euo pipefail
 
 BASE=tuneserve-base:bookworm
@@ -59,6 +59,24 @@ end_leftover() {
   rm -f "$2"
 }
 
+# start NAME LOG COMMAND...: a daemon that outlives this script, and is noted for `end`.
+start() {
+  local name=$1 log=$2
+  shift 2
+  setsid "$@" >"$log" 2>&1 </dev/null &
+  echo "$name $!" >>"$STATE/started"
+}
+
+# The daemons that were started here, the last one first; files that only name processes which are gone do no harm.
+end_all() {
+  [ -f "$STATE/started" ] || return 0
+  tac "$STATE/started" | while read -r name pid; do
+    echo "$pid" >"$STATE/ending"
+    end_leftover "$name" "$STATE/ending"
+  done
+  rm -f "$STATE/started"
+}
+
 start_engine() {
   provide dockerd docker.io iptables
   provide docker docker-cli
@@ -72,7 +90,7 @@ start_engine() {
     end_leftover containerd /var/run/docker/containerd/containerd.pid
     rm -rf /var/run/docker.sock /var/run/docker/containerd
     say "starting dockerd, its log is $STATE/dockerd.log"
-    setsid dockerd >"$STATE/dockerd.log" 2>&1 </dev/null &
+    start dockerd "$STATE/dockerd.log" dockerd
   fi
   wait_for 60 engine_answers || fail "$STATE/dockerd.log"
 }
@@ -104,7 +122,7 @@ start_registry() {
   provide docker-registry docker-registry
   { printf 'version: 0.1\nhttp: {addr: "%s"}\nstorage: {filesystem: {rootdirectory: "%s"}}\n' "$1" "$STATE/$2"; cat; } >"$STATE/$2.yml"
   say "starting a registry at $1"
-  setsid docker-registry serve "$STATE/$2.yml" >"$STATE/$2.log" 2>&1 </dev/null &
+  start docker-registry "$STATE/$2.log" docker-registry serve "$STATE/$2.yml"
   wait_for 20 registry_answers "$1" || fail "$STATE/$2.log"
 }
 
@@ -119,6 +137,7 @@ case ${1:-all} in
   engine) start_engine ;;
   base) make_base ;;
   registries) start_registries ;;
+  end) end_all ;;
   all)
     start_engine
     make_base

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,13 +17,39 @@ from typing import Any
 import pytest
 import tiny
 
-from tuneserve.settings import PROJECT
+from tuneserve.settings import PROJECT, Settings
 
 PACKAGE = PROJECT / "production" / "docker-res"
+
+FOREIGN = ("HF_", "MLFLOW_", "OTEL_", "PET_", "TRANSFORMERS_")
+"""How variables begin that libraries read."""
+REQUIRE_ALL = os.environ.get("TUNESERVE_REQUIRE_ALL") == "1"
+
+
+def is_foreign(name: str) -> bool:
+    """Whether an environment variable of whoever runs the tests would change what is tested."""
+    name = name.upper()
+    return name.lower() in Settings.model_fields or name.startswith(FOREIGN) or name.endswith("_PROXY")
+
+
+for _name in filter(is_foreign, list(os.environ)):  # here, before anything reads them, and for all child processes
+    del os.environ[_name]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the server's transcript anew instead of checking it")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    """With TUNESERVE_REQUIRE_ALL=1 a skipped test has failed, unless it needs a GPU."""
+    report: pytest.TestReport = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr if isinstance(report.longrepr, tuple) else [report.longrepr]
+        if "GPU" not in str(reason):
+            report.outcome = "failed"
+            report.longrepr = f"TUNESERVE_REQUIRE_ALL=1: {reason}"
+    return report
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tuneserve.artifact import Version
@@ -23,10 +23,12 @@ def train(environment: dict[str, str], **changed: str) -> Version:
     return version
 
 
-def start(environment: dict[str, str], *before: str, **changed: str) -> "subprocess.Popen[str]":
+def start(
+    environment: dict[str, str], *before: str, verb: Sequence[str] = ("train",), **changed: str
+) -> "subprocess.Popen[str]":
     """Start `run.py train`, as the last arguments of the command `before`."""
     return subprocess.Popen(
-        [*before, sys.executable, str(RUN), "train"],
+        [*before, sys.executable, str(RUN), *verb],
         env=os.environ | environment | changed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

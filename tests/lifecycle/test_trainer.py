@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lifecycle.conftest import ENVIRONMENT, SLEEP, Make
+from wire import wait_until
 
 from tuneserve.errors import BusyError
 from tuneserve.lifecycle.store import Store
@@ -76,6 +77,53 @@ def test_one_at_a_time_and_none_after_the_end(make: Make) -> None:
         trainer.start("third")
 
 
+def test_a_training_is_told_once_however_often_its_server_is(make: Make, tmp_path: Path) -> None:
+    note, go = tmp_path / "note", tmp_path / "go"
+    counting = f"""
+import signal, time
+from pathlib import Path
+told = []
+def note(number, frame):
+    told.append(number)
+    Path({str(note)!r}).write_text(str(len(told)))
+signal.signal(signal.SIGTERM, note)
+Path({str(note)!r}).write_text("0")
+while not Path({str(go)!r}).exists():
+    time.sleep(0.01)
+"""
+    trainer = make(counting)
+    trainer.start("a test")
+    wait_until(note.exists)
+    trainer.interrupt()
+    wait_until(lambda: note.read_text() == "1")
+    for _ in range(3):
+        trainer.interrupt()
+    closing = threading.Thread(target=trainer.close)
+    closing.start()
+    assert trainer.running is not None
+    go.touch()
+    closing.join()
+    assert note.read_text() == "1"
+
+
+@pytest.mark.parametrize("end", [Trainer.close, Trainer.kill])
+def test_a_training_that_does_not_end_is_killed_in_time_or_at_once(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[Trainer], None]
+) -> None:
+    monkeypatch.setattr("tuneserve.lifecycle.trainer.SAVE_S", 0.1)
+    deaf = (
+        f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(tmp_path / 'deaf')!r}, 'w'); time.sleep(60)"
+    )
+    trainer = make(deaf)
+    job = trainer.start("a test")
+    wait_until((tmp_path / "deaf").exists)
+    end(trainer)
+    wait_until(lambda: trainer.running is None)
+    found = trainer.job(job.id)
+    assert found is not None
+    assert found.exit_code == 128 + signal.SIGKILL
+
+
 def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store) -> None:
     store.status_file.write_text('{"phase": "finished", "version": "old"}')
     trainer = make(SLEEP)
@@ -99,17 +147,24 @@ def test_a_training_runs_in_the_background_only_where_a_model_answers(make: Make
     ).exit_code == (3 if serves else 0)
 
 
-@pytest.mark.parametrize(("wanted", "policy", "nice"), [("", os.SCHED_IDLE, 0), ("7", os.SCHED_OTHER, 7)])
-def test_a_background_training_is_idle_work_or_as_nice_as_it_is_told(
-    python: Python, wanted: str, policy: int, nice: int
+@pytest.mark.parametrize(
+    ("variables", "policy", "nice", "threads", "gpu"),
+    [
+        ({"RETRAIN_NICE": "", "OMP_NUM_THREADS": "6"}, os.SCHED_IDLE, 0, 3, "0.5"),
+        ({"RETRAIN_NICE": "7", "RETRAIN_THREADS": "5", "RETRAIN_GPU_FRACTION": "0.2"}, os.SCHED_OTHER, 7, 5, "0.2"),
+    ],
+)
+def test_a_background_training_takes_what_it_is_told_to(
+    python: Python, variables: dict[str, str], policy: int, nice: int, threads: int, gpu: str
 ) -> None:
     ask = (
         "import os; from tuneserve.settings import Settings; from tuneserve.hardware import run_in_background; "
         "settings = run_in_background(Settings.from_environ(os.environ)); "
-        "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads)"
+        "print(os.sched_getscheduler(0), os.nice(0), settings.omp_num_threads, os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
     )
-    done = python("-c", ask, RETRAIN_NICE=wanted, OMP_NUM_THREADS="6")
-    assert [int(word) for word in done.stdout.split()] == [policy, nice + os.nice(0), 3], done.stderr
+    done = python("-c", ask, **variables)
+    wanted = f"{policy} {nice + os.nice(0)} {threads} per_process_memory_fraction:{gpu}"
+    assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, store: Store) -> None:

@@ -52,5 +52,5 @@ def test_it_travels_to_another_process_even_after_use(python: Python, store: Pat
 
 
 def test_a_table_that_does_not_say_which_column_holds_the_text_is_refused(store: Path) -> None:
-    with pytest.raises(DataError, match="which column holds the text; it has one, two"):
+    with pytest.raises(DataError, match="which column holds the text; its columns are one, two"):
         Scorer(store)(pa.table({"one": ["film"], "two": ["film"]}))

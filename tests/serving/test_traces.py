@@ -14,6 +14,7 @@ from wire import app_of
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError
+from tuneserve.serving.application import Application
 from tuneserve.serving.http.traces import SILENT, Traces
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
@@ -81,12 +82,22 @@ def test_a_request_is_a_span_with_its_stages_in_the_clients_trace_and_without_it
     assert values["tuneserve.model_version"] == version.id
     assert (values["tuneserve.texts"], values["tuneserve.tokens"]) == (1, 5)
     stages = [values[f"tuneserve.{stage}_s"] for stage in ("tokenize", "queue", "infer")]
-    assert all(0 < stage < 1 for stage in stages)
+    assert min(stages) > 0
     assert sum(stages) * 1e9 <= span.end_time_unix_nano - span.start_time_unix_nano
     assert bad[1]["http.response.status_code"] == 422
     assert (batch[1]["tuneserve.texts"], batch[1]["tuneserve.tokens"]) == (50, 250)
     assert batch[0].trace_id.hex() != TRACE
     assert all(b"private" not in content for _, content in posts)
+
+
+def test_a_server_sends_them_to_the_endpoint_that_is_set(
+    settings: Settings, collector: tuple[str, list[tuple[str, bytes]]]
+) -> None:
+    address, posts = collector
+    application = Application(settings.model_copy(update={"otel_exporter_otlp_endpoint": address}), threads=1)
+    with TestClient(application.asgi) as client:
+        assert client.post("/inference", json={"text": "film"}).status_code == 503
+    assert [values["http.response.status_code"] for _, values in spans(posts)] == [503]
 
 
 def test_without_an_endpoint_there_is_nothing(settings: Settings, classifier: Classifier) -> None:

@@ -252,7 +252,7 @@ UNREADABLE = {
     "Latin-1, JSONL": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "\xe9"}\n', "line 2: byte 0xe9"),
     "half a character": ("a.csv", b"text,label\na,x\nb\xc3", "line 3: byte 0xc3"),
     "half a character far in": ("a.csv", b"text,label\n" + b"a,x\n" * 400_000 + b"\xff", "line 400002: byte 0xff"),
-    "UTF-16": ("a.csv", "text,label\na,x\n".encode("utf-16"), "line 1: byte 0xff"),
+    "UTF-16": ("a.csv", "text,label\na,x\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
     "half a record": ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label":\n', "line 2: Expecting value"),
     "no record": ("a.jsonl", '{"text": "a", "label": 1}\nwords\n{"text": "b", "label": 2}\n', "line 2"),
     "no record in an array": ("a.json", '[\n{"text": "a", "label": 1},\nwords\n]', "line 3"),

@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from tuneserve.artifact import Version
-from tuneserve.errors import BaseModelError, DeviceError, NoModelError, TrainingError
+from tuneserve.errors import BaseModelError, DataError, DeviceError, NoModelError, TrainingError
+from tuneserve.files import in_use
 from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
@@ -292,22 +292,39 @@ def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
     process.communicate()
 
 
-def test_a_killed_process_leaves_nothing_that_would_be_served(environment: dict[str, str]) -> None:
-    """Kill -9 at several moments of the writing: the store stays as it was, or holds one whole version more."""
-    store = Store(Path(environment["MODEL_PATH"]))
-    for delay in (0.0, 0.02, 0.05, 0.1):
-        before = set(store.versions_folder.glob("*"))
-        process = start(environment | {"SEED": str(int(delay * 1000)), "N_EPOCHS": "1"})
-        while process.poll() is None and not set(store.versions_folder.glob("*")) - before:
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.kill()
-        output, _ = process.communicate()
-        assert set(store.versions_folder.glob("*")) - before, output
-        for version in store.versions():
-            AutoModelForSequenceClassification.from_pretrained(version.folder)
-        if store.pointer.exists():
-            assert store.champion().labels == ["bad", "good"]
+def test_a_child_takes_one_signal_and_ignores_the_rest(environment: dict[str, str]) -> None:
+    """As many may reach it as Ctrl+C in a terminal, its server and its server's end send."""
+    checkpoints = Store(Path(environment["MODEL_PATH"])).checkpoints_folder
+    process = start(environment | {"N_EPOCHS": "400"}, verb=("train", "--child"))
+    wait_for(lambda: any(checkpoints.glob("*/*.safetensors")))
+    for number in [signal.SIGINT, signal.SIGTERM] * 5:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode in (130, 143), output
+    assert "the same command goes on from there" in output
+    assert not list(checkpoints.glob("*/.*"))
+
+
+def test_what_killed_trainings_left_is_removed_at_the_next_start(environment: dict[str, str]) -> None:
+    store, cache = Store(Path(environment["MODEL_PATH"])), Path(environment["DATA_PATH"])
+    whole = store.checkpoints_folder / "anotherrun" / "00001-00000002.safetensors"
+    left = [
+        store.checkpoints_folder / "anotherrun" / ".00001-00000003.safetensors-0123abcd",
+        store.versions_folder / ".unfinished-20260102T030405Z-0a1b2c3d-0123abcd" / "model.safetensors",
+        store.evidence_folder / ".20260102T030405Z-0a1b2c3d-0123abcd" / "texts",
+        cache / "tokens" / ".0123abcd-0123abcd" / "ids.i32",
+        cache / "arrow" / f".{'0' * 32}",
+        cache / "downloads" / ".0123abcd-0123abcd" / "train.csv",
+    ]
+    for path in [whole, *left]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with in_use(cache), pytest.raises(DataError):  # another job, for another store, may be writing there
+        train(environment, DATASET="/none")
+    assert [path.exists() for path in left] == [False] * 3 + [True] * 3
+    with pytest.raises(DataError):
+        train(environment, DATASET="/none")
+    assert [path.exists() for path in [whole, *left]] == [True] + [False] * 6
 
 
 def test_without_a_terminal_progress_is_plain_lines(environment: dict[str, str]) -> None:

@@ -1,14 +1,19 @@
 """Errors in words that a user can act on. Raised where they are understood, translated once, at the edge."""
 
+from tuneserve.redaction import redact
+
 
 class TuneserveError(Exception):
     """A failure whose message is meant for the user: the command line prints it without a traceback.
 
-    `exit_code` is the process's answer, `status` the HTTP one.
+    `exit_code` is the process's answer, `status` the HTTP one. Secrets in the message are left out.
     """
 
     exit_code = 1
     status = 500
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class SettingsError(TuneserveError):
@@ -100,6 +105,12 @@ class NotFoundError(TuneserveError):
     """There is nothing of this name."""
 
     status = 404
+
+
+class ConflictError(TuneserveError):
+    """The name that was given stands for several things."""
+
+    status = 409
 
 
 class UnavailableError(TuneserveError):

@@ -5,8 +5,9 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
@@ -14,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from tuneserve.errors import SettingsError
-from tuneserve.settings import without_password
+from tuneserve.redaction import redact
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -37,8 +38,8 @@ def report(error: Exception) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of a library's error for the log: in one line, without passwords, shortened."""
-    said = without_password(" ".join(str(error).split())) or type(error).__name__
+    """The message of a library's error for the log: in one line, without secrets, shortened."""
+    said = redact(" ".join(str(error).split())) or type(error).__name__
     return said if len(said) <= 300 else f"{said[:120]} … {said[-180:]}"
 
 
@@ -74,11 +75,11 @@ class Queued(QueueHandler):
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Format now what may change or is large; leave the rest to the thread."""
+        """Format now what may change or is large, without secrets; leave the rest to the thread."""
         record = copy.copy(record)
-        record.msg, record.args = record.getMessage(), None
+        record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info:
-            record.exc_text = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
             record.exc_info = None
         return record
 
@@ -146,6 +147,19 @@ class LogFile(RotatingFileHandler):
             error = sys.exc_info()[1]
             with suppress(OSError):
                 print(f"error: {self.baseFilename} cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Undo what libraries do in the block to the root logger (OpenVINO's converter silences it) and to warnings."""
+    root = logging.getLogger()
+    level, handlers, filters, disabled = root.level, root.handlers[:], root.filters[:], root.manager.disable
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+            root.handlers[:], root.filters[:], root.manager.disable = handlers, filters, disabled
 
 
 def start(folder: Path, *, speaks: bool = True, json_lines: bool = False) -> None:

@@ -6,7 +6,7 @@ long because the sentences about all variables are here.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -15,13 +15,11 @@ from zoneinfo import ZoneInfo
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from tuneserve.errors import SettingsError
+from tuneserve.redaction import redact_url
 from tuneserve.text import has_surrogates
 
 PROJECT = Path(__file__).resolve().parents[3]
 """The folder that holds `production/`: the clone's root, and `/` in the image."""
-
-URLS = ("dataset", "input", "output", "otel_exporter_otlp_endpoint")
-"""Settings that may be URLs, whose passwords are not shown."""
 
 SAMPLE = "sample"
 """The value of DATASET that means the embedded reviews."""
@@ -37,6 +35,14 @@ WORDS = {
     "retrain_time_zone": "the name of a time zone",
 }
 """What a variable may hold where its type does not say it."""
+
+QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
+COMMENT = re.compile(r"\s#")
+OF_LIBRARIES = re.compile(
+    "(?:AWS|AZURE|GOOGLE|HF|HUGGING_FACE|MLFLOW|OTEL|PET|TUNESERVE)_.*|(?:HTTPS?|ALL|NO)_PROXY|JOB_COMPLETION_INDEX",
+    re.IGNORECASE,
+)
+"""Variables that are read elsewhere; in their values a `#` is theirs to judge."""
 
 Fraction = Annotated[float, Field(gt=0, le=0.5)]
 Folder = Annotated[Path, AfterValidator(_absolute)]
@@ -57,6 +63,16 @@ class Settings(BaseModel):
 
     label_column: str = ""
     """Column that holds the label. Empty: found by its name, or refused when several could be meant."""
+
+    labels: Literal["as-is", "merge"] = "as-is"
+    """Labels that differ only in case, spaces, Unicode form or number format (`Positive`, `positive`): `merge` joins
+    them under the name that most training texts have; `as-is` keeps them apart and names them in the log."""
+
+    min_class_size: int = Field(default=5, ge=5)
+    """Fewest usable training texts of a label; one with fewer is rare."""
+
+    rare_labels: Literal["refuse", "drop", "other"] = "refuse"
+    """Rare labels: refuse the data, drop the texts of these labels, or join them as the label `other`."""
 
     num_train: int = Field(default=0, ge=0)
     """Training texts to use, drawn by SEED. 0: all."""
@@ -203,13 +219,17 @@ class Settings(BaseModel):
     """Versions that the store keeps; the champion and the one before it always stay."""
 
     use_feedback: bool = True
-    """Train also on the labelled texts that `POST /feedback` has brought; a share of TEST_PCT joins the test texts."""
+    """Train also on the texts that `POST /feedback` has labelled with the API key; a share of TEST_PCT is held out, and
+    the gate judges by it too."""
 
     keep_texts: bool = False
     """Keep the texts of requests beside their answers, so that a label that names a request teaches something."""
 
     feedback_max_rows: int = Field(default=1_000_000, ge=1)
-    """Answers, and labels, that are kept for feedback; the oldest go."""
+    """Answers, and labels of each origin, that are kept for feedback; the oldest go."""
+
+    feedback_max_mb: int = Field(default=1024, ge=1)
+    """Size of the feedback database, in MiB; the oldest rows go, answers and anonymous labels first."""
 
     retrain_schedule: str = ""
     """When `train-serve` trains again, as cron writes it: minute, hour, day, month, weekday (`0 3 * * 1` is Mondays at
@@ -305,14 +325,21 @@ class Settings(BaseModel):
 
         Raises:
             SettingsError: naming every bad variable at once, its value and what would be right, and every
-                unknown variable whose name is close to a known one.
+                unknown variable whose name is close to a known one. One pair of quotes around a value is taken off.
         """
         names = {field.upper(): field for field in cls.model_fields}
-        values = {names[name]: value.strip() for name, value in environ.items() if name in names and value.strip()}
+        read = {name: unquoted(value) for name, value in environ.items() if name in names}
+        values = {names[name]: value for name, value in read.items() if value}
         problems = [
             f"  {name}: there is no such variable; did you mean {neighbour}? Rename it or unset it."
             for name in environ
             if name not in names and (neighbour := _neighbour(name, names))
+        ]
+        problems += [
+            f"  {name}: ` #` in a value begins no comment in an environment file. Put a comment on a line of its own, "
+            "and a value that holds ` #` in quotes."
+            for name, value in environ.items()
+            if name in names and COMMENT.search(value.strip()) and not QUOTED.fullmatch(value.strip())
         ]
         problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if has_surrogates(value)]
         try:
@@ -330,12 +357,22 @@ class Settings(BaseModel):
     def public(self) -> dict[str, Any]:
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
-        return shown | {name: without_password(shown[name]) for name in URLS}
+        return {name: redact_url(value) if isinstance(value, str) else value for name, value in shown.items()}
 
 
-def without_password(url: str) -> str:
-    """A URL as it may be shown: what stands before an `@` in its host is left out."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", url)
+def unquoted(value: str) -> str:
+    """The value without spaces around it, and without one pair of equal quotes: Docker keeps those of an env-file."""
+    value = value.strip()
+    return found[2].strip() if (found := QUOTED.fullmatch(value)) else value
+
+
+def unquote(environ: MutableMapping[str, str]) -> list[str]:
+    """Take the quotes off all variables that this job and its libraries read, and name those that had some."""
+    names = {field.upper() for field in Settings.model_fields}
+    read = [name for name in environ if name in names or OF_LIBRARIES.fullmatch(name)]
+    quoted = [name for name in read if QUOTED.fullmatch(environ[name].strip())]
+    environ.update({name: unquoted(environ[name]) for name in quoted})
+    return quoted
 
 
 def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
@@ -346,7 +383,7 @@ def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def _describe(field: str, value: str) -> str:
-    shown = "(secret)" if _is_secret(field) else repr(value)
+    shown = "(secret)" if _is_secret(field) else repr(redact_url(value))
     return f"  {field.upper()}={shown} is not {allowed(field)} (the default is {default(field) or 'empty'})."
 
 

@@ -16,10 +16,15 @@ class Stop:
 
     Outside `deferred()` the signal raises SystemExit where it arrives. Inside, work continues until it checks
     `requested`, saves its state and calls `exit()`; a second signal ends the process at once.
+
+    A child is different: one Ctrl+C may reach it twice, from the terminal and from its parent, and its parent's end
+    sends one more. It takes the first signal and ignores the rest; a parent that cannot wait kills it.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.once = False
+        """Whether this is such a child."""
         self._deferring = False
 
     def listen(self) -> None:
@@ -49,6 +54,8 @@ class Stop:
         raise SystemExit(128 + (self.signal or 0))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and self.once:
+            return
         again, self.signal = self.requested, number
         if again or not self._deferring:
             self.exit()

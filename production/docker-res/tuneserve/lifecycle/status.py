@@ -35,10 +35,10 @@ Phase = Literal["preparing", "training", "testing", "judging", "finished", "fail
 
 
 class Lock:
-    """A lock that is held."""
+    """A lock that is held; not `exclusive` where the file system has none."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor = path, descriptor
+    def __init__(self, path: Path, descriptor: int, *, exclusive: bool = True) -> None:
+        self._path, self._descriptor, self.exclusive = path, descriptor, exclusive
 
     def require(self) -> None:
         """Make sure that the locked file still has its name.
@@ -65,15 +65,15 @@ def hold(path: Path) -> Iterator[Lock]:
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error}") from error
     try:
-        _acquire(path, descriptor)
-        yield Lock(path, descriptor)
+        yield Lock(path, descriptor, exclusive=_acquire(path, descriptor))
     finally:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to a forked child
         os.close(descriptor)
 
 
-def _acquire(path: Path, descriptor: int) -> None:
+def _acquire(path: Path, descriptor: int) -> bool:
+    exclusive = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,6 +81,7 @@ def _acquire(path: Path, descriptor: int) -> None:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise StoreError(f"{path} cannot be locked: {error}") from error
+        exclusive = False
         logger.warning("%s cannot be locked (%s): make sure that only one trainer uses this store", path, error)
     since = datetime.now(UTC).isoformat(timespec="seconds")
     owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode()
@@ -89,6 +90,7 @@ def _acquire(path: Path, descriptor: int) -> None:
         os.ftruncate(descriptor, len(owner))
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error}") from error
+    return exclusive
 
 
 def _read_owner(descriptor: int) -> str:

@@ -8,6 +8,7 @@ import logging
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -68,11 +69,12 @@ class Trainer:
         self._serves = serves
         self._environ = environ
         self._folder = store.root / "jobs"
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come upon its own thread in `start`
         self._child: subprocess.Popen[bytes] | None = None
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._told_s: float | None = None
 
     def start(self, why: str) -> Job:
         """Start a training.
@@ -125,19 +127,29 @@ class Trainer:
         return replace(job, state="interrupted") if job.state == "running" else job
 
     def interrupt(self) -> None:
-        """Let the running training write its checkpoint and end, and start no other."""
+        """Let the running training write its checkpoint and end, and start no other. It is told once only."""
+        with self._lock:
+            self._closed = True
+            if self._told_s is None and self._child is not None and self._child.poll() is None:
+                self._told_s = time.monotonic()
+                self._child.terminate()
+
+    def kill(self) -> None:
+        """End the running training without its checkpoint, and start no other."""
         with self._lock:
             self._closed = True
             if self._child is not None and self._child.poll() is None:
-                self._child.terminate()
+                self._child.kill()
 
     def close(self) -> None:
-        """Interrupt the training, wait for its end, and kill it after SAVE_S."""
+        """Interrupt the training, wait for its end, and kill it SAVE_S after it was told, or when a signal comes."""
         self.interrupt()
-        if self._thread is not None:
-            self._thread.join(SAVE_S)
-        if self._child is not None and self._child.poll() is None:
-            self._child.kill()
+        try:
+            if self._thread is not None:
+                told_s = time.monotonic() if self._told_s is None else self._told_s
+                self._thread.join(max(0.0, told_s + SAVE_S - time.monotonic()))
+        finally:
+            self.kill()
 
     def _run(self, job: Job) -> None:
         # The kernel ends the child when the thread that started it ends, so this thread waits.

@@ -1,7 +1,6 @@
 """Where files are: a path or an fsspec URL, and errors of its file system in our own words."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tuneserve.errors import TuneserveError
 from tuneserve.files import replace_file
 from tuneserve.logs import in_one_line
-from tuneserve.settings import without_password
-
-QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")
-"""The query of a URL, which contains the signature of a signed one."""
+from tuneserve.redaction import redact_url
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,8 @@ def locate(location: str) -> Location:
 
 
 def shown(location: str) -> str:
-    """A path or URL for messages: without password, and without the query, which may hold a signature."""
-    return without_password(location).partition("?")[0] if "://" in location else location
+    """A path or URL for messages, without its secrets."""
+    return redact_url(location) if "://" in location else location
 
 
 @contextmanager
@@ -94,5 +90,4 @@ def refused_as(kind: type[TuneserveError], words: str) -> Iterator[None]:
     except TuneserveError:
         raise
     except Exception as error:
-        said = QUERY.sub("", in_one_line(error))
-        raise kind(f"{words}: {said}") from error
+        raise kind(f"{words}: {in_one_line(error)}") from error

@@ -6,11 +6,10 @@ from typing import Any
 import pyarrow as pa
 
 from tuneserve import load
-from tuneserve.errors import DataError
 from tuneserve.scoring.job import answer
 from tuneserve.serving.model import Model
 from tuneserve.tables.parquet import append_answers
-from tuneserve.tables.rows import find_columns
+from tuneserve.tables.rows import Columns, require_columns
 
 
 class Scorer:
@@ -37,15 +36,10 @@ class Scorer:
         """
         if self._model is None:
             self._model = load(self.folder, **self.settings)
-        texts = table.column(self._find_text(table.column_names)).to_pylist()
+        types = [(name, str(kind)) for name, kind in zip(table.column_names, table.schema.types, strict=True)]
+        text = require_columns(types, Columns(self.text_column), "The table", labelled=False).text
+        texts = table.column(text).to_pylist()
         return append_answers(table, table.column_names, answer(texts, self._model.predict, self._model.id))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
-
-    def _find_text(self, columns: list[str]) -> str:
-        text, _ = find_columns(columns, text=self.text_column)
-        text = text or (columns[0] if len(columns) == 1 else "")
-        if text not in columns:
-            raise DataError(f"The table does not say which column holds the text; it has {', '.join(columns)}.")
-        return text

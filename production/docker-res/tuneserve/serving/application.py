@@ -14,7 +14,8 @@ from tuneserve.adapters.catalog import ADAPTERS
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, NoModelError, StoreError
 from tuneserve.lifecycle.drift import Window
-from tuneserve.lifecycle.feedback import FILE, Feedback
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE
 from tuneserve.lifecycle.retraining import Retraining, Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
@@ -30,6 +31,7 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.catalog import task_of
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.task import Task
+from tuneserve.text import CHARACTERS_PER_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +80,20 @@ class Application:
             new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours)
         )
         self._feedback = Feedback(
-            settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts
+            settings.model_path / FILE,
+            max_rows=settings.feedback_max_rows,
+            max_bytes=settings.feedback_max_mb << 20,
+            max_characters=CHARACTERS_PER_TOKEN * settings.num_max_positions,
+            keep_texts=settings.keep_texts,
+            keyed=bool(settings.api_key.get_secret_value()),
         )
-        self.trainer = self._retraining = None
+        self.trainer = self.retraining = None
         if training:
             self.trainer = Trainer(
                 training, store, serves=lambda: not slot.empty or bool(store.versions()), environ=environ
             )
             drift = partial(_drifted, slot) if settings.retrain_on_drift else lambda: None
-            self._retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
+            self.retraining = Retraining(self.trainer, schedule=_schedule(settings, store), drift=drift)
         self._follower = Follower(
             store,
             slot,
@@ -110,9 +117,11 @@ class Application:
 
     def start(self) -> None:
         """Train, if that is wanted, and load the model; neither is waited for."""
-        if self.trainer is not None and self._retraining is not None:
+        for line in what_is_open(self._settings, trains=self.trainer is not None):
+            logger.warning("%s", line)
+        if self.trainer is not None and self.retraining is not None:
             self._train_first(self.trainer)
-            self._retraining.start()
+            self.retraining.start()
         self._follower.start()
         self._feedback.start()
 
@@ -123,8 +132,8 @@ class Application:
                 return
             self._closed = True
             self.was_loading = not self._follower.close(wait_s=LOAD_S)
-            if self._retraining is not None:
-                self._retraining.close()
+            if self.retraining is not None:
+                self.retraining.close()
             if self.trainer is not None:
                 self.trainer.close()
             self.slot.close()
@@ -171,6 +180,20 @@ class Application:
 
         trainer.on_end = look
         trainer.start("the container's start")
+
+
+def what_is_open(settings: Settings, *, trains: bool) -> list[str]:
+    """What anybody who reaches the port may do, in sentences; none if there is a key."""
+    if settings.api_key.get_secret_value():
+        return []
+    lines = [
+        "API_KEY is not set: whoever reaches the port may ask for predictions, /model, /drift and the labels' figures",
+        "API_KEY is not set: labels sent to /feedback are anonymous, kept apart, and never trained on nor tested with "
+        "(run.py feedback shows them)",
+    ]
+    if trains:
+        lines.append("API_KEY is not set: POST /retrain is refused, /jobs is open; promote and rollback want the store")
+    return lines
 
 
 def prepare(store: Store) -> None:

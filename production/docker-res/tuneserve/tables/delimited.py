@@ -3,14 +3,24 @@
 import csv
 import io
 import json
+import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from tuneserve.errors import DataError
 from tuneserve.tables import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut
 from tuneserve.tables.streams import as_text
+
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+"""A cell in quotes, those within doubled."""
+
+MOST_LINES = 2
+"""Line breaks of a cell beyond which its lines are compared with rows."""
+
+SHOWN_CHARACTERS = 40
+"""Of a column's name in messages."""
 
 
 class Delimited:
@@ -24,13 +34,16 @@ class Delimited:
         header = next(self._rows(file, where), None)
         if header is None:
             raise DataError(f"{where} is empty.")
-        names = [name.strip() for name in header[1]]
+        names = _clean(header[1])
         if not any(names) or max(Counter(filter(None, names)).values()) > 1:
-            raise DataError(f"{where}, row 1: the column names {names} should be there, each once.")
+            shown = ", ".join(repr(name[:SHOWN_CHARACTERS]) for name in names[:6])
+            raise DataError(f"{where}, row 1: the column names [{shown}] should be there, each once.")
         others = [mark for mark in ",;\t|" if mark in names[0] and mark != self._separator]
         if len(names) == 1 and others:
+            way = ", or name the file .tsv" if others[0] == "\t" else ""
             raise DataError(
-                f"{where}, row 1: columns are separated by {others[0]!r}; in this kind of file use {self._separator!r}."
+                f"{where}, row 1: columns are separated by {others[0]!r}; in this kind of file use "
+                f"{self._separator!r}{way}."
             )
         return [(name, "text") for name in names]
 
@@ -45,18 +58,50 @@ class Delimited:
     def _rows(self, file: BinaryIO, where: str) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(sys.maxsize)
         with as_text(file, where, newline="") as text:
-            reader = csv.reader(text, delimiter=self._separator, strict=True)
-            width = 0
+            lines, row, header = _Lines(text), 0, list[str]()
             try:
-                for row, cells in enumerate(reader, start=1):
+                for row, cells in enumerate(self._records(lines, where), start=1):
                     if row == 1:
-                        width = len(cells)
-                    elif cells and len(cells) != width:
-                        raise DataError(f"{where}, row {row}: {len(cells)} fields where the header has {width}.")
+                        header = _clean(cells)
+                        names = set(header)
+                    elif cells:
+                        if len(cells) != len(header):
+                            raise DataError(
+                                f"{where}, row {row}: {len(cells)} fields where the header has {len(header)}."
+                            )
+                        if len(cells) > 1 and set(_clean(cells)) == names:
+                            raise DataError(
+                                f"{where}, row {row} repeats the column names, as when files are joined. Remove every "
+                                "such row."
+                            )
+                        self._refuse_swallowed(cells, f"{where}, row {row}")
                     if cells or row == 1:  # not a blank line
                         yield row, cells
             except csv.Error as error:
-                raise DataError(f"{where}, line {reader.line_num}: {error} (is a quote missing?)") from None
+                line = lines.last
+                hint = "is a quote missing?"
+                if '\\"' in line:
+                    hint = 'in quotes write a quote as "" and not as \\"; Spark does so with option("escape", \'"\')'
+                raise DataError(
+                    f"{where}, line {lines.number}: {error} ({hint}) The fault is in row {row + 1}."
+                ) from None
+
+    def _records(self, lines: "_Lines", where: str) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self._separator, strict=True)
+
+    def _refuse_swallowed(self, cells: list[str], here: str) -> None:
+        """A quote that opens by mistake makes one cell of all rows up to the next quote."""
+        for cell in cells:
+            inner = cell.splitlines()[1:-1] if cell.count("\n") > MOST_LINES else []
+            if inner and all(self._looks_like_a_row(line, len(cells)) for line in inner):
+                raise DataError(
+                    f"{here}: a quote opens here and takes in {len(inner)} lines that look like rows. Close it, or "
+                    'write a quote within quotes as "".'
+                )
+
+    def _looks_like_a_row(self, line: str, width: int) -> bool:
+        cells = line.split(self._separator)
+        return len(cells) == width > 1 and all(cell and cell == cell.strip() for cell in cells)
 
     def values(self, chunk: Chunk, columns: Sequence[str], name: str) -> list[str]:
         """See `Format`."""
@@ -82,6 +127,69 @@ class Delimited:
         text = io.StringIO()
         csv.writer(text, delimiter=self._separator, lineterminator="\n").writerows(rows)
         return text.getvalue().encode()
+
+
+class Tabs(Delimited):
+    """TSV: most programs write its cells without quotes, so that a quote is a character like any other.
+
+    A cell that is quoted from end to end is still unquoted, and may then hold tabs and line breaks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("\t")
+
+    def _records(self, lines: "_Lines", where: str) -> Iterator[list[str]]:
+        width = 0
+        for line in lines:
+            cells = line.rstrip("\r\n").split("\t")
+            width = width or len(cells)
+            quoted = cells[-1].startswith('"') and not QUOTED.fullmatch(cells[-1])
+            if len(cells) == width and not (quoted and self._goes_on(lines, width, where)):
+                yield [] if cells == [""] else [_unquote(cell) for cell in cells]
+            elif '"' in line:
+                lines.push_back()
+                yield next(csv.reader(lines, delimiter="\t", strict=True))
+            else:
+                yield [] if cells == [""] else cells
+
+    def _goes_on(self, lines: "_Lines", width: int, where: str) -> bool:
+        """Whether the quoted cell at the end of a line goes on in the next, which then is no row of its own."""
+        if width == 1:
+            raise DataError(
+                f"{where}, line {lines.number}: a quote opens here and does not close in its line. Remove it, or write "
+                'the text with quotes around it and those within as "".'
+            )
+        following = lines.peek()
+        return bool(following) and following.count("\t") != width - 1
+
+
+def _unquote(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
+
+
+class _Lines(Iterator[str]):
+    """The lines of a text, numbered from 1; the last one can be read again, and the next one looked at."""
+
+    def __init__(self, text: Iterable[str]) -> None:
+        self._text, self._ahead, self.number, self.last = iter(text), deque[str](), 0, ""
+
+    def __next__(self) -> str:
+        self.last = self._ahead.popleft() if self._ahead else next(self._text)
+        self.number += 1
+        return self.last
+
+    def push_back(self) -> None:
+        self._ahead.appendleft(self.last)
+        self.number -= 1
+
+    def peek(self) -> str:
+        if not self._ahead and (line := next(self._text, "")):
+            self._ahead.append(line)
+        return self._ahead[0] if self._ahead else ""
+
+
+def _clean(names: list[str]) -> list[str]:
+    return [name.strip().strip("\ufeff").strip() for name in names]
 
 
 def _cells(answer: Answer) -> list[str]:

@@ -22,6 +22,10 @@ DECODER = json.JSONDecoder()
 
 BEGIN, BETWEEN, END = b"[\n", b",\n", b"\n]\n"
 
+WAY_OUT = (
+    'Write one record a line or an array of records; pandas does with to_json(path, orient="records", lines=True).'
+)
+
 Record = tuple[str, dict[str, Any]]
 """The JSON source of a record, and its value."""
 
@@ -34,8 +38,12 @@ class Records:
 
     def read_columns(self, file: BinaryIO, where: str) -> list[tuple[str, str]]:
         """See `Format`."""
-        first = islice(_read(file, where), FIRST_RECORDS)
-        return [(name, "JSON") for name in dict.fromkeys(name for _, (_, record) in first for name in record)]
+        first = [record for _, (_, record) in islice(_read(file, where), FIRST_RECORDS)]
+        if len(first) == 1 and first[0] and all(isinstance(value, dict | list) for value in first[0].values()):
+            raise DataError(
+                f"{where} holds one object with the whole table in it ({', '.join(list(first[0])[:3])[:60]}). {WAY_OUT}"
+            )
+        return [(name, "JSON") for name in dict.fromkeys(name for record in first for name in record)]
 
     def read_chunks(
         self, file: BinaryIO, where: str, *, chunk_rows: int, wanted: Wanted, columns: Sequence[str] | None = None
@@ -91,10 +99,10 @@ def _read(file: BinaryIO, where: str) -> Iterator[tuple[int, Record]]:
         try:
             for number, source, record in read(begin, text, line):
                 if not isinstance(record, dict):
-                    raise DataError(f"{where}, line {number}: {source[:40]} is no record with named fields.")
+                    raise DataError(f"{where}, line {number}: {source[:40]} is no record with named fields. {WAY_OUT}")
                 yield number, (source, record)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}, line {error.lineno}: {error.msg}.") from None
+            raise DataError(f"{where}, line {error.lineno}: {error.msg}. {WAY_OUT}") from None
         except (RecursionError, ValueError) as error:  # Python's bounds: depth, and digits of a whole number
             fault = "is nested too deeply" if isinstance(error, RecursionError) else "has a number of too many digits"
             raise DataError(f"{where}: the record behind line {number} {fault} to be read.") from None

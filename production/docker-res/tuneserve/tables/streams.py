@@ -92,6 +92,7 @@ class CheckedUtf8(io.RawIOBase):
     def __init__(self, file: BinaryIO, where: str) -> None:
         self._file, self._where, self._line = file, where, 1
         self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._begins = True
 
     def readable(self) -> bool:
         """Always."""
@@ -104,6 +105,9 @@ class CheckedUtf8(io.RawIOBase):
             DataError: a byte is not UTF-8; the message names its line.
         """
         block = self._file.read(len(buffer))
+        if self._begins and (block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in block[:4]):
+            raise DataError(f"{self._where} is UTF-16 text; save it as UTF-8 (in Excel: CSV UTF-8).")
+        self._begins = False
         try:
             self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -124,3 +128,13 @@ def as_text(file: BinaryIO, where: str, *, newline: str | None) -> Iterator[Text
         io.BufferedReader(CheckedUtf8(file, where), BLOCK_BYTES), encoding="utf-8-sig", newline=newline
     ) as text:
         yield text
+
+
+def read_text(file: BinaryIO, where: str) -> str:
+    """All of a file in UTF-8.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    with as_text(file, where, newline=None) as text:
+        return text.read().strip()

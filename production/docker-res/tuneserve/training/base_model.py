@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneserve.errors import BaseModelError
+from tuneserve.redaction import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class BaseModel:
 
     def record(self) -> dict[str, Any]:
         """What a version's metadata says of it."""
-        return {key: value for key, value in asdict(self).items() if key not in ("folder", "content")}
+        shown = asdict(self) | {"name": redact_url(self.name)}
+        return {key: value for key, value in shown.items() if key not in ("folder", "content")}
 
 
 def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
@@ -56,12 +59,13 @@ def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
     if os.path.isdir(local):  # noqa: PTH112  (Path.is_dir() raises when the name is too long)
         folder, source, revision = local.absolute(), "folder", ""
     elif name.startswith(("/", ".", "~")):
-        raise BaseModelError(f"BASE_MODEL={name}: there is no such folder.")
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: there is no such folder.")
     elif name == PACKAGED and revision in ("", PACKAGED_REVISION) and (packaged := _packaged_folder()):
         folder, source, revision = packaged, "package", PACKAGED_REVISION
     else:
         folder = _download(name, revision=revision, cache=cache)
         source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
+    _require_no_code(folder)
     sha256 = _hash_weights(folder)
     if source == "package" and sha256 != PACKAGED_SHA256:
         raise BaseModelError(
@@ -95,17 +99,19 @@ def _download(name: str, *, revision: str, cache: Path) -> Path:
     try:
         path = snapshot_download(name, revision=revision or None, cache_dir=cache / "hub", allow_patterns=FILES)
     except HFValidationError:
-        raise BaseModelError(f"BASE_MODEL={name}: there is no such folder, and no hub name looks like that.") from None
+        raise BaseModelError(
+            f"BASE_MODEL={redact_url(name)}: there is no such folder, and no hub name looks like that."
+        ) from None
     except GatedRepoError:
-        raise BaseModelError(f"BASE_MODEL={name}: the hub wants a token for it; set HF_TOKEN.") from None
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: the hub wants a token for it; set HF_TOKEN.") from None
     except RevisionNotFoundError:
-        raise BaseModelError(f"BASE_MODEL={name}: the hub has no revision {revision!r} of it.") from None
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: the hub has no revision {revision!r} of it.") from None
     except RepositoryNotFoundError:
-        raise BaseModelError(f"BASE_MODEL={name}: neither a folder here nor a model on the hub.") from None
+        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: neither a folder here nor a model on the hub.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BaseModelError(
-            f"BASE_MODEL={name} is not a folder here, and the hub cannot be reached ({reason}). "
+            f"BASE_MODEL={redact_url(name)} is not a folder here, and the hub cannot be reached ({reason}). "
             "Give a local folder, or use the default, which needs no network."
         ) from error
     return Path(path)
@@ -125,6 +131,20 @@ def connect_to_hub() -> bool:
             hub.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = hub.HF_HUB_OFFLINE
     return not hub.HF_HUB_OFFLINE
+
+
+def _require_no_code(folder: Path) -> None:
+    """Refuse a model whose files name Python code of its own, which would have to be trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # said where it is needed
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise BaseModelError(
+                f"{folder} brings code of its own (auto_map in {name}), which is never run. If transformers knows this "
+                f"kind of model without it, remove auto_map from {name} in a copy, and name the copy in BASE_MODEL."
+            )
 
 
 def _hash_weights(folder: Path) -> str:

@@ -25,6 +25,15 @@ RESTARTS = "3"
 """Times that the workers are started again after one of them died."""
 ERROR_FILE = "TUNESERVE_ERROR_FILE"
 """Name of the variable that tells workers where to write the error that ends them."""
+LAUNCHER = """\
+import sys
+sys.path.insert(0, {!r})
+from tuneserve.signals import end_with_parent
+end_with_parent()
+from torch.distributed.run import main
+main()
+"""
+"""PyTorch's launcher, which ends with the process that started it, as its workers end with it."""
 GIVEN_UP_S = 20.0
 """Seconds after a worker's error in which the others may end by themselves."""
 
@@ -79,17 +88,21 @@ def run(settings: Settings, stop: Stop, environ: Mapping[str, str], *, threads: 
     local = int(environ.get("PET_NPROC_PER_NODE", count)) if environ.get("PET_NPROC_PER_NODE", "0").isdigit() else count
     environment = {**defaults, **environ, "OMP_NUM_THREADS": str(max(1, threads // max(1, local)))}
     program = Path(sys.argv[0]).resolve()
-    command = [sys.executable, "-m", "torch.distributed.run", str(program), "train"]
+    command = [sys.executable, "-c", LAUNCHER.format(str(program.parent)), str(program), "train"]
     with stop.deferred(), tempfile.TemporaryDirectory(prefix="tuneserve-") as folder:
         error_file = Path(folder, "error.json")
-        launcher = subprocess.Popen(command, env=environment | {ERROR_FILE: str(error_file)})
+        # In a group of its own: a second signal, of the terminal's, would make it leave its workers.
+        launcher = subprocess.Popen(command, env=environment | {ERROR_FILE: str(error_file)}, process_group=0)
         patience_s, told = GIVEN_UP_S, False
-        while launcher.poll() is None:
-            patience_s -= 0.1 * error_file.exists()
-            if (stop.requested or patience_s < 0) and not told:
-                launcher.terminate()
-                told = True
-            time.sleep(0.1)
+        try:
+            while launcher.poll() is None:
+                patience_s -= 0.1 * error_file.exists()
+                if (stop.requested or patience_s < 0) and not told:
+                    launcher.terminate()
+                    told = True
+                time.sleep(0.1)
+        finally:
+            launcher.kill()  # if a second signal came; its end is the workers' first
         if error_file.exists() and not stop.requested:
             raise WorkerError(**json.loads(error_file.read_text(encoding="utf-8")))
     if launcher.returncode:

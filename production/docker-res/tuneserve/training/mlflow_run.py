@@ -11,7 +11,7 @@ from typing import Any
 
 from tuneserve.artifact import Version
 from tuneserve.logs import in_one_line
-from tuneserve.settings import without_password
+from tuneserve.redaction import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class MLflowRun:
     """Figures are kept until the server has taken them: it may be away for a while, also when the run begins."""
 
     def __init__(self, uri: str, experiment: str, run_name: str, memory: Path) -> None:
-        self.name = f"MLflow at {without_password(uri)}"
+        self.name = f"MLflow at {redact_url(uri)}"
         self._uri, self._experiment, self._run_name, self._memory = uri, experiment, run_name, memory
         self._began_ms = _now_ms()
         self._parameters: Mapping[str, Any] = {}

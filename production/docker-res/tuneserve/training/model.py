@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path, *, max_tokens: int) -> PreTrainedTokenizerBase:
         BaseModelError: it has no fast tokenizer, or reads fewer tokens than asked for.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BaseModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
@@ -72,7 +72,7 @@ def build_model(
     """
     torch.manual_seed(seed)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for name in DROPOUTS & set(config.to_dict()):
             setattr(config, name, dropout)
         config.id2label = dict(enumerate(labels))
@@ -84,6 +84,7 @@ def build_model(
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
             attn_implementation=ATTENTION.get(device.type),
         )
     except (OSError, ValueError, RuntimeError, KeyError, MemoryError) as error:

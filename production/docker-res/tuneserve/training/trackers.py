@@ -14,7 +14,7 @@ from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError
 from tuneserve.extras import require
 from tuneserve.logs import in_one_line
-from tuneserve.settings import without_password
+from tuneserve.redaction import redact_url
 from tuneserve.training.mlflow_run import MLflowRun
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def require_extra(mlflow_tracking_uri: str) -> None:
     """
     if not mlflow_tracking_uri:
         return
-    shown = f"MLFLOW_TRACKING_URI={without_password(mlflow_tracking_uri)}"
+    shown = f"MLFLOW_TRACKING_URI={redact_url(mlflow_tracking_uri)}"
     if not mlflow_tracking_uri.startswith(("http://", "https://", "databricks")):
         raise SettingsError(f"{shown} is not the address of an MLflow server, such as http://mlflow:5000.")
     require("mlflow", wanted_by=shown, product="MLflow's client", extra="trackers")

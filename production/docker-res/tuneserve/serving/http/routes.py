@@ -175,25 +175,38 @@ def wanted_s(headers: Headers, timeout_s: float) -> float:
     return min(seconds, timeout_s)
 
 
+FEEDBACK_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "No such answer is remembered."},
+    409: {"model": Problem, "description": "Several answers are remembered by this id."},
+}
+
+
 def feedback_routes(service: Service) -> APIRouter:
     """By which people say what was right; the work is done on threads, since it waits for the disk."""
     routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem, "description": "Labels cannot be kept."}})
 
-    @routes.post("/feedback", responses={404: {"model": Problem, "description": "No such answer is remembered."}})
-    async def give(wanted: FeedbackRequest) -> dict[str, bool]:
-        """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before."""
+    @routes.post("/feedback", responses=FEEDBACK_PROBLEMS)
+    async def give(wanted: FeedbackRequest, request: Request) -> dict[str, bool]:
+        """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before.
+
+        Labels given to a server without an API key are kept apart: no model is trained or tested with them.
+        """
         labels = service.model().labels
         if wanted.label not in labels:
             words = f"should be one of the model's labels: {', '.join(labels[:50])}"
             raise InvalidInputError((("body", "label"), words, "value_error"))
         stored = await service.label(
-            wanted.label, text=wanted.text, request_id=wanted.request_id or "", index=wanted.index
+            wanted.label,
+            text=wanted.text,
+            request_id=wanted.request_id or "",
+            index=wanted.index,
+            client=request.client.host if request.client is not None else "",
         )
         return {"stored": stored}
 
     @routes.get("/feedback")
     def summary() -> dict[str, Any]:
-        """How many labels there are, and the accuracy of the version that answers on the newest of them."""
+        """How many labels there are, how many are kept apart, and the accuracy of the version that answers on them."""
         return service.labels_kept()
 
     return routes
@@ -250,7 +263,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         """The trainings that this store's servers have started, newest first."""
         return [shown(job) for job in trainer.jobs()]
 
-    @routes.get("/jobs/{name}", responses={404: {"model": Problem, "description": "There is no job of this name."}})
+    @routes.get("/jobs/{name}")
     def one_job(name: str) -> dict[str, Any]:
         """One training: how far it is, or how it ended."""
         job = trainer.job(name)

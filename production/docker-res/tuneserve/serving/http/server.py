@@ -61,11 +61,13 @@ class Server(uvicorn.Server):
         threading.Thread(target=self._end_in_time, name="leave", daemon=True).start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """See uvicorn."""
+        """See uvicorn. A second signal waits for nothing: not for requests, nor for a training's checkpoint."""
+        again = self._told.is_set()
         self._told.set()
         if self.trainer is not None:
-            self.trainer.interrupt()
+            self.trainer.kill() if again else self.trainer.interrupt()
         super().handle_exit(sig, frame)
+        self.force_exit |= again
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn. Who has connected by now gets an answer: the system would reset what is not accepted yet."""

@@ -10,7 +10,7 @@ from fastapi.telemetry import TelemetryConfig
 import tuneserve
 from tuneserve.errors import SettingsError
 from tuneserve.extras import require
-from tuneserve.settings import without_password
+from tuneserve.redaction import redact_url
 
 SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """FastAPI's own telemetry would look for listeners at every request, and its logs would repeat what was sent."""
@@ -27,7 +27,7 @@ def require_extra(endpoint: str) -> None:
     """
     if not endpoint:
         return
-    shown = f"OTEL_EXPORTER_OTLP_ENDPOINT={without_password(endpoint)}"
+    shown = f"OTEL_EXPORTER_OTLP_ENDPOINT={redact_url(endpoint)}"
     if not endpoint.startswith(("http://", "https://")):
         raise SettingsError(f"{shown} is not the address of a collector, such as http://collector:4318.")
     for module in ("opentelemetry.sdk.trace.export", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):

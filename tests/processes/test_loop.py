@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ import pytest
 import tiny
 from conftest import Disk, mounted
 from wire import wait_until
+
+from tuneserve.lifecycle.status import hold
+from tuneserve.lifecycle.store import Store
 
 Start = Callable[..., loop.Service]
 Put = Callable[..., list[str]]
@@ -221,17 +223,46 @@ def test_a_first_candidate_that_is_refused_ends_it_too(start: Start) -> None:
     assert "is below MIN_ACCURACY=1" in service.tail()
 
 
-def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(start: Start) -> None:
-    service = start(N_EPOCHS="400")
+@pytest.mark.parametrize("both", [False, True], ids=["docker stop", "Ctrl+C in a terminal"])
+def test_a_signal_in_the_first_training_ends_both_and_the_next_start_goes_on(start: Start, both: bool) -> None:
+    service = start(N_EPOCHS="4000")
+    store = Path(service.environment["MODEL_PATH"])
     seen, _ = service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
     assert seen["phase"] == "training"
     assert {"epoch", "progress", "loss", "eta_s"} <= set(seen)
+    wait_until(lambda: any(store.glob("checkpoints/*/[0-9]*")))
     child = training_process(service)
+    number = signal.SIGINT if both else signal.SIGTERM
+    if both:  # as the terminal does, which knows only the group
+        os.kill(child, number)
+    assert service.end(number) == 128 + number
+    assert not Path(f"/proc/{child}").exists()
+    [(epoch, batch)] = re.findall(r"interrupted in epoch (\d+) after batch (\d+) of", service.log.read_text())
+    newest = max(path.name for path in store.glob("checkpoints/*/[0-9]*"))
+    assert newest == f"{int(epoch) - 1:05d}-{int(batch):08d}.safetensors"
+    assert not [path for path in store.rglob(".*") if path.is_file()]
+    again = start(N_EPOCHS="4000")
+    wait_until(lambda: f"resuming in epoch {epoch} after batch {batch} of" in again.log.read_text())
+
+
+def test_a_second_signal_waits_for_no_checkpoint(start: Start) -> None:
+    service = start(N_EPOCHS="4000")
+    service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
+    child = training_process(service)
+    assert service.process is not None
+    os.kill(child, signal.SIGSTOP)  # it hangs: in a file system, say
+    service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not _listens(service))
     assert service.end() == 128 + signal.SIGTERM
     assert not Path(f"/proc/{child}").exists()
-    assert "checkpoint" in service.log.read_text() or list(
-        Path(service.environment["MODEL_PATH"]).glob("checkpoints/*")
-    )
+    assert "interrupted in epoch" not in service.log.read_text()
+
+
+def _listens(service: loop.Service) -> bool:
+    try:
+        return httpx.get(f"{service.url}/livez").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_training_yields_if_there_is_something_to_answer_with(start: Start, put: Put) -> None:
@@ -385,43 +416,12 @@ def test_a_champion_with_broken_files_or_a_pointer_to_nothing_never_answers(
     assert ready(start()) in (first, second)  # both passed the gate, and both are whole again
 
 
-@pytest.mark.parametrize(("hours", "jobs"), [(-9000, 1), (9000, 0)])
-def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_nothing(
-    start: Start, put: Put, environment: dict[str, str], hours: int, jobs: int
-) -> None:
-    put(1)
-    schedule = {"RETRAIN_SCHEDULE": "0 0 1 1 *", "RETRAIN_TIME_ZONE": "Europe/Berlin"}
-    handled = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
-    memory = Path(environment["MODEL_PATH"]) / "schedule.json"
-    memory.write_text(json.dumps({"handled": handled, "expression": schedule["RETRAIN_SCHEDULE"]}))
-    for _ in range(2):  # once, also if the container starts again
-        service = start(**schedule)
-        service.wait(
-            "/jobs", lambda found: sum(job["why"] == "RETRAIN_SCHEDULE" for job in found) == jobs, timeout_s=60
-        )
-        wait_for_quiet(service)
-        time.sleep(2.5)  # the schedule is looked at every second
-        assert [job["why"] for job in wait_for_quiet(service)].count("RETRAIN_SCHEDULE") == jobs
-        service.end()
-
-
-def test_two_trainers_on_one_store_do_not_meet(start: Start) -> None:
-    service = start(N_EPOCHS="400")
-    service.wait("/readyz", lambda body: body.get("progress"), timeout_s=PATIENCE_S)
-    said, _ = service.command("train")
+def test_two_trainers_on_one_store_do_not_meet(environment: dict[str, str], tmp_path: Path) -> None:
+    store = Store(Path(environment["MODEL_PATH"]))
+    store.prepare()
+    with hold(store.lock):
+        said, _ = loop.Service(environment, tmp_path / "out.log").command("train")
     assert "has been training for this store since" in said
-
-
-def test_a_training_can_only_be_asked_for_with_the_key(start: Start, put: Put) -> None:
-    put(1)
-    service = start()
-    ready(service)
-    assert httpx.post(f"{service.url}/retrain").status_code == 401
-    assert httpx.get(f"{service.url}/jobs/none", headers=loop.KEY).status_code == 404
-    service.end()
-    open_one = start(API_KEY="")
-    ready(open_one)
-    assert httpx.post(f"{open_one.url}/retrain").status_code == 403
 
 
 def test_many_ask_while_a_version_is_swapped_in_and_back_again(
