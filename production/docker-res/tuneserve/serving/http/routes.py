@@ -147,16 +147,17 @@ def wanted_s(headers: Headers, timeout_s: float) -> float:
     return min(seconds, timeout_s)
 
 
+FEEDBACK_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "No such answer is remembered."},
+    409: {"model": Problem, "description": "Several answers are remembered by this id."},
+}
+
+
 def feedback_routes(service: Service) -> APIRouter:
     """By which people say what was right; the work is done on threads, since it waits for the disk."""
     routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem, "description": "Labels cannot be kept."}})
 
-    conflicts: dict[int | str, dict[str, Any]] = {
-        404: {"model": Problem, "description": "No such answer is remembered."},
-        409: {"model": Problem, "description": "Two different answers have this request id."},
-    }
-
-    @routes.post("/feedback", responses=conflicts)
+    @routes.post("/feedback", responses=FEEDBACK_PROBLEMS)
     async def give(wanted: FeedbackRequest, request: Request) -> dict[str, bool]:
         """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before.
 
@@ -234,7 +235,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         """The trainings that this store's servers have started, newest first."""
         return [shown(job) for job in trainer.jobs()]
 
-    @routes.get("/jobs/{name}", responses={404: {"model": Problem, "description": "There is no job of this name."}})
+    @routes.get("/jobs/{name}")
     def one_job(name: str) -> dict[str, Any]:
         """One training: how far it is, or how it ended."""
         job = trainer.job(name)
