@@ -7,13 +7,17 @@ predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
+feedback      count the labels people have sent by day and origin; with `list`, `trust` or `remove` and an id, a day, an
+              origin or one client of it: show them, let them be trained on, take them out
 """
 
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,13 +39,12 @@ def main(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
-    parser.add_argument("version", nargs="?", help="of promote")
+    parser.add_argument("arguments", nargs="*", help="promote: a version; feedback: [list|trust|remove] which")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
     wanted = parser.parse_args(arguments)
+    check_arguments(parser, wanted.verb, wanted.arguments)
     stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
-    if (wanted.verb == "promote") != (wanted.version is not None):
-        parser.error("promote takes a version's id, and no other verb does; `versions` lists them")
     quoted = unquote(os.environ)
     remember(os.environ)
     try:
@@ -49,7 +52,7 @@ def main(arguments: list[str]) -> int:
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
             say_quoted(quoted)
-            STORE_VERBS[wanted.verb](settings, wanted.version)
+            STORE_VERBS[wanted.verb](settings, *wanted.arguments)
             return 0
         if stop.once:
             end_with_parent()
@@ -107,6 +110,16 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
     job.score(settings, threads=threads, environ=os.environ)
 
 
+def check_arguments(parser: argparse.ArgumentParser, verb: str, arguments: list[str]) -> None:
+    """End with usage if these are not the verb's arguments."""
+    fits = {
+        "promote": len(arguments) == 1,
+        "feedback": re.fullmatch(r"|list( \S+)?|(trust|remove) \S+", " ".join(arguments)) is not None,
+    }
+    if not fits.get(verb, not arguments):
+        parser.error(f"{verb} takes {TAKES.get(verb, 'no argument: it is configured by the environment')}")
+
+
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Serve the champion at once, train in a child process, and serve what passes the gate."""
     from tuneserve.serving.http import server
@@ -117,22 +130,37 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     server.serve(settings, threads=threads, training=command, environ=environ)
 
 
-def versions(settings: "Settings", version: str | None) -> None:
+def versions(settings: "Settings") -> None:
     """Print a table of the store's versions."""
     from tuneserve.lifecycle.store import Store
 
     print(Store(settings.model_path).table())
 
 
-def promote(settings: "Settings", version: str | None) -> None:
+def promote(settings: "Settings", version: str) -> None:
     """Move the champion's pointer to a version."""
     from tuneserve.lifecycle.store import Store
 
-    chosen = Store(settings.model_path).promote(version or "")
+    chosen = Store(settings.model_path).promote(version)
     print(f"{chosen.id} is the champion; servers change over when they have loaded it")
 
 
-def rollback(settings: "Settings", version: str | None) -> None:
+def feedback(settings: "Settings", act: str = "", which: str = "") -> None:
+    """Count the labels that people have sent, or list them, trust them or remove them."""
+    from tuneserve.lifecycle import feedback_database as database
+
+    path = settings.model_path / database.FILE
+    if not act:
+        print(database.counts_table(path))
+    elif act == "list":
+        print(database.labels_table(path, which))
+    elif act == "trust":
+        print(f"{database.trust(path, which)} labels count as yours: the next training uses them")
+    else:
+        print(f"{database.remove(path, which)} labels removed")
+
+
+def rollback(settings: "Settings") -> None:
     """Move the champion's pointer back."""
     from tuneserve.lifecycle.store import Store
 
@@ -141,7 +169,18 @@ def rollback(settings: "Settings", version: str | None) -> None:
 
 
 VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}
-STORE_VERBS = {"versions": versions, "promote": promote, "rollback": rollback}
+STORE_VERBS: dict[str, Callable[..., None]] = {
+    "versions": versions,
+    "promote": promote,
+    "rollback": rollback,
+    "feedback": feedback,
+}
+
+TAKES = {
+    "promote": "a version's id; `versions` lists them",
+    "feedback": "nothing, or list, trust or remove, and which labels: an id, a day, an origin or one client of it",
+}
+"""The arguments of the verbs that have some."""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

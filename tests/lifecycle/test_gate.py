@@ -89,6 +89,9 @@ def test_a_candidate_is_taken_only_if_the_drop_is_excluded_at_95_percent() -> No
     # One point worse on the whole, by 4 texts lost; or by 44 lost and 40 won, of which chance could have made more.
     before = trial(range(40))
     assert decide(trial(range(44)), before).stands
+    # 11 lost: the lower bound is -4.25 points with 95% confidence, and -4.5 with 97.5%.
+    assert decide(trial(range(51)), before, bounds=bounds(max_accuracy_drop=0.044)).stands
+    assert not decide(trial(range(51)), before, bounds=bounds(max_accuracy_drop=0.042)).stands
     shuffled = trial([*range(40, 84)])
     assert decide(shuffled, before).verdict == "refused"
     assert decide(shuffled, before, bounds=bounds(max_accuracy_drop=0.06)).stands
@@ -106,6 +109,53 @@ def test_texts_that_the_champion_has_learned_from_do_not_count() -> None:
     none = decide(trial(range(80)), trial([]), clean=np.zeros(TEXTS, dtype=bool))
     assert none.stands
     assert "learned from all 400" in next(check.sentence for check in none.checks if check.name == "comparison")
+
+
+def with_feedback(
+    count: int, *, lost: int, gained: int = 0, own_lost: int = 0, compared: bool = True, **changed: Any
+) -> Decision:
+    """The gate where the last `count` texts are of feedback, of which the candidate loses and gains some."""
+    evidence = Evidence(EVIDENCE.texts, EVIDENCE.labels, own=TEXTS - count)
+    candidate = trial([*range(TEXTS - count, TEXTS - count + lost), *range(own_lost)])
+    champion = trial(range(TEXTS - gained, TEXTS)) if compared else None
+    accuracy = 1 - own_lost / (TEXTS - count)
+    clean = np.ones(TEXTS, dtype=bool) if compared else None
+    before = version("old") if compared else None
+    found = {"candidate": candidate, "champion": champion}
+    return judge(version("new", accuracy), before, evidence, found, clean, bounds(**changed))
+
+
+@pytest.mark.parametrize(
+    ("count", "lost", "gained", "stands"),
+    [
+        (100, 50, 0, False),
+        (100, 8, 3, True),  # chance may explain it: p = 0.11
+        (100, 12, 3, False),  # 0.018
+        (1, 1, 0, True),
+        (4, 4, 0, True),
+        (5, 5, 0, False),  # 0.031
+        (350, 6, 0, True),  # significant, and within the allowed two points
+        (100, 0, 9, True),
+    ],
+)
+def test_on_feedback_what_is_shown_to_be_worse_is_refused_and_few_texts_show_little(
+    count: int, lost: int, gained: int, stands: bool
+) -> None:
+    decision = with_feedback(count, lost=lost, gained=gained)
+    assert decision.stands == stands, decision.sentence
+    assert f"on {count} texts ({gained} gained, {lost} lost" in decision.sentence
+    figures = decision.figures["feedback"]
+    assert (figures["texts"], figures["clean_texts"]) == (count, count)
+    assert decision.figures["texts"] == TEXTS - count
+    assert decision.figures["accuracy"] == 1
+
+
+def test_no_feedback_makes_up_for_a_loss_on_the_owners_own_test() -> None:
+    decision = with_feedback(300, lost=0, gained=250, own_lost=50)
+    assert not decision.stands
+    assert "may be worse than the champion: -50.00 points on 100 texts" in decision.sentence
+    assert "is below MIN_ACCURACY" in with_feedback(300, lost=0, own_lost=50, min_accuracy=0.6).sentence
+    assert with_feedback(100, lost=90, compared=False).stands  # nobody to be worse than
 
 
 def test_a_worse_version_is_refused_on_few_texts_too() -> None:

@@ -9,6 +9,7 @@ from tuneserve.lifecycle.statistics import (
     kolmogorov_smirnov,
     paired_bootstrap,
     rank_sum,
+    sign_test,
     wilson,
 )
 
@@ -22,6 +23,12 @@ def test_the_distance_of_two_samples_is_scipys(shift: float) -> None:
     distance, p_value = kolmogorov_smirnov(first, second)
     assert distance == pytest.approx(wanted.statistic)
     assert p_value == pytest.approx(wanted.pvalue, rel=0.5)  # SciPy corrects for finite samples
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (3, 12), (12, 3), (0, 5), (7, 7)])
+def test_the_sign_test_is_scipys_exact_binomial_one(gained: int, lost: int) -> None:
+    assert sign_test(gained, lost) == pytest.approx(stats.binomtest(lost, gained + lost, alternative="greater").pvalue)
+    assert sign_test(gained, 0) == 1
 
 
 def test_equal_values_do_not_make_a_difference_surer() -> None:

@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from wire import app_of
 
 from tuneserve.artifact import Version
-from tuneserve.lifecycle.feedback import FILE, Feedback, labelled_texts
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE, labelled_texts, open_database
 from tuneserve.serving import service
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
@@ -31,8 +32,8 @@ def open_client(settings: Settings, classifier: Classifier, path: Path) -> Itera
     slot = Slot()
     slot.take(classifier)
 
-    def open_(*, keep_texts: bool = False, **changed: Any) -> TestClient:
-        feedback = Feedback(path, max_rows=100, keep_texts=keep_texts)
+    def open_(*, keep_texts: bool = False, keyed: bool = True, **changed: Any) -> TestClient:
+        feedback = Feedback(path, max_rows=100, keep_texts=keep_texts, keyed=keyed)
         app = app_of(settings.model_copy(update=changed), slot, feedback=feedback)
         return TestClient(app, raise_server_exceptions=False)
 
@@ -71,7 +72,26 @@ def test_a_text_with_its_label_is_kept(open_client: Open, path: Path) -> None:
     client = open_client()
     assert client.post("/feedback", json={"text": "we left", "label": "bad"}).json() == {"stored": True}
     assert labelled_texts(path, pytest.fail) == [("we left", "bad")]
-    assert client.get("/feedback").json() == {"labels": 1, "labelled_texts": 1, "accuracy": None}
+    assert client.get("/feedback").json() == {"labels": 1, "labelled_texts": 1, "kept_apart": 0, "accuracy": None}
+
+
+def test_without_a_key_a_label_is_kept_apart_and_marked_with_no_address(open_client: Open, path: Path) -> None:
+    client = open_client(keyed=False)
+    assert client.post("/feedback", json={"text": "we left", "label": "bad"}).json() == {"stored": True}
+    assert labelled_texts(path, pytest.fail) == []
+    assert client.get("/feedback").json() == {"labels": 1, "labelled_texts": 0, "kept_apart": 1, "accuracy": None}
+    with open_database(path) as database:
+        [(origin, mark)] = database.execute("SELECT origin, client FROM labels")
+    assert (origin, len(mark)) == ("anonymous", 8)
+    assert b"testclient" not in path.read_bytes()
+
+
+def test_an_id_that_another_client_took_is_409_with_the_way_out(open_client: Open) -> None:
+    client = open_client(keep_texts=True)
+    for text in ("a great film", "the food was awful and cold"):
+        client.post("/inference", json={"text": text}, headers={"X-Request-Id": "mine"})
+    answer = client.post("/feedback", json={"request_id": "mine", "label": "bad"})
+    assert (answer.status_code, "send the text" in answer.json()["detail"]) == (409, True)
 
 
 @pytest.mark.parametrize(

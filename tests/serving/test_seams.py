@@ -18,7 +18,8 @@ from wire import Client, app_of, wait_until, write
 
 from tuneserve.artifact import Version
 from tuneserve.lifecycle.decision import Decision, write_decision
-from tuneserve.lifecycle.feedback import FILE, Feedback
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.application import Application
 from tuneserve.serving.http.server import listen, open_server

@@ -26,7 +26,8 @@ from wire import Full, served
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.lifecycle.feedback import FILE, Feedback
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.slot import Slot

@@ -107,6 +107,12 @@ class NotFoundError(TuneserveError):
     status = 404
 
 
+class ConflictError(TuneserveError):
+    """The name that was given stands for several things."""
+
+    status = 409
+
+
 class UnavailableError(TuneserveError):
     """Feedback's database cannot be used now."""
 
@@ -117,6 +123,18 @@ class TooLargeError(TuneserveError):
     """The request is larger than this server takes."""
 
     status = 413
+
+
+class EncodingError(TuneserveError):
+    """The body is in an encoding that this server does not read."""
+
+    status = 415
+
+
+class FramingError(TuneserveError):
+    """The body is transferred in a way that this server does not know."""
+
+    status = 501
 
 
 class OverloadedError(TuneserveError):

@@ -1,30 +1,42 @@
-"""Atomic writes: a reader sees the old or the new content, never a mixture, even after a crash.
+"""Files of the store: atomic writes, and reads that neither hang nor surprise.
 
-Content is written under a temporary name in the same folder, beginning with a dot, and renamed when it is complete.
+Content is written under a temporary name in the same folder, beginning with a dot, and renamed when it is complete: a
+reader sees the old or the new content, never a mixture, even after a crash.
 """
 
+import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from tuneserve.text import has_surrogates
+
 logger = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 256 << 20
+"""More than the metadata of a thousand labels; a file beyond it is none of ours."""
+MAX_DIGITS = 18
+"""Of a whole number in JSON: more do not fit where such numbers go."""
 
 
 @contextmanager
-def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def new_file(path: Path, *, durable: bool = True, overwrite: bool = True) -> Iterator[Path]:
     """A temporary path for the block to write to, which then replaces the file at `path`.
 
     Args:
         path: of the file.
         durable: whether it must survive a power cut, which takes two waits for the disk.
+        overwrite: whether to replace an existing file; otherwise that is a FileExistsError.
 
     Raises:
         OSError: the disk refuses (full, read-only, gone).
@@ -34,7 +46,10 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             sync(temporary)
-        temporary.replace(path)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _take_name(temporary, path)
         if durable:
             sync(path.parent)
     finally:
@@ -86,6 +101,70 @@ def write_json(path: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(path, text.encode())
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if path.exists():  # a file system without hard links: between this look and the next line another may come
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.rename(path)
+
+
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """The content of a regular file; a pipe or a device of this name, which may never end, is refused.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no regular file, or larger than so many bytes.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("it is no regular file")
+        if about.st_size > max_bytes:
+            raise ValueError(f"it has {about.st_size} bytes, more than the {max_bytes} of such a file")
+        return file.read()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of the store holds, whose numbers are finite and whose strings are Unicode.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is something else, with what is wrong.
+    """
+    return parse_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
+
+
+def parse_json(content: bytes) -> Any:
+    """See `read_json`.
+
+    Raises:
+        ValueError: it is something else, with what is wrong.
+    """
+    try:
+        found = json.loads(content.decode(), parse_float=_float, parse_int=_int, parse_constant=_float)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if b"\\ud" in content.lower() and has_surrogates(json.dumps(found, ensure_ascii=False)):
+        raise ValueError("a string holds half a surrogate pair")
+    return found
+
+
+def _float(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:20]} is no finite number")
+    return number
+
+
+def _int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 TEMPORARY = re.compile(r"\..*-[0-9a-f]{8}|\.[0-9a-f]{32}")

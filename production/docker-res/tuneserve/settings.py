@@ -30,6 +30,7 @@ def _absolute(path: Path) -> Path:
 
 
 WORDS = {
+    "cors_origins": "`*`, or origins as browsers name them (`https://reviews.example`), separated by commas",
     "retrain_schedule": "five fields as crontab has them",
     "retrain_time_zone": "the name of a time zone",
 }
@@ -62,6 +63,16 @@ class Settings(BaseModel):
 
     label_column: str = ""
     """Column that holds the label. Empty: found by its name, or refused when several could be meant."""
+
+    labels: Literal["as-is", "merge"] = "as-is"
+    """Labels that differ only in case, spaces, Unicode form or number format (`Positive`, `positive`): `merge` joins
+    them under the name that most training texts have; `as-is` keeps them apart and names them in the log."""
+
+    min_class_size: int = Field(default=5, ge=5)
+    """Fewest usable training texts of a label; one with fewer is rare."""
+
+    rare_labels: Literal["refuse", "drop", "other"] = "refuse"
+    """Rare labels: refuse the data, drop the texts of these labels, or join them as the label `other`."""
 
     num_train: int = Field(default=0, ge=0)
     """Training texts to use, drawn by SEED. 0: all."""
@@ -165,6 +176,13 @@ class Settings(BaseModel):
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
 
+    cors_origins: str = ""
+    """Origins whose pages may ask this server from a browser, separated by commas: `https://reviews.example`; `*` for
+    every page. Empty: none."""
+
+    max_batch_texts: int = Field(default=4096, ge=1)
+    """Texts of one request to `/inference/batch`; beyond it: 413."""
+
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
     probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""
@@ -201,13 +219,17 @@ class Settings(BaseModel):
     """Versions that the store keeps; the champion and the one before it always stay."""
 
     use_feedback: bool = True
-    """Train also on the labelled texts that `POST /feedback` has brought; a share of TEST_PCT joins the test texts."""
+    """Train also on the texts that `POST /feedback` has labelled with the API key; a share of TEST_PCT is held out, and
+    the gate judges by it too."""
 
     keep_texts: bool = False
     """Keep the texts of requests beside their answers, so that a label that names a request teaches something."""
 
     feedback_max_rows: int = Field(default=1_000_000, ge=1)
-    """Answers, and labels, that are kept for feedback; the oldest go."""
+    """Answers, and labels of each origin, that are kept for feedback; the oldest go."""
+
+    feedback_max_mb: int = Field(default=1024, ge=1)
+    """Size of the feedback database, in MiB; the oldest rows go, answers and anonymous labels first."""
 
     retrain_schedule: str = ""
     """When `train-serve` trains again, as cron writes it: minute, hour, day, month, weekday (`0 3 * * 1` is Mondays at
@@ -266,6 +288,14 @@ class Settings(BaseModel):
         if not value:
             raise ValueError("should name a data set")
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: str) -> str:
+        origins = [origin.strip() for origin in value.split(",") if origin.strip()]
+        if not all(origin == "*" or re.fullmatch(r"https?://[^/\s*?#@]+", origin) for origin in origins):
+            raise ValueError("should be origins")
+        return ",".join(origins)
 
     @field_validator("retrain_schedule")
     @classmethod

@@ -1,6 +1,7 @@
 """What a version can be judged by: the texts of its test, and hashes of those it was trained on.
 
-    MODEL_PATH/evidence/<id>/test.parquet   columns `text` and `label`, at most MAX_TEXTS
+    MODEL_PATH/evidence/<id>/test.parquet   columns `text`, `label`, and `origin`: `data` or `feedback`; of each at
+                                            most MAX_TEXTS
     MODEL_PATH/evidence/<id>/learned.npy    uint64 [training and validation texts], sorted: hashes, no texts
 
 It is stored beside the version and not in it, so that a model can be handed on without any texts.
@@ -9,6 +10,7 @@ It is stored beside the version and not in it, so that a model can be handed on 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,16 @@ MAX_TEXTS = 2000
 
 @dataclass(frozen=True)
 class Evidence:
-    """Test texts with their labels."""
+    """Test texts with their labels: first those of the owner's test, `own` of them (None: all), then of feedback."""
 
     texts: list[str]
     labels: list[str]
+    own: int | None = None
+
+    @property
+    def is_own(self) -> Array:
+        """Which texts are of the owner's test, bool [texts]."""
+        return np.arange(len(self.texts)) < (len(self.texts) if self.own is None else self.own)
 
 
 def key_of(text: str) -> int:
@@ -51,7 +59,9 @@ def write_evidence(folder: Path, evidence: Evidence, learned: Iterable[str]) -> 
 
     try:
         with new_folder(folder, overwrite=True) as temporary:
-            pq.write_table(pa.table({"text": evidence.texts, "label": evidence.labels}), temporary / "test.parquet")
+            origins = ["data" if own else "feedback" for own in evidence.is_own]
+            table = pa.table({"text": evidence.texts, "label": evidence.labels, "origin": origins})
+            pq.write_table(table, temporary / "test.parquet")
             np.save(temporary / "learned.npy", np.unique(np.fromiter(map(key_of, learned), dtype=np.uint64)))
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error}") from error
@@ -67,17 +77,32 @@ def read_evidence(folder: Path) -> Evidence:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(folder / "test.parquet").to_pydict()
-        return Evidence(table["text"], table["label"])
-    except (OSError, pa.ArrowException, KeyError) as error:
+        if (folder / "test.parquet").exists() and not (folder / "test.parquet").is_file():
+            raise ValueError("it is no regular file")
+        columns = pq.read_table(folder / "test.parquet").to_pydict()
+        texts, labels = columns["text"], columns["label"]
+        if not texts or not all(isinstance(one, str) for one in chain(texts, labels)):
+            raise ValueError("it should hold texts and labels")
+        origins = columns.get(
+            "origin", ["data"] * len(texts)
+        )  # an older file does not say, and all count as the data's
+        if sorted(origins, key=str) != origins or origins.count("data") == 0:
+            raise ValueError("it should begin with texts of the data")
+        own = origins.count("data")
+        return Evidence(texts, labels, own=own if own < len(texts) else None)
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise StoreError(f"{folder / 'test.parquet'} cannot be read: {error}") from error
 
 
 def unseen(folder: Path, texts: Sequence[str]) -> Array:
     """Which texts the version of this folder was not trained on, bool [texts]; all, if its hashes cannot be read."""
     try:
+        if not (folder / "learned.npy").is_file():  # a pipe of this name would be waited for
+            raise ValueError("it is no regular file")
         learned = np.load(folder / "learned.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        if not isinstance(learned, np.ndarray) or learned.dtype != np.uint64:
+            raise ValueError("it holds no hashes")
+    except Exception:  # what a damaged file meets in NumPy and its readers of archives is of many kinds
         logger.warning("the training texts of version %s are not known", folder.name)
         return np.ones(len(texts), dtype=bool)
     return ~np.isin(np.array([key_of(text) for text in texts], dtype=np.uint64), learned)

@@ -5,53 +5,50 @@ text that is sent with its label is always kept. Rows are never updated: of two 
 SQLite's write-ahead log lets many processes of one machine write and read at once.
 """
 
+import asyncio
 import logging
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tuneserve.errors import NotFoundError, UnavailableError
+from tuneserve.errors import ConflictError, NotFoundError, StoreError, UnavailableError
+from tuneserve.lifecycle.feedback_database import (
+    ORIGINS,
+    TRUSTED,
+    WAIT_S,
+    bound,
+    give_back,
+    kept_apart,
+    open_database,
+)
+from tuneserve.lifecycle.secret import pseudonym, read_secret
 from tuneserve.lifecycle.statistics import wilson
 
 logger = logging.getLogger(__name__)
-
-FILE = "feedback.sqlite"
-SCHEMA_VERSION = 1
-"""Of the file. Its column `place` is the index of a text in its request."""
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS answers (
-    request TEXT NOT NULL, place INTEGER NOT NULL, at REAL NOT NULL, version TEXT NOT NULL,
-    label TEXT NOT NULL, score REAL NOT NULL, text TEXT, PRIMARY KEY (request, place)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS answers_by_time ON answers (at);
-CREATE TABLE IF NOT EXISTS labels (
-    id INTEGER PRIMARY KEY, at REAL NOT NULL, request TEXT, place INTEGER, text TEXT,
-    label TEXT NOT NULL, predicted TEXT, version TEXT
-);
-CREATE INDEX IF NOT EXISTS labels_by_request ON labels (request, place);
-CREATE INDEX IF NOT EXISTS labels_by_text ON labels (text);
-CREATE INDEX IF NOT EXISTS labels_by_version ON labels (version, id);
-"""
 
 WRITE_EVERY_S = 0.5
 """Seconds between two writings of answers; labels are written at once."""
 MAX_PENDING = 50_000
 """Answers that may wait to be written; on a slower disk some are dropped and counted."""
-PRUNE_EVERY = 10_000
-"""Answers between two removals of surplus rows."""
-WAIT_S = 5.0
-"""Seconds that a writer waits for another one."""
+MAX_PENDING_CHARACTERS = 32 << 20
+"""Characters of their texts that may wait."""
+MAX_WAITING = 64
+"""Labels that may wait to be written, for another process may hold the file; more are refused at once."""
+READ_WAIT_S = 1.0
+"""Seconds that a reader waits; while another process writes it need not wait at all."""
 ROWS_AT_ONCE = 500
 """Answers in one statement: for each statement the writer waits for the interpreter lock, which the server holds."""
 ACCURACY_LABELS = 500
 """Number of the newest labels over which the rolling accuracy is computed."""
+CORRECTIONS = 4
+"""Labels that are read for each of these: an answer may have several, and the newest counts."""
 
 
 class Answer(NamedTuple):
@@ -64,6 +61,10 @@ class Answer(NamedTuple):
     label: str
     score: float
     text: str | None
+
+    def says_the_same_as(self, other: "Answer") -> bool:
+        """Whether a label for the one is a label for the other too: a client that asked again, say."""
+        return (self.version, self.label, self.text) == (other.version, other.label, other.text)
 
 
 @dataclass(frozen=True)
@@ -83,26 +84,44 @@ class Feedback:
 
     Args:
         path: of the file.
-        max_rows: answers, and labels, that are kept; the oldest are deleted.
+        max_rows: answers, and labels of each origin, that are kept; the oldest are deleted.
+        max_bytes: of the file.
+        max_characters: of a text that is kept; the rest of it no model reads.
         keep_texts: whether the texts of answers are kept.
+        keyed: whether labels come with the API key, so that they count; without one all are anonymous.
     """
 
-    def __init__(self, path: Path, *, max_rows: int, keep_texts: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_rows: int,
+        keep_texts: bool,
+        max_bytes: int = 1 << 30,
+        max_characters: int = 1 << 20,
+        keyed: bool = False,
+    ) -> None:
         self.dropped = 0
-        self._path, self._max_rows, self._keep_texts = path, max_rows, keep_texts
+        self.keyed = keyed
+        self._path, self._max_rows, self._max_bytes = path, max_rows, max_bytes
+        self._keep_texts, self._max_characters = keep_texts, max_characters
+        self._origin = "key" if keyed else "anonymous"
         self._pending: deque[Answer] = deque()
+        self._queued_characters = self._taken_characters = 0  # each changed by one thread alone
         self._writing: list[Answer] = []
-        self._unpruned = 0
         self._complained = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="feedback", daemon=True)
+        self._labels = ThreadPoolExecutor(1, "feedback-labels")
+        self._waiting = 0
 
     def start(self) -> None:
         """Start the thread that writes answers."""
         self._thread.start()
 
     def close(self) -> None:
-        """Write the pending answers and end the thread."""
+        """Write the pending answers and end the threads."""
+        self._labels.shutdown()
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -111,42 +130,80 @@ class Feedback:
 
     def remember(self, request: str, text_index: int, version: str, label: str, score: float, text: str) -> None:
         """Queue an answer to be written; does not block."""
-        if len(self._pending) >= MAX_PENDING:
+        kept = text[: self._max_characters] if self._keep_texts else None
+        characters = len(kept or "")
+        waiting = self._queued_characters - self._taken_characters
+        if len(self._pending) >= MAX_PENDING or waiting + characters > MAX_PENDING_CHARACTERS:
             self.dropped += 1
             return
-        self._pending.append(
-            Answer(request, text_index, time.time(), version, label, score, text if self._keep_texts else None)
-        )
+        self._queued_characters += characters
+        self._pending.append(Answer(request, text_index, time.time(), version, label, score, kept))
 
-    def label_answer(self, request: str, text_index: int, label: str) -> bool:
+    async def keep(
+        self, label: str, *, text: str | None = None, request: str = "", index: int = 0, client: str = ""
+    ) -> bool:
+        """`label_text` or `label_answer` on a thread of its own: who waits for the disk holds up nobody else.
+
+        Raises:
+            NotFoundError: no such answer is remembered.
+            ConflictError: several answers have this id.
+            UnavailableError: the database cannot be written within WAIT_S, or too many labels wait for it already.
+        """
+        if self._waiting >= MAX_WAITING:
+            raise UnavailableError(f"{self._path} is busy, and {self._waiting} labels wait for it already.")
+        ends = time.monotonic() + WAIT_S
+
+        def write() -> bool:
+            wait_s = max(0.0, ends - time.monotonic())
+            if text is not None:
+                return self.label_text(text, label, client=client, wait_s=wait_s)
+            return self.label_answer(request, index, label, client=client, wait_s=wait_s)
+
+        self._waiting += 1
+        work = self._labels.submit(write)
+        work.add_done_callback(lambda _: self._one_less())
+        return await asyncio.wrap_future(work)
+
+    def label_answer(
+        self, request: str, text_index: int, label: str, *, client: str = "", wait_s: float = WAIT_S
+    ) -> bool:
         """Store the right label of an answer; False if the newest label of it is the same.
 
         Raises:
             NotFoundError: no such answer is remembered.
+            ConflictError: several answers have this id.
             UnavailableError: the database cannot be written.
         """
-        with self._open() as database:
+        with open_database(self._path, wait_s=wait_s) as database:
             answer = self._find(database, request, text_index)
             if answer is None:
                 raise NotFoundError(f"No answer of request {request!r} (text {text_index}) is remembered.")
             values = (request, text_index, answer.text, label, answer.label, answer.version)
-            return self._insert(database, values, "request = ? AND place = ?", (request, text_index))
+            return self._insert(database, values, client, "request = ? AND place = ?", (request, text_index))
 
-    def label_text(self, text: str, label: str) -> bool:
+    def label_text(self, text: str, label: str, *, client: str = "", wait_s: float = WAIT_S) -> bool:
         """Store a text with its label; False if the newest label of it is the same.
 
         Raises:
             UnavailableError: the database cannot be written.
         """
-        with self._open() as database:
-            return self._insert(database, (None, None, text, label, None, None), "text = ?", (text,))
+        text = text[: self._max_characters]
+        with open_database(self._path, wait_s=wait_s) as database:
+            return self._insert(database, (None, None, text, label, None, None), client, "text = ?", (text,))
 
     def accuracy(self, version: str) -> Accuracy | None:
-        """The rolling accuracy of a version; None while none of its answers is labelled."""
-        query = "SELECT request, place, label = predicted FROM labels WHERE version = ? ORDER BY id DESC"
+        """The rolling accuracy of a version; None while none of its answers is labelled.
+
+        Where there is a key, labels without one do not count.
+        """
+        one = "SELECT * FROM (SELECT id, request, place, label = predicted FROM labels "
+        one += "WHERE version = ? AND origin = ? ORDER BY id DESC LIMIT ?)"
+        origins = TRUSTED if self.keyed else ORIGINS
+        query = " UNION ALL ".join([one] * len(origins)) + " ORDER BY 1 DESC"
+        values = [value for origin in origins for value in (version, origin, CORRECTIONS * ACCURACY_LABELS)]
         newest: dict[tuple[str, int], int] = {}
-        with self._open() as database:
-            for request, text_index, right in database.execute(query, (version,)):
+        with open_database(self._path, wait_s=READ_WAIT_S) as database:
+            for _, request, text_index, right in database.execute(query, values):
                 newest.setdefault((request, text_index), right)
                 if len(newest) == ACCURACY_LABELS:
                     break
@@ -157,34 +214,74 @@ class Feedback:
         return Accuracy(version, count, right, right / count, low, high)
 
     def counts(self) -> dict[str, int]:
-        """The number of labels, and of texts with a label to train on."""
-        with self._open() as database:
-            labels, texts = database.execute("SELECT count(*), count(DISTINCT text) FROM labels").fetchone()
-        return {"labels": labels, "labelled_texts": texts}
+        """The number of labels, of texts with a label to train on, and of labels that are kept apart."""
+        with open_database(self._path, wait_s=READ_WAIT_S) as database:
+            rows = dict(database.execute("SELECT kind, rows FROM totals"))
+            apart = kept_apart(database)
+        labels = sum(rows[origin] for origin in ORIGINS)
+        return {"labels": labels, "labelled_texts": rows["texts"], "kept_apart": apart}
+
+    def _one_less(self) -> None:
+        self._waiting -= 1
 
     def _find(self, database: sqlite3.Connection, request: str, text_index: int) -> Answer | None:
-        # Newest first: a client may reuse an id. An answer is in the next of the three before it leaves the one before.
-        for answer in chain(reversed(list(self._pending)), reversed(self._writing)):
-            if (answer.request, answer.text_index) == (request, text_index):
-                return answer
+        """The answer of this id, which clients may choose: of two that differ nobody can say which one is meant.
+
+        Raises:
+            ConflictError: there are two.
+        """
+        # An answer is in the next of the three before it leaves the one before.
+        waiting = chain(list(self._pending), self._writing)
+        found = [one for one in waiting if (one.request, one.text_index) == (request, text_index)]
         row = database.execute(
             "SELECT * FROM answers WHERE request = ? AND place = ?", (request, text_index)
         ).fetchone()
-        return Answer(*row) if row else None
+        if row:
+            found.append(Answer(*row[:-1]))
+        if (row and row[-1]) or not all(one.says_the_same_as(found[0]) for one in found):
+            raise ConflictError(
+                f"Several answers have the X-Request-Id {request!r} (text {text_index}); send the text with its label."
+            )
+        return found[0] if found else None
 
     def _insert(
-        self, database: sqlite3.Connection, values: tuple[object, ...], same: str, key: tuple[object, ...]
+        self,
+        database: sqlite3.Connection,
+        values: tuple[object, ...],
+        client: str,
+        same: str,
+        key: tuple[object, ...],
     ) -> bool:
         database.execute("BEGIN IMMEDIATE")
-        newest = database.execute(f"SELECT label FROM labels WHERE {same} ORDER BY id DESC LIMIT 1", key).fetchone()
+        newest = database.execute(
+            f"SELECT label FROM labels WHERE {same} AND origin = ? ORDER BY id DESC LIMIT 1", (*key, self._origin)
+        ).fetchone()
         if newest is not None and newest[0] == values[3]:
             database.execute("ROLLBACK")
             return False
-        columns = "at, request, place, text, label, predicted, version"
-        database.execute(f"INSERT INTO labels ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", (time.time(), *values))
-        database.execute("DELETE FROM labels WHERE id <= (SELECT max(id) FROM labels) - ?", (self._max_rows,))
-        database.execute("COMMIT")
+        columns = "at, request, place, text, label, predicted, version, origin, client"
+        database.execute(
+            f"INSERT INTO labels ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (time.time(), *values, self._origin, self._pseudonym(client)),
+        )
+        self._bound(database)
         return True
+
+    def _bound(self, database: sqlite3.Connection) -> None:
+        """End a transaction within the bounds."""
+        bound(database, max_rows=self._max_rows, max_bytes=self._max_bytes)
+        database.execute("COMMIT")
+        give_back(database, max_bytes=self._max_bytes)
+
+    def _pseudonym(self, client: str) -> str | None:
+        if not client:
+            return None
+        try:
+            secret = read_secret(self._path.parent)
+        except StoreError as error:
+            self._complain(f"labels are kept without a mark of their client: {error}")
+            return None
+        return pseudonym(secret, client, datetime.now(UTC).date().isoformat())
 
     def _write_on(self) -> None:
         while not self._ended.wait(WRITE_EVERY_S):
@@ -195,83 +292,31 @@ class Feedback:
         if not self._pending:
             return
         self._writing = list(self._pending)  # before they leave the queue, so that a label always finds its answer
-        for _ in self._writing:
+        for one in self._writing:
             self._pending.popleft()
+            self._taken_characters += len(one.text or "")
         try:
-            with self._open() as database:
+            with open_database(self._path) as database:
                 database.execute("BEGIN IMMEDIATE")
                 for begin in range(0, len(self._writing), ROWS_AT_ONCE):
                     rows = self._writing[begin : begin + ROWS_AT_ONCE]
-                    values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows))
-                    database.execute(f"INSERT OR REPLACE INTO answers VALUES {values}", [*chain.from_iterable(rows)])
-                self._forget_surplus(database)
-                database.execute("COMMIT")
+                    values = ", ".join(["(?, ?, ?, ?, ?, ?, ?, 0)"] * len(rows))
+                    database.execute(INSERT.format(values=values), [*chain.from_iterable(rows)])
+                self._bound(database)
             self._complained = False
-        except UnavailableError as error:
+        except Exception as error:  # whatever it is, the thread goes on: the next answers may be written
             self.dropped += len(self._writing)
-            if not self._complained:
-                self._complained = True
-                logger.warning("answers are not stored for feedback: %s", error)
+            self._complain(f"answers are not stored for feedback: {error}")
         self._writing = []
 
-    def _forget_surplus(self, database: sqlite3.Connection) -> None:
-        """Not at every write, since it counts all rows."""
-        self._unpruned += len(self._writing)
-        if self._unpruned < min(PRUNE_EVERY, self._max_rows):
-            return
-        self._unpruned = 0
-        surplus = max(0, database.execute("SELECT count(*) FROM answers").fetchone()[0] - self._max_rows)
-        oldest = "SELECT request, place FROM answers ORDER BY at LIMIT ?"
-        database.execute(f"DELETE FROM answers WHERE (request, place) IN ({oldest})", (surplus,))
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        with open_database(self._path) as database:
-            yield database
+    def _complain(self, words: str) -> None:
+        if not self._complained:
+            self._complained = True
+            logger.warning("%s", words)
 
 
-@contextmanager
-def open_database(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection whose commits are on disk when they return.
-
-    Raises:
-        UnavailableError: the file cannot be opened, read or written.
-    """
-    try:
-        with closing(sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)) as database:
-            database.execute("PRAGMA synchronous = FULL")
-            known = database.execute("PRAGMA user_version").fetchone()[0]
-            if known > SCHEMA_VERSION:
-                raise UnavailableError(f"{path} was written by a newer release.")
-            if known < SCHEMA_VERSION:
-                _prepare(database)
-            yield database
-    except sqlite3.Error as error:
-        raise UnavailableError(f"{path} cannot be used: {error}") from error
-
-
-def _prepare(database: sqlite3.Connection) -> None:
-    """Create the tables; another process may be doing the same."""
-    ends = time.monotonic() + WAIT_S
-    while True:
-        try:
-            database.execute("PRAGMA journal_mode = WAL")  # ignores the timeout when another process holds the lock
-            break
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                raise
-            time.sleep(0.01)
-    database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-
-
-def labelled_texts(path: Path, complain: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Texts and their newest labels, oldest text first; nothing if there is no database, or it cannot be read."""
-    if not path.exists():
-        return []
-    newest = "SELECT max(id) FROM labels WHERE text IS NOT NULL GROUP BY text"
-    try:
-        with open_database(path) as database:
-            return database.execute(f"SELECT text, label FROM labels WHERE id IN ({newest}) ORDER BY id").fetchall()
-    except UnavailableError as error:
-        complain(str(error))
-        return []
+INSERT = """
+INSERT INTO answers VALUES {values} ON CONFLICT (request, place) DO UPDATE SET ambiguous = 1
+WHERE excluded.version != version OR excluded.label != label OR excluded.text IS NOT text
+"""
+"""The first answer of an id stays; another one under the same id only marks that it names neither."""

@@ -1,7 +1,9 @@
 """The gate: a candidate becomes champion only after it was loaded in a fresh process, tested and compared there.
 
 A candidate passes if it answers as it did at training, reaches the floors, is not worse than the champion on the same
-texts (neither was trained on them), and is not much larger or slower. The decision is written beside its weights.
+texts (neither was trained on them), and is not much larger or slower. The texts are those of the owner's test. What was
+held out of the feedback is a second test: a candidate that is shown to be worse there is refused too. The decision is
+written beside its weights.
 """
 
 import json
@@ -22,7 +24,7 @@ from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence, unseen
-from tuneserve.lifecycle.statistics import Array, paired_bootstrap
+from tuneserve.lifecycle.statistics import CONFIDENCE, Array, paired_bootstrap, sign_test
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 
@@ -172,7 +174,7 @@ def judge(
     Args:
         candidate: the version to be judged.
         champion: the one that serves, if there is one.
-        evidence: the candidate's test texts.
+        evidence: the texts to judge by.
         found: of each version `{"error": str | None, "predicted": [label], "latency_ms": float, "bytes": int}`.
         clean: which of the texts the champion was not trained on, bool [texts].
         bounds: what the candidate must reach.
@@ -182,15 +184,20 @@ def judge(
     if trial["error"]:
         checks = [Check("loads", False, None, None, trial["error"])]
         return Decision(candidate.id, "refused", "gate", trial["error"], before, checks)
-    labels = np.array(evidence.labels)
-    right = np.array(trial["predicted"]) == labels
+    own = evidence.is_own
+    all_labels = np.array(evidence.labels)
+    all_right = np.array(trial["predicted"]) == all_labels
+    labels, right = all_labels[own], all_right[own]
     figures: dict[str, Any] = {
         "texts": len(labels),
         "accuracy": _rounded(right.mean()),
-        "recall": {label: _rounded(right[labels == label].mean()) for label in sorted(set(evidence.labels))},
+        "recall": {label: _rounded(right[labels == label].mean()) for label in sorted(set(labels.tolist()))},
         "latency_ms": trial["latency_ms"],
         "bytes": trial["bytes"],
     }
+    if not own.all():
+        figures["feedback"] = {"texts": int((~own).sum()), "accuracy": _rounded(all_right[~own].mean())}
+    compared = False
     checks = [
         Check("loads", True, None, None, "loads in a fresh process and gives its golden answers"),
         _same_as_torch(candidate, right),
@@ -200,19 +207,29 @@ def judge(
         if other["error"]:
             checks.append(Check("champion", True, None, None, f"nothing to compare with: {other['error']}"))
         else:
-            right_before = np.array(other["predicted"]) == labels
+            compared = True
+            all_right_before = np.array(other["predicted"]) == all_labels
             figures["champion"] = {
                 "version": champion.id,
-                "accuracy": _rounded(right_before.mean()),
+                "accuracy": _rounded(all_right_before[own].mean()),
                 "latency_ms": other["latency_ms"],
                 "bytes": other["bytes"],
             }
-            checks.append(_not_worse(right, right_before, clean, bounds.max_accuracy_drop, figures))
+            max_drop = bounds.max_accuracy_drop
+            checks.append(_not_worse(right, all_right_before[own], clean[own], max_drop, figures))
+            if not own.all():
+                rest = clean & ~own
+                figures["feedback"]["champion_accuracy"] = _rounded(all_right_before[~own].mean())
+                checks.append(_not_shown_worse(all_right[rest], all_right_before[rest], max_drop, figures["feedback"]))
             increase = bounds.max_latency_increase
             checks.append(_not_above("latency", "ms", trial["latency_ms"], other["latency_ms"], increase))
             checks.append(_not_above("size", "MB", trial["bytes"] / 1e6, other["bytes"] / 1e6, increase))
+    if not own.all() and not compared:
+        share, count = figures["feedback"]["accuracy"], figures["feedback"]["texts"]
+        said = f"feedback: {share:.2%} of {count} texts right, with no champion to compare with"
+        checks.append(Check("feedback", True, share, None, said))
     failed = [check.sentence for check in checks if not check.passed]
-    comparison = [check.sentence for check in checks if check.name == "comparison"]
+    comparison = [check.sentence for check in checks if check.name in ("comparison", "feedback")]
     sentence = "; ".join(failed or comparison or ["passed, with no champion before it"])
     verdict: Any = "refused" if failed else "accepted"
     return Decision(candidate.id, verdict, "gate", sentence, before, checks, figures)
@@ -272,6 +289,31 @@ def _not_worse(right: Array, right_before: Array, clean: Array, max_drop: float,
         -max_drop,
         f"{verdict} the champion: {100 * difference:+.2f} points on {clean.sum()} texts, with 95% confidence at least "
         f"{100 * low:+.2f} where {-100 * max_drop:+g} is allowed (MAX_ACCURACY_DROP){said}",
+    )
+
+
+def _not_shown_worse(right: Array, right_before: Array, max_drop: float, figures: dict[str, Any]) -> Check:
+    """On feedback: refused is what is worse by more than the allowed drop and by more than chance explains.
+
+    People send few labels, and mostly of answers that were wrong: to ask for a proof that a candidate is not worse
+    would let a handful of texts hold up every version, so here the proof is asked for the other way round.
+    """
+    count = len(right)
+    figures["clean_texts"] = count
+    if not count:
+        return Check("feedback", True, None, None, "feedback: the champion has learned from all texts held out of it")
+    gained, lost = int((right & ~right_before).sum()), int((~right & right_before).sum())
+    difference, chance = (gained - lost) / count, sign_test(gained, lost)
+    figures |= {"difference": _rounded(difference), "p_value": _rounded(chance)}
+    failed = difference < -max_drop and chance <= 1 - CONFIDENCE
+    verdict = "worse than the champion" if failed else "not shown to be worse than the champion"
+    return Check(
+        "feedback",
+        not failed,
+        _rounded(difference),
+        -max_drop,
+        f"on feedback {verdict}: {100 * difference:+.2f} points on {count} texts ({gained} gained, {lost} lost; chance "
+        f"explains that with p = {chance:.2g})",
     )
 
 

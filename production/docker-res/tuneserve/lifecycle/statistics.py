@@ -103,6 +103,16 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
 
 
+def sign_test(gained: int, lost: int) -> float:
+    """The one-sided p-value of `lost` or more of the texts that only one of two models has right, if they were equal.
+
+    It is exact, for a handful of texts too (McNemar, Note on the sampling error of the difference, 1947).
+    """
+    from scipy.special import bdtrc
+
+    return float(bdtrc(lost - 1, gained + lost, 0.5)) if lost else 1.0
+
+
 def paired_bootstrap(right: Array, right_before: Array, *, seed: int = 0) -> tuple[float, float]:
     """One-sided 95% bounds of the difference in accuracy, both models having answered the same texts.
 

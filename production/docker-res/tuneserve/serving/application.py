@@ -14,7 +14,8 @@ from tuneserve.adapters.catalog import ADAPTERS
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, NoModelError, StoreError
 from tuneserve.lifecycle.drift import Window
-from tuneserve.lifecycle.feedback import FILE, Feedback
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE
 from tuneserve.lifecycle.retraining import Retraining, Schedule
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
@@ -30,6 +31,7 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.catalog import task_of
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.task import Task
+from tuneserve.text import CHARACTERS_PER_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,12 @@ class Application:
             new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours)
         )
         self._feedback = Feedback(
-            settings.model_path / FILE, max_rows=settings.feedback_max_rows, keep_texts=settings.keep_texts
+            settings.model_path / FILE,
+            max_rows=settings.feedback_max_rows,
+            max_bytes=settings.feedback_max_mb << 20,
+            max_characters=CHARACTERS_PER_TOKEN * settings.num_max_positions,
+            keep_texts=settings.keep_texts,
+            keyed=bool(settings.api_key.get_secret_value()),
         )
         self.trainer = self.retraining = None
         if training:
@@ -110,6 +117,8 @@ class Application:
 
     def start(self) -> None:
         """Train, if that is wanted, and load the model; neither is waited for."""
+        for line in what_is_open(self._settings, trains=self.trainer is not None):
+            logger.warning("%s", line)
         if self.trainer is not None and self.retraining is not None:
             self._train_first(self.trainer)
             self.retraining.start()
@@ -171,6 +180,20 @@ class Application:
 
         trainer.on_end = look
         trainer.start("the container's start")
+
+
+def what_is_open(settings: Settings, *, trains: bool) -> list[str]:
+    """What anybody who reaches the port may do, in sentences; none if there is a key."""
+    if settings.api_key.get_secret_value():
+        return []
+    lines = [
+        "API_KEY is not set: whoever reaches the port may ask for predictions, /model, /drift and the labels' figures",
+        "API_KEY is not set: labels sent to /feedback are anonymous, kept apart, and never trained on nor tested with "
+        "(run.py feedback shows them)",
+    ]
+    if trains:
+        lines.append("API_KEY is not set: POST /retrain is refused, /jobs is open; promote and rollback want the store")
+    return lines
 
 
 def prepare(store: Store) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from tuneserve.errors import NotFoundError, OverloadedError
@@ -16,6 +17,10 @@ from tuneserve.serving.slot import Phase, Slot
 
 DEFAULT = "default"
 """The name of the model that answers where none is named."""
+
+
+YIELD_EVERY = 256
+"""Answers of one request that are noted before the event loop has its turn."""
 
 
 class Service:
@@ -75,6 +80,8 @@ class Service:
         for index, (asked, one) in enumerate(zip(inputs, answers, strict=True)):
             if isinstance(one, Answer):
                 self._note(one, served.monitor)
+                if index % YIELD_EVERY == YIELD_EVERY - 1:
+                    await asyncio.sleep(0)
                 if self.feedback is not None and (verdict := one.verdict) is not None:
                     self.feedback.remember(request_id, index, one.model_version, *verdict, asked)
         return answers
@@ -117,22 +124,26 @@ class Service:
         """
         return self._slot(name).monitor()
 
-    async def label(self, label: str, *, text: str | None = None, request_id: str = "", index: int = 0) -> bool:
+    async def label(
+        self, label: str, *, text: str | None = None, request_id: str = "", index: int = 0, client: str = ""
+    ) -> bool:
         """Keep the right label of a text, or of a request's answer; False if just that was said before.
+
+        `client` is the sender's address, of which a pseudonym is kept.
 
         Raises:
             NotFoundError: no such answer is remembered.
+            ConflictError: several answers have this id.
             UnavailableError: it cannot be written.
         """
         if self.feedback is None:
             raise NotFoundError("This server keeps no labels.")
-        if text is not None:
-            return await asyncio.to_thread(self.feedback.label_text, text, label)
+        keep = partial(self.feedback.keep, label, text=text, request=request_id, index=index, client=client)
         try:
-            return await asyncio.to_thread(self.feedback.label_answer, request_id, index, label)
+            return await keep()
         except NotFoundError:
             await asyncio.sleep(2 * WRITE_EVERY_S)  # perhaps another server of this store is about to write it
-            return await asyncio.to_thread(self.feedback.label_answer, request_id, index, label)
+            return await keep()
 
     def labels_kept(self) -> dict[str, Any]:
         """How many labels there are, and the accuracy of the model that answers on the newest of them.

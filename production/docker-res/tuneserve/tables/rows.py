@@ -93,14 +93,15 @@ def in_batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[l
 
 def shorten(name: str) -> str:
     """A name from the data as a message may show it."""
+    name = name or "(unnamed)"
     return name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…"
 
 
 def enumerate_some(names: Iterable[str], most: int = 12) -> str:
-    """Names from the data with commas, each cut short, and how many more there are."""
+    """Names with commas, and how many more there are."""
     listed = list(names)
     more = [f"and {len(listed) - most} more"] if len(listed) > most else []
-    return ", ".join([*(shorten(name) or "(unnamed)" for name in listed[:most]), *more])
+    return ", ".join([*listed[:most], *more])
 
 
 def find_columns(names: Sequence[str], *, text: str = "", label: str = "") -> tuple[str, str]:
@@ -152,7 +153,9 @@ def require_columns(types: Types, wanted: Columns, where: str, *, labelled: bool
                 f"it, or set {needed} if these are names."
             )
         way = next((f"It holds {words}, one record a line" for name, words in NESTED.items() if name in names), "")
-        raise DataError(f"{where} {missing}; its columns are {enumerate_some(names)}. {way or f'Set {needed}'}.")
+        raise DataError(
+            f"{where} {missing}; its columns are {enumerate_some(map(shorten, names))}. {way or f'Set {needed}'}."
+        )
     if labelled and text == label:
         raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
     for name in columns.values():
@@ -250,8 +253,8 @@ def _name_indicators(kind: FileType, file: BinaryIO, where: str, types: Types) -
     if len(marks) < 2:
         return ""
     return (
-        f" {enumerate_some(marks, 5)} hold only 0 and 1. A text with several labels is not supported, but LABEL_COLUMN "
-        "may name one of them."
+        f" {enumerate_some(map(shorten, marks), 5)} hold only 0 and 1. A text with several labels is not supported, "
+        "but LABEL_COLUMN may name one of them."
     )
 
 

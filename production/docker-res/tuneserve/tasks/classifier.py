@@ -4,9 +4,11 @@ import asyncio
 import logging
 import math
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +34,12 @@ GOLDEN_TOLERANCE = 0.05
 
 INLINE_CHARACTERS = 4000
 """Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
+
+TOKENIZERS = 2
+"""Threads that tokenize large requests: the library takes hundreds of bytes for each character while it does."""
+
+READ_AT_ONCE = 256
+"""Texts of a large request that are tokenized together, and answers that the event loop makes by itself."""
 
 CHUNK_BATCHES = 2
 """Batches' worth of one request that are queued at a time: a large request leaves room for small ones."""
@@ -77,6 +85,7 @@ class Classifier(Model):
             max_tokens=version.metadata["settings"]["num_max_positions"],
             windows=long_text == "window",
         )
+        self._tokenizing = ThreadPoolExecutor(TOKENIZERS, "tokenize")
         self._metrics = Metrics()
         self.batcher = Batcher(engine, self._metrics, max_queue_tokens=max_queue_tokens)
         try:
@@ -142,12 +151,23 @@ class Classifier(Model):
     def close(self) -> None:
         """See `Model`."""
         self.batcher.close()
+        self._tokenizing.shutdown()
 
     def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
         """The tokens of each text, or why it cannot be read."""
         problems = [self._problem(text) for text in texts]
         found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
         return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
+
+    def _read_many(self, texts: Sequence[str]) -> list[Tokens | TextError]:
+        """As `read`, in less memory: the ids of a large request wait for long."""
+        found: list[Tokens | TextError] = []
+        for begin in range(0, len(texts), READ_AT_ONCE):
+            for one in self.read(texts[begin : begin + READ_AT_ONCE]):
+                if isinstance(one, Tokens):
+                    one = replace(one, windows=[array("i", ids) for ids in one.windows])
+                found.append(one)
+        return found
 
     async def _answer(self, texts: Sequence[str], deadline: float, *, max_windows: int | None = None) -> Answers:
         """See `answer`; of each text so many windows count."""
@@ -157,7 +177,7 @@ class Classifier(Model):
         if sum(map(len, texts)) < INLINE_CHARACTERS:
             readings = self.read(texts)
         else:
-            readings = await asyncio.to_thread(self.read, texts)
+            readings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._read_many, texts)
             if refusal := self.room():  # others have filled the queue meanwhile
                 raise refusal
         tokenize_s = time.perf_counter() - began
@@ -176,12 +196,16 @@ class Classifier(Model):
                     "tuneserve.infer_s": max(0.0, stages.answered_at - stages.taken_at),
                 }
             )
-        return [
-            self._conclude(one, [next(outcomes) for _ in of_text])
-            for one, of_text in zip(readings, windows, strict=True)
-        ]
 
-    async def _compute(self, ids: list[list[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
+        def conclude() -> Answers:
+            return [
+                self._conclude(one, [next(outcomes) for _ in of_text])
+                for one, of_text in zip(readings, windows, strict=True)
+            ]
+
+        return conclude() if len(texts) <= READ_AT_ONCE else await asyncio.to_thread(conclude)
+
+    async def _compute(self, ids: Sequence[Sequence[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
         """Outcomes in order. Texts of like length go together, and few chunks of a large request wait at once."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         chunk_tokens = CHUNK_BATCHES * self.batcher.max_batch_tokens

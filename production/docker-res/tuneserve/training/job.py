@@ -24,7 +24,8 @@ from tuneserve.hardware import Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
-from tuneserve.lifecycle.feedback import FILE, labelled_texts
+from tuneserve.lifecycle.feedback_database import FILE, labelled_texts
+from tuneserve.lifecycle.secret import read_secret
 from tuneserve.lifecycle.status import Lock, Status, hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.redaction import redact_url
@@ -32,7 +33,7 @@ from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
-from tuneserve.training import base_model, checks, data
+from tuneserve.training import base_model, checks, data, feedback
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 DECISIVE = {
     *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
+    *("labels", "min_class_size", "rare_labels"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
 }
 """The settings that, with the data and the base model, decide what training ends with."""
@@ -85,9 +87,9 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         held.enter_context(in_use(settings.data_path, "arrow", "downloads", "features", "tokens"))
         began = time.perf_counter()
 
-        feedback = read_feedback(settings, world)
+        labelled = read_feedback(settings, world)
         with world.one_a_node_first():
-            base, splits = gather(settings, feedback)
+            base, splits = gather(settings, labelled)
 
         fingerprint = fingerprint_run(settings, base, splits, exporters)
         known = store.find(fingerprint) if lock else None
@@ -204,12 +206,17 @@ def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed
     folder = store.evidence_folder / version.id
     if folder.exists():
         return
-    rows = np.arange(len(splits.test))
+    own, own_labels = _sample(splits.test, splits.labels, seed)
+    texts, labels = _sample(splits.feedback, splits.labels, seed) if splits.feedback is not None else ([], [])
+    write_evidence(folder, Evidence(own + texts, own_labels + labels, own=len(own)), chain(splits.train, splits.valid))
+
+
+def _sample(split: checks.Split, names: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Texts and labels of a split, MAX_TEXTS at most."""
+    rows = np.arange(len(split))
     if len(rows) > MAX_TEXTS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TEXTS, replace=False))
-    texts = splits.test.texts.select(rows)["text"]
-    labels = [splits.labels[label] for label in splits.test.label_ids[rows]]
-    write_evidence(folder, Evidence(list(texts), labels), chain(splits.train, splits.valid))
+    return list(split.texts.select(rows)["text"]), [names[label] for label in split.label_ids[rows]]
 
 
 def describe_data(settings: Settings, splits: checks.Splits, tokens: Mapping[str, TokenizedSplit]) -> dict[str, Any]:
@@ -235,28 +242,32 @@ def _trackers(settings: Settings, fingerprint: str, checkpoints: Checkpoints, wo
     )
 
 
-def read_feedback(settings: Settings, world: World) -> list[tuple[str, str]]:
-    """Texts that people have labelled; the same for all processes, for more may come in while they start."""
-    found = []
+def read_feedback(settings: Settings, world: World) -> list[feedback.Labelled]:
+    """Texts that people have labelled; the same for all processes, for more may come in while they start.
+
+    Raises:
+        StoreError: the store's secret, which says what is held out, cannot be read.
+    """
+    found: list[feedback.Labelled] = []
     if settings.use_feedback and world.leads:
-        found = labelled_texts(settings.model_path / FILE, logger.warning)
+        labelled = labelled_texts(settings.model_path / FILE, logger.warning)
+        if labelled:
+            secret = read_secret(settings.model_path)
+            found = feedback.draw_held_out(labelled, fraction=settings.test_pct, secret=secret)
     if world.size == 1:
         return found
-    return [(text, label) for text, label in json.loads(world.broadcast_text(json.dumps(found)))]
+    return [(text, label, held) for text, label, held in json.loads(world.broadcast_text(json.dumps(found)))]
 
 
-def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tuple[base_model.BaseModel, checks.Splits]:
-    """Find the base model, read the data, let feedback join them, and check them."""
+def gather(
+    settings: Settings, labelled: Sequence[feedback.Labelled] = ()
+) -> tuple[base_model.BaseModel, checks.Splits]:
+    """Find the base model, read the data, check them, and let feedback join them."""
     base = base_model.resolve(settings.base_model, revision=settings.base_model_revision, cache=settings.data_path)
     logger.info("base model: %s from the %s, SHA-256 %s…", base.name, base.source, base.sha256[:12])
     sources = data.read(
         settings.dataset, Columns(settings.text_column, settings.label_column), cache=settings.data_path
     )
-    joined: dict[str, int] = {}
-    if feedback:
-        sources, joined = data.join_feedback(
-            sources, feedback, test_fraction=settings.test_pct, cache=settings.data_path
-        )
     splits = checks.check(
         sources,
         num_train=settings.num_train,
@@ -264,9 +275,12 @@ def gather(settings: Settings, feedback: Sequence[tuple[str, str]] = ()) -> tupl
         valid_fraction=settings.valid_pct,
         test_fraction=settings.test_pct,
         seed=settings.seed,
+        merge_labels=settings.labels == "merge",
+        min_class_size=settings.min_class_size,
+        rare_labels=settings.rare_labels,
     )
-    if joined:
-        splits.findings["feedback"] = joined
+    if labelled:
+        splits = feedback.join(splits, labelled, cache=settings.data_path)
     for line in checks.describe(splits.findings):
         logger.info("%s", line)
     return base, splits
@@ -279,6 +293,8 @@ def read_tokens(
     tokenizer = load_tokenizer(base.folder, max_tokens=settings.num_max_positions)
     encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=settings.num_max_positions)
     named = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    if splits.feedback is not None:
+        named["feedback"] = splits.feedback
     tokens = {name: tokenize(split, encoder, cache=settings.data_path) for name, split in named.items()}
     shares = ", ".join(f"{one.truncated_share:.1%} of {name}" for name, one in tokens.items())
     logger.info("texts cut at %d tokens: %s", settings.num_max_positions, shares)

@@ -65,7 +65,7 @@ def publish(
         tokenizer.save_pretrained(temporary)
         saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
         saved.to(model.device)
-        logits = {name: _logits(saved, tokens[name], precision) for name in ("valid", "test")}
+        logits = {name: _logits(saved, tokens[name], precision) for name in tokens if name != "train"}
         metrics, errors = test(logits, tokens, metadata["labels"], temperature)
         encoder = TextEncoder.from_json(
             tokenizer.backend_tokenizer.to_str(), max_tokens=int(tokenizer.model_max_length)
@@ -98,6 +98,8 @@ def publish(
         write_json(temporary / METADATA, metadata)
     version = read_version(folder)
     test_figures = metrics["test"]
+    if "feedback" in metrics:
+        logger.info("feedback_accuracy=%.4f; of the texts held out of the feedback", metrics["feedback"]["accuracy"])
     logger.info(
         "test_accuracy=%.4f; test_macro_f1=%.4f; test_log_loss=%.4f; test_ece=%.4f; test_ece_before_calibration=%.4f;",
         *(test_figures[name] for name in ("accuracy", "macro_f1", "log_loss", "ece")),

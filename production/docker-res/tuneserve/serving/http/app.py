@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.telemetry import TelemetryConfig
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 import tuneserve
@@ -87,7 +88,7 @@ def create_app(
         telemetry=telemetry,
     )
     routers = [
-        inference_routes(service, task, PROBLEMS),
+        inference_routes(service, task, PROBLEMS, max_inputs=settings.max_batch_texts),
         *(adapter(service) for adapter in adapters),
         model_routes(service),
         drift_routes(service),
@@ -119,6 +120,15 @@ def create_app(
         max_body_bytes=settings.max_body_kb * 1024,
         timeout_s=settings.request_timeout_s,
     )
+
+    if settings.cors_origins:  # around the front: a browser's preflight brings no key, and its answer needs none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "X-Request-Timeout-S"],
+            expose_headers=["Location", "Retry-After", "X-Request-Id"],
+        )
 
     @app.exception_handler(TuneserveError)
     async def known(request: Request, error: TuneserveError) -> Response:

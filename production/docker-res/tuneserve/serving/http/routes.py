@@ -1,5 +1,6 @@
 """Every route of ours. An adapter for a platform is like one of these functions: `routes(service) -> APIRouter`."""
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Coroutine
@@ -11,12 +12,13 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 import tuneserve
-from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError
+from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError
 from tuneserve.lifecycle.trainer import Job, Trainer
-from tuneserve.serving.http.front import Handler
+from tuneserve.serving.http.front import NOT_UTF8, Handler, is_utf8
 from tuneserve.serving.http.problems import RETRY_AFTER_S
 from tuneserve.serving.http.request_log import Headers
 from tuneserve.serving.http.schemas import FeedbackRequest, Problem, Readiness
+from tuneserve.serving.model import Answers
 from tuneserve.serving.service import Service
 from tuneserve.tasks.task import Route, Task
 
@@ -27,6 +29,9 @@ NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answe
 INFERENCE = "inference"
 """The tag of routes whose answers come from the model: they are refused before their body is read while it has no room,
 and dropped when the client disconnects. An adapter's routes want it too."""
+
+MANY_ANSWERS = 256
+"""Answers of one request that are too many to be written as JSON by the event loop."""
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 """Kept: `json.dumps` with options makes an encoder for each answer."""
@@ -41,11 +46,20 @@ class Direct(APIRoute):
         return handler
 
 
-def inference_routes(service: Service, task: Task, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """What the model is asked: each of the task's routes, with and without a slash at its end."""
+def inference_routes(
+    service: Service, task: Task, responses: dict[int | str, dict[str, Any]], *, max_inputs: int
+) -> APIRouter:
+    """What the model is asked: each of the task's routes, with and without a slash at its end.
+
+    Args:
+        service: that answers.
+        task: whose routes these are.
+        responses: that each of them may have, for the description.
+        max_inputs: of a request; beyond it 413.
+    """
     routes = APIRouter(route_class=Direct, tags=[INFERENCE])
     for route in task.routes:
-        handler = answering(service, route)
+        handler = answering(service, route, max_inputs=max_inputs)
         schema = {"application/json": {"schema": route.request.model_json_schema()}}
         routes.post(
             route.path,
@@ -58,17 +72,24 @@ def inference_routes(service: Service, task: Task, responses: dict[int | str, di
     return routes
 
 
-def answering(service: Service, route: Route) -> Handler:
+def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
     """The way from a request's body to its response."""
 
     async def answer(request: Request) -> Response:
         wanted = read_body(route.request, await request.body())
+        inputs = route.inputs(wanted)
+        if len(inputs) > max_inputs:
+            raise TooLargeError(f"The request has {len(inputs)} texts; {max_inputs} are the most this server takes.")
         answers = await service.answer(
-            route.inputs(wanted),
+            inputs,
             timeout_s=wanted_s(request.scope["headers"], service.timeout_s),
             request_id=request.scope["state"]["request_id"],
         )
-        return Response(_to_json(route.content(answers)).encode(), media_type="application/json")
+        content = write(answers) if len(answers) < MANY_ANSWERS else await asyncio.to_thread(write, answers)
+        return Response(content, media_type="application/json")
+
+    def write(answers: Answers) -> bytes:
+        return _to_json(route.content(answers)).encode()
 
     return answer
 
@@ -92,7 +113,13 @@ def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:
 
 
 def _lenient(body: bytes, error: ValidationError) -> Any:
-    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
+    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault.
+
+    Raises:
+        InvalidInputError: this is not even text.
+    """
+    if not is_utf8(body):
+        raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -121,21 +148,28 @@ def feedback_routes(service: Service) -> APIRouter:
     """By which people say what was right; the work is done on threads, since it waits for the disk."""
     routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem}})
 
-    @routes.post("/feedback", responses={404: {"model": Problem}})
-    async def give(wanted: FeedbackRequest) -> dict[str, bool]:
-        """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before."""
+    @routes.post("/feedback", responses={404: {"model": Problem}, 409: {"model": Problem}})
+    async def give(wanted: FeedbackRequest, request: Request) -> dict[str, bool]:
+        """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before.
+
+        Labels given to a server without an API key are kept apart: no model is trained or tested with them.
+        """
         labels = service.model().labels
         if wanted.label not in labels:
             words = f"should be one of the model's labels: {', '.join(labels[:50])}"
             raise InvalidInputError((("body", "label"), words, "value_error"))
         stored = await service.label(
-            wanted.label, text=wanted.text, request_id=wanted.request_id or "", index=wanted.index
+            wanted.label,
+            text=wanted.text,
+            request_id=wanted.request_id or "",
+            index=wanted.index,
+            client=request.client.host if request.client is not None else "",
         )
         return {"stored": stored}
 
     @routes.get("/feedback")
     def summary() -> dict[str, Any]:
-        """How many labels there are, and the accuracy of the version that answers on the newest of them."""
+        """How many labels there are, how many are kept apart, and the accuracy of the version that answers on them."""
         return service.labels_kept()
 
     return routes
