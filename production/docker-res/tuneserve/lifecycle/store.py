@@ -95,6 +95,11 @@ class Store:
             StoreError: the pointer names a version that is not there.
         """
         name = _read_pointer(self.pointer)
+        if name is None and (self.root / "config.json").is_file():
+            raise NoModelError(
+                f"MODEL_PATH={self.root} is a Hugging Face model, and no store of versions. To serve it as it is, name "
+                f"another folder in MODEL_PATH and run.py import {self.root}; to fine-tune it, name it in BASE_MODEL."
+            )
         if name is None:
             raise NoModelError(
                 f"There is no model in MODEL_PATH={self.root} yet. Train one first: run.py train (or train-serve)."
