@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,13 +13,13 @@ import pytest
 from pydantic import SecretStr
 from wire import BODY, LIVEZ, Client, counts, served, wait_until, write
 
-from tuneserve.errors import OverloadedError
+from tuneserve.errors import OverloadedError, TimeoutExceededError
 from tuneserve.serving.http import routes
 from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import TOKENIZERS, Classifier
+from tuneserve.tasks.classifier import CHUNK_BATCHES, CHUNKS, TOKENIZERS, Classifier
 from tuneserve.text import Tokens
 
 READ_BYTES = 256 << 10
@@ -218,6 +219,35 @@ def test_few_large_requests_are_tokenized_at_once(classifier: Classifier, monkey
     answers = asyncio.run(ask())
     assert [one[0].truncated for one in answers] == [True] * 8
     assert most == TOKENIZERS
+
+
+def test_a_small_request_waits_for_few_chunks_of_large_ones(
+    held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot, go = held
+    classifier = slot.model()
+    assert isinstance(classifier, Classifier)
+    batcher = classifier.batcher
+    monkeypatch.setattr(batcher, "_max_queue_tokens", 100_000)
+    chunk = CHUNK_BATCHES * batcher.max_batch_tokens
+
+    async def ask() -> list[Any]:
+        large = [asyncio.create_task(classifier.answer(["film good"] * 500)) for _ in range(10)]
+        while classifier._coming < 10 * CHUNKS * chunk:
+            await asyncio.sleep(0)
+        for _ in range(10):  # in which they would queue, if they might
+            await asyncio.sleep(0)
+        assert batcher.tokens_waiting <= CHUNKS * chunk
+        assert batcher.refusal() is None
+        with pytest.raises(TimeoutExceededError):
+            await classifier.answer(["film good"] * 500, deadline=time.monotonic())
+        large.pop().cancel()
+        go.set()
+        return await asyncio.gather(classifier.answer(["film"]), *large)
+
+    answers = asyncio.run(ask())
+    assert [len(one) for one in answers] == [1] + [500] * 9
+    assert (classifier._coming, batcher.tokens_waiting) == (0, 0)
 
 
 def test_the_ids_of_a_large_request_take_four_bytes_each(classifier: Classifier) -> None:

@@ -9,13 +9,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from opentelemetry import trace
 
 from tuneserve.artifact import GOLDEN, Version, read_golden, torn_file
-from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TuneserveError
+from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TimeoutExceededError, TuneserveError
 from tuneserve.lifecycle.drift import Observation, read_reference
 from tuneserve.serving.batcher import Batcher, Outcome, Stages
 from tuneserve.serving.engines.choice import ENGINES
@@ -41,8 +43,11 @@ TOKENIZERS = 2
 READ_AT_ONCE = 256
 """Texts of a large request that are tokenized together, and answers that the event loop makes by itself."""
 
-CHUNK_BATCHES = 2
+CHUNK_BATCHES = 1
 """Batches' worth of one request that are queued at a time: a large request leaves room for small ones."""
+
+CHUNKS = 2
+"""Chunks of all large requests together that are queued at a time, so that small requests wait for these alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,8 @@ class Classifier(Model):
             max_tokens=version.metadata["settings"]["num_max_positions"],
             windows=long_text == "window",
         )
+        self._coming = 0
+        self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
         self._tokenizing = ThreadPoolExecutor(TOKENIZERS, "tokenize")
         self._metrics = Metrics()
         self.batcher = Batcher(engine, self._metrics, max_queue_tokens=max_queue_tokens)
@@ -178,7 +185,7 @@ class Classifier(Model):
             readings = self.read(texts)
         else:
             readings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._read_many, texts)
-            if refusal := self.room():  # others have filled the queue meanwhile
+            if refusal := self.batcher.refusal(coming=self._coming):  # others have filled the queue meanwhile
                 raise refusal
         tokenize_s = time.perf_counter() - began
         self._metrics.stages["tokenize"].observe(tokenize_s)
@@ -206,9 +213,15 @@ class Classifier(Model):
         return conclude() if len(texts) <= READ_AT_ONCE else await asyncio.to_thread(conclude)
 
     async def _compute(self, ids: Sequence[Sequence[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
-        """Outcomes in order. Texts of like length go together, and few chunks of a large request wait at once."""
+        """Outcomes in order. Texts of like length go together, and few chunks of large requests wait at once."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         chunk_tokens = CHUNK_BATCHES * self.batcher.max_batch_tokens
+        tokens = sum(map(len, ids))
+        turns, coming = None, 0
+        if tokens > chunk_tokens:
+            turns = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CHUNKS))
+            coming = min(tokens, CHUNKS * chunk_tokens)
+        self._coming += coming
         found: dict[int, Outcome] = {}
         waiting: deque[tuple[list[int], asyncio.Future[list[Outcome]]]] = deque()
 
@@ -220,12 +233,23 @@ class Classifier(Model):
         try:
             for chunk in split_by_tokens([len(ids[index]) for index in order], chunk_tokens):
                 texts = [ids[index] for index in order[chunk]]
-                waiting.append((order[chunk], self.batcher.submit(texts, deadline=deadline, stages=stages)))
+                if turns is not None:
+                    await _acquire(turns, deadline)
+                try:
+                    future = self.batcher.submit(texts, deadline=deadline, stages=stages)
+                except NoModelError:
+                    if turns is not None:
+                        turns.release()
+                    raise
+                if turns is not None:
+                    future.add_done_callback(partial(_release, turns))
+                waiting.append((order[chunk], future))
                 if len(waiting) > 1:
                     await collect()
             while waiting:
                 await collect()
         finally:
+            self._coming -= coming
             for _, future in waiting:
                 future.cancel()  # nobody waits any more: what has not begun is dropped
         return [found[index] for index in range(len(ids))]
@@ -281,6 +305,19 @@ class Classifier(Model):
         if has_surrogates(text):
             return "the text holds half a surrogate pair, which is not Unicode text"
         return ""
+
+
+async def _acquire(turns: asyncio.Semaphore, deadline: float) -> None:
+    """Wait for a turn until the deadline of the monotonic clock."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic() if deadline < math.inf else None):
+            await turns.acquire()
+    except TimeoutError:
+        raise TimeoutExceededError("There was no answer in time.") from None
+
+
+def _release(turns: asyncio.Semaphore, _: object) -> None:
+    turns.release()
 
 
 def _softmax(logits: Array) -> list[float]:

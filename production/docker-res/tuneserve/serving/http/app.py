@@ -42,13 +42,22 @@ Adapter = Callable[[Service], APIRouter]
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
 
-PROBLEMS: dict[int | str, dict[str, Any]] = {
+COMMON: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The request is not HTTP, or not JSON where it should be."},
     401: {"model": Problem, "description": "The API key is not there or not right, where one is wanted."},
     408: {"model": Problem, "description": "The body did not come in time."},
     413: {"model": Problem, "description": "The request is larger than this server takes."},
+    415: {"model": Problem, "description": "The body's Content-Encoding is another than gzip."},
     422: {"model": Problems, "description": "The request is not as it should be; each fault is named."},
     429: {"model": Problem, "description": "Too much waits; Retry-After says for how long."},
+    431: {"model": Problem, "description": "The headers are larger than this server takes."},
     500: {"model": Problem, "description": "Something went wrong inside, or the model gave no number."},
+    501: {"model": Problem, "description": "The body's Transfer-Encoding is another than chunked."},
+    503: {"model": Problem, "description": "The server is about to end; see Retry-After."},
+}
+"""What any request may be answered."""
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: NO_MODEL,
     504: {"model": Problem, "description": "There was no answer in time."},
 }
@@ -85,6 +94,10 @@ def create_app(
         version=tuneserve.__version__,
         summary="A text classifier, fine-tuned and served by one container.",
         lifespan=lifespan,
+        responses=COMMON,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
         telemetry=telemetry,
     )
     routers = [

@@ -8,6 +8,7 @@ handlers.
 
 import asyncio
 import hmac
+import json
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -40,7 +41,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
 OPEN_PATHS = frozenset(
-    {"/", "/livez", "/readyz", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+    {"/", "/livez", "/readyz", "/metrics", "/openapi.json", "/docs"}
+    | {f"/docs/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")}
 )
 """What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation."""
 
@@ -60,6 +62,7 @@ SMALL_BYTES = 64 << 10
 GZIP = (b"gzip", b"x-gzip")
 """The content encoding that is read, by both its names."""
 
+NOSNIFF = (b"x-content-type-options", b"nosniff")
 NOT_UTF8 = "the body is not UTF-8"
 NO_KEY = "This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`."
 
@@ -163,6 +166,9 @@ class Front:
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
+        if scope["path"].endswith("/") and scope["path"] not in self._model_paths:
+            # As without the slash, and no redirect: its address would be built from the Host header.
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         status = 0
         held = [0]
 
@@ -170,7 +176,7 @@ class Front:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+                message["headers"] = [*message.get("headers", ()), NOSNIFF, (REQUEST_ID, request_id)]
             await send(message)
 
         try:
@@ -218,7 +224,7 @@ class Front:
         content = await self._read_body(declared, receive, held)
         if encoding:
             content = self._unpack(content, held)
-        if not is_models and not is_utf8(content):  # a model's route says so itself, if it cannot read it
+        if not is_models and not is_text(content):  # a model's route says so itself, if it cannot read it
             raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
         body = [content]
 
@@ -308,10 +314,10 @@ class Front:
         return TooLargeError(f"The body is larger than {self._max_body_bytes // 1024} KiB, the most this server takes.")
 
 
-def is_utf8(content: bytes) -> bool:
-    """Whether these bytes are text."""
+def is_text(content: bytes) -> bool:
+    """Whether these bytes are in an encoding that JSON may have, as Python's reader finds out: UTF-8, mostly."""
     try:
-        content.decode()
+        content.decode(json.detect_encoding(content), "surrogatepass")
     except UnicodeDecodeError:
         return False
     return True

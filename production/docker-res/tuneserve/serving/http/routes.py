@@ -5,24 +5,55 @@ import json
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 import tuneserve
 from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError
 from tuneserve.lifecycle.trainer import Job, Trainer
-from tuneserve.serving.http.front import NOT_UTF8, Handler, is_utf8
+from tuneserve.serving.http.front import NOT_UTF8, Handler, is_text
 from tuneserve.serving.http.problems import RETRY_AFTER_S
 from tuneserve.serving.http.request_log import Headers
-from tuneserve.serving.http.schemas import FeedbackRequest, Problem, Readiness
+from tuneserve.serving.http.schemas import FeedbackRequest, Health, Problem, Readiness
 from tuneserve.serving.model import Answers
 from tuneserve.serving.service import Service
 from tuneserve.tasks.task import Route, Task
 
 CSV = "text/csv; charset=utf-8"
+CSV_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
+METRICS_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+SWAGGER = Path(__file__).parent / "swagger"
+VIEWER = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "start.js": "text/javascript"}
+"""Files of the viewer of the API's description, and their types."""
+
+VIEWER_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tuneserve</title>
+<link rel="stylesheet" href="{root}/docs/swagger-ui.css">
+</head>
+<body>
+<div id="viewer"></div>
+<script src="{root}/docs/swagger-ui-bundle.js"></script>
+<script src="{root}/docs/start.js"></script>
+</body>
+</html>
+"""
+
+VIEWER_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answer yet; see Retry-After."}
 
@@ -118,7 +149,7 @@ def _lenient(body: bytes, error: ValidationError) -> Any:
     Raises:
         InvalidInputError: this is not even text.
     """
-    if not is_utf8(body):
+    if not is_text(body):
         raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
     try:
         return json.loads(body)
@@ -146,9 +177,14 @@ def wanted_s(headers: Headers, timeout_s: float) -> float:
 
 def feedback_routes(service: Service) -> APIRouter:
     """By which people say what was right; the work is done on threads, since it waits for the disk."""
-    routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem}})
+    routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem, "description": "Labels cannot be kept."}})
 
-    @routes.post("/feedback", responses={404: {"model": Problem}, 409: {"model": Problem}})
+    conflicts: dict[int | str, dict[str, Any]] = {
+        404: {"model": Problem, "description": "No such answer is remembered."},
+        409: {"model": Problem, "description": "Two different answers have this request id."},
+    }
+
+    @routes.post("/feedback", responses=conflicts)
     async def give(wanted: FeedbackRequest, request: Request) -> dict[str, bool]:
         """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before.
 
@@ -185,17 +221,23 @@ def drift_routes(service: Service) -> APIRouter:
         monitor = service.monitor()
         return {"model_version": monitor.model_version, **asdict(monitor.report())}
 
-    @routes.get("/drift/window", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    @routes.get("/drift/window", response_class=Response, responses=CSV_RESPONSE)
     def window() -> Response:
         """The answers to the last texts as CSV, a row each, and no text."""
         return Response(service.monitor().window_csv(), media_type=CSV)
 
-    @routes.get("/drift/reference", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    @routes.get("/drift/reference", response_class=Response, responses=CSV_RESPONSE)
     def reference() -> Response:
         """The answers that the window is compared with, in the same columns but for the time."""
         return Response(service.monitor().reference_csv(), media_type=CSV)
 
     return routes
+
+
+RETRAIN_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    403: {"model": Problem, "description": "The server has no API key, without which nobody may start a training."},
+    409: {"model": Problem, "description": "A training is running."},
+}
 
 
 def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
@@ -206,7 +248,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         running = trainer.running
         return asdict(job) | ({"progress": trainer.progress()} if running is not None and running.id == job.id else {})
 
-    @routes.post("/retrain", status_code=202)
+    @routes.post("/retrain", status_code=202, responses=RETRAIN_PROBLEMS)
     def retrain(response: Response) -> dict[str, Any]:
         """Start a training beside the model that answers; 409 while one is running."""
         if not keyed:
@@ -220,7 +262,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         """The trainings that this store's servers have started, newest first."""
         return [shown(job) for job in trainer.jobs()]
 
-    @routes.get("/jobs/{name}")
+    @routes.get("/jobs/{name}", responses={404: {"model": Problem, "description": "There is no job of this name."}})
     def one_job(name: str) -> dict[str, Any]:
         """One training: how far it is, or how it ended."""
         job = trainer.job(name)
@@ -248,15 +290,19 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     """For whoever keeps the server running."""
     routes = APIRouter(tags=["operations"])
 
-    @routes.get("/livez")
-    async def livez(response: Response) -> dict[str, str]:
+    @routes.get("/livez", responses={503: {"model": Health, "description": "The engine has died."}})
+    async def livez(response: Response) -> Health:
         """Whether the process is worth keeping; 503 once the engine has died."""
         if service.phase() == "failed":
             response.status_code = 503
-            return {"status": "failed"}
-        return {"status": "alive"}
+            return Health(status="failed")
+        return Health(status="alive")
 
-    @routes.get("/readyz", response_model_exclude_none=True, responses={503: {"model": Readiness}})
+    @routes.get(
+        "/readyz",
+        response_model_exclude_none=True,
+        responses={503: {"model": Readiness, "description": "No model can answer yet; see Retry-After."}},
+    )
     async def readyz(response: Response) -> Readiness:
         """Whether a model can answer; 503 until then, with how far the first training is."""
         if (phase := service.phase()) != "ready":
@@ -266,10 +312,21 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
             return Readiness.model_validate({"phase": phase, **training})
         return Readiness(phase=phase, model_version=service.model().id)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=Response, responses=METRICS_RESPONSE)
     def prometheus() -> Response:
         """Figures for Prometheus."""
-        return Response(service.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.render_metrics(), media_type=METRICS)
+
+    @routes.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        page = VIEWER_PAGE.format(root=escape(request.scope.get("root_path", "")))
+        return HTMLResponse(page, headers={"Content-Security-Policy": VIEWER_POLICY})
+
+    @routes.get("/docs/{name}", include_in_schema=False)
+    async def viewer(name: str) -> FileResponse:
+        if name not in VIEWER:
+            raise NotFoundError(f"There is no file {name!r} here.")
+        return FileResponse(SWAGGER / name, media_type=VIEWER[name], headers={"Cache-Control": "max-age=86400"})
 
     @routes.get("/", include_in_schema=False)
     async def index() -> dict[str, str]:
