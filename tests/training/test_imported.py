@@ -54,7 +54,8 @@ def test_it_is_tested_published_and_answers_as_before(environment: dict[str, str
     assert version.metadata["imported"]
     assert version.metadata["metrics"]["test"]["accuracy"] > 0.9
     found = tuneserve.load(store.root).predict(TEXTS)
-    assert [list(one.scores.values()) for one in found] == pytest.approx(scores(foreign), abs=1e-3)
+    for one, wanted in zip(found, scores(foreign), strict=True):
+        assert list(one.scores.values()) == pytest.approx(wanted, abs=1e-3)
     again = bring_in(str(foreign), settings(environment), threads=1)
     assert again.id == version.id
 
