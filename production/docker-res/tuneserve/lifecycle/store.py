@@ -9,8 +9,8 @@
     MODEL_PATH/trainer.lock     held by the one process that trains
     MODEL_PATH/training.json    the status of the newest training
 
-A pointer file and not a symbolic link: links do not survive object-store mounts. All that moves a pointer is here, which
-makes the module a little long.
+A pointer file and not a symbolic link: links do not survive object-store mounts. All that moves a pointer
+is here, which makes the module a little long.
 """
 
 import logging
