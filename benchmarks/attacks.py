@@ -59,7 +59,7 @@ def one(text: str) -> bytes:
 
 
 def many(text: str, count: int) -> bytes:
-    return post("/inference/batch", json.dumps({"texts": [text] * count}).encode())
+    return post("/inference/batch", json.dumps({"texts": [text] * count}, separators=(",", ":")).encode())
 
 
 REVIEW = "A warm film, and never a dull one; we left the house late and were glad that it took so long. " * 3
@@ -74,7 +74,7 @@ ATTACKS = {
         reads=False,
     ),
     "keyless": Attack("600 bodies of 1 MB without the key", 600, one("a" * (MIB - 100)), keyed=True),
-    "empty": Attack("340,000 empty strings, 4 at once, five times", 4, many("", 262_000), 5),
+    "empty": Attack("340,000 empty strings, 4 at once, five times", 4, many("", 340_000), 5),
     "bodies": Attack("64 batches of 1 MB at once", 64, many(REVIEW, (MIB - 100) // (len(REVIEW) + 4))),
 }
 
