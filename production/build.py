@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 
 try:
     import docker
+    import docker.credentials.errors
+    import requests
+    import urllib3
 except ModuleNotFoundError:
     sys.exit("build.py needs the docker SDK: run `make setup`, then `.venv/bin/python production/build.py`")
 
@@ -53,6 +57,13 @@ The engine is the one that DOCKER_HOST names, else this machine's.
 
 class BuildError(Exception):
     """The engine or the registry refused; the message has its words."""
+
+
+FAILURES = (
+    *(docker.errors.DockerException, docker.credentials.errors.StoreError),
+    *(requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError),
+)
+"""What the SDK raises: its own errors, those of credential helpers, of HTTP, of sockets, and of what is no JSON."""
 
 
 class NoEngineError(Exception):
@@ -142,11 +153,30 @@ def connect() -> Any:
     try:
         client = docker.from_env(timeout=ENGINE_ANSWERS_WITHIN_S)
         client.ping()
-    except docker.errors.DockerException as error:
+    except FAILURES as error:
         place = os.environ.get("DOCKER_HOST", "this machine's socket")
-        raise NoEngineError(f"no Docker engine answers at {place}: start one or set DOCKER_HOST. {error}") from error
+        said = f"no Docker engine answers at {place}: start one or set DOCKER_HOST. {in_one_line(error)}"
+        raise NoEngineError(said) from error
     client.api.timeout = PUSH_IS_SILENT_AT_MOST_S
     return client
+
+
+def put_into_words(error: Exception) -> str:
+    """Say what went wrong in one line, and what helps if it is the helper that keeps the registries' passwords."""
+    said = in_one_line(error)
+    if not isinstance(error, docker.credentials.errors.StoreError) and "Credentials store error" not in said:
+        return said
+    config = f"{os.environ.get('DOCKER_CONFIG', '~/.docker')}/config.json"
+    return (
+        f"the credential helper that {config} names cannot be asked: install it, or remove its credsStore or "
+        f"credHelpers line. {said}"
+    )
+
+
+def in_one_line(error: Exception) -> str:
+    """The words of a library, without line breaks and not too many."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 400 else f"{said[:200]} … {said[-200:]}"
 
 
 def build_image(client: Any, tags: list[str], arguments: dict[str, str], *, no_cache: bool) -> Any:
@@ -205,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost,127.0.0.1"
         build_args |= name_proxy(options.proxy, exceptions)
     started = time.monotonic()
+    warnings.filterwarnings("ignore", module="docker")  # an error says the same
     try:
         client = connect()
         image = build_image(client, tags, build_args | dict(options.build_arg), no_cache=options.no_cache)
@@ -214,8 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoEngineError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 2
-    except (BuildError, docker.errors.DockerException, OSError) as error:
-        print(f"build.py: {error}", file=sys.stderr)
+    except (BuildError, *FAILURES) as error:
+        print(f"build.py: {put_into_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -43,6 +43,11 @@ def _content(rows: Sequence[Row], ending: str) -> bytes:
         file = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(list(rows)), file, row_group_size=7)
         return file.getvalue()
+    if ending == ".arrow":
+        file, table = io.BytesIO(), pa.Table.from_pylist(list(rows))
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=7)
+        return file.getvalue()
     if ending == ".json":
         return json.dumps(list(rows), indent=1).encode()
     if ending == ".jsonl":
@@ -62,8 +67,9 @@ def read(path: Path) -> list[Row]:
 
 def parse(content: bytes, ending: str) -> list[Row]:
     """The rows of a file's content, not compressed."""
-    if ending == ".parquet":
-        rows = pq.read_table(io.BytesIO(content)).to_pylist()
+    if ending in (".parquet", ".arrow"):
+        table = pq.read_table(io.BytesIO(content)) if ending == ".parquet" else pa.ipc.open_stream(content).read_all()
+        rows = table.to_pylist()
         return [row | {"scores": dict(row["scores"]) if row["scores"] is not None else None} for row in rows]
     if ending == ".json":
         return list(json.loads(content))

@@ -66,6 +66,19 @@ def test_the_modules_are_found_and_their_imports_seen() -> None:
     assert "tuneserve.training.checks" in set(imports(MODULES["tuneserve.training.job"]))
 
 
+def test_nothing_that_is_loaded_may_bring_code() -> None:
+    loads = [
+        (name, node)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("from_pretrained", "load_dataset", "pipeline")
+    ]
+    assert len(loads) >= 6
+    for name, node in loads:
+        assert "trust_remote_code=False" in ast.unparse(node), f"{name}, line {node.lineno}"
+
+
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [

@@ -1,11 +1,16 @@
 """build.py without an engine: its arguments, its names, and what it makes of the engine's messages."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from conftest import serving
 
 import build
 
@@ -215,6 +220,62 @@ def test_no_engine_is_an_error_in_one_line(host: str) -> None:
     assert done.returncode == 2
     assert f"no Docker engine answers at {host}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    """As much of a Docker engine as a build asks for before it breaks off."""
+
+    class Engine(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"ApiVersion": "1.44", "MinAPIVersion": "1.24", "Version": "24"}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            """Hang up in the middle of the answer."""
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"40\r\n{")
+            self.close_connection = True
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with serving(Engine) as address:
+        yield address.replace("http", "tcp")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"credsStore": "gone"}, "names cannot be asked: install it, or remove its credsStore or credHelpers line"),
+        ({"credHelpers": {"registry.example.com": "gone"}}, "names cannot be asked"),
+        ({}, "onnection"),
+    ],
+)
+def test_whatever_the_sdk_raises_is_one_sentence(
+    config: dict[str, Any], words: str, engine: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    environment = {"DOCKER_HOST": engine, "DOCKER_CONFIG": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_socket_that_may_not_be_opened_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def ping(self) -> None:
+            raise requests.exceptions.ConnectionError(PermissionError(13, "Permission denied"))
+
+    monkeypatch.setattr(build.docker, "from_env", lambda timeout: Client())
+    with pytest.raises(build.NoEngineError, match="Permission denied"):
+        build.connect()
 
 
 def test_the_help_names_every_option_and_shows_examples() -> None:

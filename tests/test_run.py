@@ -39,6 +39,7 @@ def test_feedback_is_counted_listed_trusted_and_removed(run: Run, tmp_path: Path
     assert "kept apart" in said
     assert "anonymous/" in said
     assert "'a text'" in run("feedback", "list", "anonymous")[1]
+    assert run("feedback", "list") == run("feedback", "list", "anonymous")
     assert run("feedback", "trust", "1") == (0, "1 labels count as yours: the next training uses them\n")
     assert run("feedback", "remove", "reviewed") == (0, "1 labels removed\n")
     code, said = run("feedback", "remove", "reviewed")
@@ -48,7 +49,7 @@ def test_feedback_is_counted_listed_trusted_and_removed(run: Run, tmp_path: Path
 
 @pytest.mark.parametrize(
     "arguments",
-    [["feedback", "list"], ["feedback", "drop", "1"], ["feedback", "list", "1", "2"], ["promote"], ["versions", "x"]],
+    [["feedback", "remove"], ["feedback", "drop", "1"], ["feedback", "list", "1", "2"], ["promote"], ["versions", "x"]],
 )
 def test_what_a_verb_does_not_take_is_refused_with_what_it_does(run: Run, arguments: list[str]) -> None:
     code, said = run(*arguments)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from tuneserve.errors import SettingsError
-from tuneserve.settings import PROJECT, Settings
+from tuneserve.settings import PROJECT, Settings, unquote
 from tuneserve.settings_docs import TABLE_MARKS, fill_table, render_config_env, render_table
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
@@ -83,6 +83,52 @@ def test_a_value_is_read_for_what_it_means(name: str, value: str, meant: object)
     read = getattr(Settings.from_environ({name: value}), name.lower())
     assert read == meant
     assert type(read) is type(meant)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ('"/data/x.csv"', "/data/x.csv"),
+        ("'/data/x.csv'", "/data/x.csv"),
+        (' "/data/x.csv" ', "/data/x.csv"),
+        ('"/data/run #3"', "/data/run #3"),
+        ("\"/data/x.csv'", "\"/data/x.csv'"),
+        ('"a" "b"', '"a" "b"'),
+        ('"', '"'),
+        ('""', "sample"),
+        ("https://host/x#part", "https://host/x#part"),
+    ],
+)
+def test_one_pair_of_quotes_is_taken_off(value: str, meant: str) -> None:
+    assert Settings.from_environ({"DATASET": value}).dataset == meant
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variable_may_stand_in_quotes(name: str) -> None:
+    given = read_as_docker_does(render_config_env())[name] or {"MODEL_PATH": "/m", "DATA_PATH": "/d"}.get(name, "")
+    for quote in "'\"":
+        assert Settings.from_environ({name: f"{quote}{given}{quote}"}) == Settings.from_environ({name: given})
+
+
+@pytest.mark.parametrize("value", ["hunter2 # the key", '"hunter2" # the key', "hunter2\t#"])
+def test_a_comment_behind_a_value_is_refused_by_its_variables_name(value: str) -> None:
+    for name in ("API_KEY", "DATASET", "LR"):
+        with pytest.raises(SettingsError, match=f"{name}: ` #` in a value") as caught:
+            Settings.from_environ({name: value})
+    for told in str(caught.value).splitlines():
+        assert "hunter2" not in told or told.strip().startswith("LR=")
+
+
+def test_an_environment_file_with_quotes_is_read_and_said(tmp_path: Path, python: Python) -> None:
+    quoted = {"MODEL_PATH": str(tmp_path / "m"), "API_KEY": "hunter2", "HF_TOKEN": "hunter3", "PET_NNODES": "1:2"}
+    environ = {name: f'"{value}"' for name, value in quoted.items()} | {"PS1": '"$ "'}
+    (tmp_path / "m").mkdir()
+    done = python(RUN, "versions", **environ)
+    assert done.stdout == f"There is no version in MODEL_PATH={tmp_path / 'm'} yet.\n"
+    [said] = [line for line in done.stderr.splitlines() if "quotes" in line]
+    assert said.endswith(": MODEL_PATH, API_KEY, HF_TOKEN, PET_NNODES")
+    assert unquote(environ) == list(quoted)
+    assert environ == quoted | {"PS1": '"$ "'}
 
 
 def test_settings_do_not_change_once_they_are_read() -> None:

@@ -5,8 +5,9 @@ import os
 from tuneserve.hardware import set_threads
 from tuneserve.redaction import remember
 from tuneserve.serving.application import Application
-from tuneserve.settings import Settings
+from tuneserve.settings import Settings, unquote
 
+unquote(os.environ)
 remember(os.environ)
 settings = Settings.from_environ(os.environ)
 app = Application(settings, threads=set_threads(settings.omp_num_threads)).asgi

@@ -7,6 +7,7 @@ predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
+import        make a version of a classifier that was fine-tuned elsewhere: import <its Hugging Face folder>
 feedback      count the labels people have sent by day and origin; with `list`, `trust` or `remove` and an id, a day, an
               origin or one client of it: show them, let them be trained on, take them out
 """
@@ -14,6 +15,7 @@ feedback      count the labels people have sent by day and origin; with `list`, 
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -34,30 +36,25 @@ def main(arguments: list[str]) -> int:
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
     from tuneserve.redaction import remember
-    from tuneserve.settings import Settings
+    from tuneserve.settings import Settings, unquote
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
-    parser.add_argument("arguments", nargs="*", help="promote: a version; feedback: [list|trust|remove] which")
+    parser.add_argument(
+        "arguments", nargs="*", help="promote: a version; import: a folder; feedback: [list|trust|remove] which"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
     wanted = parser.parse_args(arguments)
-    if wanted.verb == "promote" and len(wanted.arguments) != 1:
-        parser.error("promote takes a version's id; `versions` lists them")
-    if (
-        wanted.verb == "feedback"
-        and wanted.arguments
-        and (len(wanted.arguments) != 2 or wanted.arguments[0] not in ("list", "trust", "remove"))
-    ):
-        parser.error("feedback takes nothing, or list, trust or remove and which labels")
-    if wanted.verb not in ("promote", "feedback") and wanted.arguments:
-        parser.error(f"{wanted.verb} takes no argument: it is configured by the environment")
+    check_arguments(parser, wanted.verb, wanted.arguments)
     stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
+    quoted = unquote(os.environ)
     remember(os.environ)
     try:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
+            say_quoted(quoted)
             STORE_VERBS[wanted.verb](settings, *wanted.arguments)
             return 0
         if stop.once:
@@ -66,8 +63,9 @@ def main(arguments: list[str]) -> int:
             settings = run_in_background(settings)
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
+        say_quoted(quoted)
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
-        VERBS[wanted.verb](settings, stop, threads)
+        VERBS[wanted.verb](settings, stop, threads, *wanted.arguments)
     except SystemExit as end:
         if stop.signal is not None:
             name = signal.Signals(stop.signal).name
@@ -81,6 +79,12 @@ def main(arguments: list[str]) -> int:
         logs.report(error)
         return error.exit_code
     return 0
+
+
+def say_quoted(names: list[str]) -> None:
+    """Name the variables whose values stood in quotes."""
+    if names:
+        logging.getLogger(__name__).warning("taken without the quotes around their values: %s", ", ".join(names))
 
 
 def train(settings: "Settings", stop: Stop, threads: int) -> None:
@@ -107,6 +111,24 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
     from tuneserve.scoring import job
 
     job.score(settings, threads=threads, environ=os.environ)
+
+
+def bring_in(settings: "Settings", stop: Stop, threads: int, folder: str) -> None:
+    """Make a version of a fine-tuned classifier, without training."""
+    from tuneserve.training import imported
+
+    imported.bring_in(folder, settings, threads=threads)
+
+
+def check_arguments(parser: argparse.ArgumentParser, verb: str, arguments: list[str]) -> None:
+    """End with usage if these are not the verb's arguments."""
+    fits = {
+        "promote": len(arguments) == 1,
+        "import": len(arguments) == 1,
+        "feedback": re.fullmatch(r"|list( \S+)?|(trust|remove) \S+", " ".join(arguments)) is not None,
+    }
+    if not fits.get(verb, not arguments):
+        parser.error(f"{verb} takes {TAKES.get(verb, 'no argument: it is configured by the environment')}")
 
 
 def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
@@ -157,13 +179,26 @@ def rollback(settings: "Settings") -> None:
     print(f"{now.id} is the champion again, {withdrawn} is withdrawn; servers that still hold it change over at once")
 
 
-VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}
+VERBS: dict[str, Callable[..., None]] = {
+    "train-serve": train_serve,
+    "train": train,
+    "serve": serve,
+    "predict": predict,
+    "import": bring_in,
+}
 STORE_VERBS: dict[str, Callable[..., None]] = {
     "versions": versions,
     "promote": promote,
     "rollback": rollback,
     "feedback": feedback,
 }
+
+TAKES = {
+    "promote": "a version's id; `versions` lists them",
+    "import": "the folder of a fine-tuned Hugging Face classifier",
+    "feedback": "nothing, or list, trust or remove, and which labels: an id, a day, an origin or one client of it",
+}
+"""The arguments of the verbs that have some."""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

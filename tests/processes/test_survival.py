@@ -7,10 +7,12 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
-from forked import run_job
+from forked import run_job, run_job_until
+from transformers import AutoModelForSequenceClassification
 
 from tuneserve.lifecycle.store import Store
 
@@ -77,3 +79,61 @@ def test_twenty_random_signals_change_no_bit_of_the_weights(
     assert process.exitcode == 0, log.read_text()
     assert "resuming in epoch" in log.read_text()
     assert weights(long_run) == weights(whole)
+
+
+@pytest.fixture(scope="module")
+def weights_of_a_whole_run(
+    tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, processes: Any
+) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    environment = short_run(folder, tiny_bert, tiny_data)
+    process = processes.Process(target=run_job, args=(environment, folder / "log"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, (folder / "log").read_text()
+    return weights(environment)
+
+
+def short_run(folder: Path, base_model: Path, dataset: Path) -> dict[str, str]:
+    return {
+        **tiny.RECIPE,
+        **tiny.paths(folder),
+        "DATASET": str(dataset),
+        "BASE_MODEL": str(base_model),
+        "N_EPOCHS": "1",
+        "MAX_ACCURACY_DROP": "1",
+    }
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        r"versions/\.[^/]*/golden\.json",
+        r"versions/\.[^/]*/engine/engine\.json",
+        r"versions/\.[^/]*/report/test\.json",
+        r"versions/\.[^/]*/metadata\.json",
+        r"versions/[^./]*",
+        r"evidence/[^./]*",
+        r"versions/[^./]*/decision\.json",
+        r"champion",
+    ],
+)
+def test_a_kill_at_any_point_of_the_publication_leaves_whole_versions_and_the_next_start_goes_on(
+    point: str, tiny_bert: Path, tiny_data: Path, tmp_path: Path, weights_of_a_whole_run: bytes, processes: Any
+) -> None:
+    environment, log = short_run(tmp_path, tiny_bert, tiny_data), tmp_path / "log"
+    killed = processes.Process(target=run_job_until, args=(environment, log, point))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, log.read_text()
+    store = Store(Path(environment["MODEL_PATH"]))
+    assert not store.pointer.exists()
+    for version in store.versions():
+        AutoModelForSequenceClassification.from_pretrained(version.folder)
+    again = processes.Process(target=run_job, args=(environment, log))
+    again.start()
+    again.join(120)
+    assert again.exitcode == 0, log.read_text()
+    assert weights(environment) == weights_of_a_whole_run
+    assert [version.id for version in store.versions()] == [store.champion().id]
+    assert not [path for folder in ("versions", "evidence") for path in (store.root / folder).glob(".*")]

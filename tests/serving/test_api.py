@@ -353,7 +353,7 @@ def test_what_nobody_foresaw_is_a_500_with_its_id_and_the_log_has_where_and_not_
 def test_the_documentation_has_every_status(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for path in ("/inference", "/inference/batch"):
-        known = {"200", "401", "408", "413", "422", "429", "500", "503", "504"}
+        known = {"200", "400", "401", "408", "413", "415", "422", "429", "431", "500", "501", "503", "504"}
         assert set(paths[path]["post"]["responses"]) == known
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tuneserve.errors import BaseModelError
-from tuneserve.settings import Settings
+from tuneserve.settings import PROJECT, Settings
 from tuneserve.training.base_model import PACKAGE, PACKAGED, PACKAGED_REVISION, PACKAGED_SHA256, BaseModel, resolve
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -87,6 +87,21 @@ def test_a_folder_without_safe_weights_or_configuration_is_refused(removed: str,
         (folder / added).write_bytes(b"{}")
     message = refusal(folder, tmp_path)
     assert "should hold config.json and *.safetensors; weights in pickles are not loaded" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(
+    name: str, tmp_path: Path, python: Python
+) -> None:
+    folder = write_model(tmp_path / "mine", "model.safetensors")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
+    mapped = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
+    content = {"model_type": "own", "auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
+    (folder / name).write_text(json.dumps(content))
+    done = python(PROJECT / "production" / "docker-res" / "run.py", "train", BASE_MODEL=str(folder))
+    assert done.returncode == 4
+    assert f"brings code of its own (auto_map in {name})" in done.stderr
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "../none", "~/none", f"/{'x' * 300}"])

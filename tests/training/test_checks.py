@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from tuneserve.errors import DataError
-from tuneserve.training.checks import MIN_CLASS_TEXTS, Split, Splits, check, describe
+from tuneserve.training.checks import Split, Splits, check, describe
 from tuneserve.training.data import Source
 
 Rows = list[tuple[str, str]]
@@ -159,7 +159,7 @@ def test_labels_are_sorted_and_numbers_by_value_whatever_the_order_of_the_rows(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one class": ({"train": numbered({"bad": 40})}, "train.csv has one class only, 'bad'"),
     "a class too small": (
-        {"train": numbered({"bad": 40, "good": MIN_CLASS_TEXTS - 1})},
+        {"train": numbered({"bad": 40, "good": 4})},
         "train.csv: too few usable training texts of 'good' (4); 5 of each class are the least",
     ),
     "a class too small once mended": (
@@ -203,7 +203,7 @@ def test_each_class_gives_its_share_to_the_test_and_then_to_validation(fraction:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_split_keeps_every_class_in_every_part_and_no_text_in_two(seed: int) -> None:
-    train = numbered({f"class {number}": MIN_CLASS_TEXTS + number % 3 for number in range(77)})
+    train = numbered({f"class {number}": 5 + number % 3 for number in range(77)})
     repeats = [(text.upper(), label) for text, label in train[::2]]
     splits = checked({"train": train + repeats}, test_fraction=0.01, valid_fraction=0.5, seed=seed)
     parts = [rows(splits, name) for name in ("train", "valid", "test")]

@@ -1,8 +1,10 @@
 """The exported forms of tiny encoders: real graphs, made by OpenVINO and NNCF, compared, and taken or left."""
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,23 @@ def test_a_graph_answers_as_torch_does(kind: str, layout: str, split: TokenizedS
     graph = Graph(tmp_path, precision="fp32", threads=1, max_tokens=32)
     graph.begin(graph.prepare([split.text_ids(row).tolist() for row in range(len(split))]))
     assert graph.result() == pytest.approx(logits_of(model, split), abs=1e-4)
+
+
+def test_a_conversion_that_raises_leaves_the_log_as_it_was(
+    split: TokenizedSplit, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unknown(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, states: torch.Tensor) -> torch.Tensor:
+            raise ValueError("nothing that a graph could hold")
+
+    monkeypatch.setattr(openvino_graph._InRows, "forward", lambda *_: Unknown.apply(None))
+    monkeypatch.setattr(openvino_graph._InPadding, "forward", lambda *_: Unknown.apply(None))
+    caplog.set_level(logging.INFO)
+    before, filters = logging.getLogger().level, warnings.filters[:]
+    assert openvino_graph.export(tiny.make_classifier(), tmp_path, split, threads=1) is None
+    assert (logging.getLogger().level, warnings.filters) == (before, filters)
+    assert "cannot be exported for the CPU engine" in caplog.text
 
 
 def test_a_graph_that_computes_something_else_is_not_taken(

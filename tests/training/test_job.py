@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,24 +325,6 @@ def test_what_killed_trainings_left_is_removed_at_the_next_start(environment: di
     with pytest.raises(DataError):
         train(environment, DATASET="/none")
     assert [path.exists() for path in [whole, *left]] == [True] + [False] * 6
-
-
-def test_a_killed_process_leaves_nothing_that_would_be_served(environment: dict[str, str]) -> None:
-    """Kill -9 at several moments of the writing: the store stays as it was, or holds one whole version more."""
-    store = Store(Path(environment["MODEL_PATH"]))
-    for delay in (0.0, 0.02, 0.05, 0.1):
-        before = set(store.versions_folder.glob("*"))
-        process = start(environment | {"SEED": str(int(delay * 1000)), "N_EPOCHS": "1"})
-        while process.poll() is None and not set(store.versions_folder.glob("*")) - before:
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.kill()
-        output, _ = process.communicate()
-        assert set(store.versions_folder.glob("*")) - before, output
-        for version in store.versions():
-            AutoModelForSequenceClassification.from_pretrained(version.folder)
-        if store.pointer.exists():
-            assert store.champion().labels == ["bad", "good"]
 
 
 def test_without_a_terminal_progress_is_plain_lines(environment: dict[str, str]) -> None:

@@ -125,6 +125,18 @@ class TooLargeError(TuneserveError):
     status = 413
 
 
+class EncodingError(TuneserveError):
+    """The body is in an encoding that this server does not read."""
+
+    status = 415
+
+
+class FramingError(TuneserveError):
+    """The body is transferred in a way that this server does not know."""
+
+    status = 501
+
+
 class OverloadedError(TuneserveError):
     """The queue is full; there should be room again after `retry_after_s`."""
 

@@ -5,8 +5,9 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
@@ -146,6 +147,19 @@ class LogFile(RotatingFileHandler):
             error = sys.exc_info()[1]
             with suppress(OSError):
                 print(f"error: {self.baseFilename} cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Undo what libraries do in the block to the root logger (OpenVINO's converter silences it) and to warnings."""
+    root = logging.getLogger()
+    level, handlers, filters, disabled = root.level, root.handlers[:], root.filters[:], root.manager.disable
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+            root.handlers[:], root.filters[:], root.manager.disable = handlers, filters, disabled
 
 
 def start(folder: Path, *, speaks: bool = True, json_lines: bool = False) -> None:

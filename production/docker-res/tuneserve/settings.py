@@ -5,7 +5,8 @@ long because the sentences about all variables are here.
 """
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -29,10 +30,19 @@ def _absolute(path: Path) -> Path:
 
 
 WORDS = {
+    "cors_origins": "`*`, or origins as browsers name them (`https://reviews.example`), separated by commas",
     "retrain_schedule": "five fields as crontab has them",
     "retrain_time_zone": "the name of a time zone",
 }
 """What a variable may hold where its type does not say it."""
+
+QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
+COMMENT = re.compile(r"\s#")
+OF_LIBRARIES = re.compile(
+    "(?:AWS|AZURE|GOOGLE|HF|HUGGING_FACE|MLFLOW|OTEL|PET|TUNESERVE)_.*|(?:HTTPS?|ALL|NO)_PROXY|JOB_COMPLETION_INDEX",
+    re.IGNORECASE,
+)
+"""Variables that are read elsewhere; in their values a `#` is theirs to judge."""
 
 Fraction = Annotated[float, Field(gt=0, le=0.5)]
 Folder = Annotated[Path, AfterValidator(_absolute)]
@@ -44,7 +54,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     dataset: str = SAMPLE
-    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL or Parquet file, perhaps
+    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`), a folder with `train.*` and optionally `valid.*` and `test.*`, a URL such
     as `s3://bucket/reviews.csv`, or a name on the Hugging Face hub (`owner/name` or `owner/name:configuration`)."""
 
@@ -53,6 +63,16 @@ class Settings(BaseModel):
 
     label_column: str = ""
     """Column that holds the label. Empty: found by its name, or refused when several could be meant."""
+
+    labels: Literal["as-is", "merge"] = "as-is"
+    """Labels that differ only in case, spaces, Unicode form or number format (`Positive`, `positive`): `merge` joins
+    them under the name that most training texts have; `as-is` keeps them apart and names them in the log."""
+
+    min_class_size: int = Field(default=5, ge=5)
+    """Fewest usable training texts of a label; one with fewer is rare."""
+
+    rare_labels: Literal["refuse", "drop", "other"] = "refuse"
+    """Rare labels: refuse the data, drop the texts of these labels, or join them as the label `other`."""
 
     num_train: int = Field(default=0, ge=0)
     """Training texts to use, drawn by SEED. 0: all."""
@@ -156,6 +176,13 @@ class Settings(BaseModel):
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body taken, in KiB; beyond it: 413."""
 
+    cors_origins: str = ""
+    """Origins whose pages may ask this server from a browser, separated by commas: `https://reviews.example`; `*` for
+    every page. Empty: none."""
+
+    max_batch_texts: int = Field(default=4096, ge=1)
+    """Texts of one request to `/inference/batch`; beyond it: 413."""
+
     long_text: Literal["truncate", "error", "window"] = "truncate"
     """Texts longer than NUM_MAX_POSITIONS: read up to there, refuse (422), or read in overlapping windows whose
     probabilities are averaged, up to 512 characters for each of the NUM_MAX_POSITIONS."""
@@ -242,7 +269,7 @@ class Settings(BaseModel):
     installed; the SDK's other `OTEL_*` variables hold too."""
 
     input: str = ""
-    """What `predict` scores: a CSV, TSV, JSON, JSONL or Parquet file, perhaps compressed (`.gz`, `.bz2`, `.xz`,
+    """What `predict` scores: a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps compressed (`.gz`, `.bz2`, `.xz`,
     `.zst`), a folder of files of one of these kinds, or the URL of either (`s3://bucket/reviews/`)."""
 
     output: str = ""
@@ -261,6 +288,14 @@ class Settings(BaseModel):
         if not value:
             raise ValueError("should name a data set")
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: str) -> str:
+        origins = [origin.strip() for origin in value.split(",") if origin.strip()]
+        if not all(origin == "*" or re.fullmatch(r"https?://[^/\s*?#@]+", origin) for origin in origins):
+            raise ValueError("should be origins")
+        return ",".join(origins)
 
     @field_validator("retrain_schedule")
     @classmethod
@@ -290,14 +325,21 @@ class Settings(BaseModel):
 
         Raises:
             SettingsError: naming every bad variable at once, its value and what would be right, and every
-                unknown variable whose name is close to a known one.
+                unknown variable whose name is close to a known one. One pair of quotes around a value is taken off.
         """
         names = {field.upper(): field for field in cls.model_fields}
-        values = {names[name]: value.strip() for name, value in environ.items() if name in names and value.strip()}
+        read = {name: unquoted(value) for name, value in environ.items() if name in names}
+        values = {names[name]: value for name, value in read.items() if value}
         problems = [
             f"  {name}: there is no such variable; did you mean {neighbour}? Rename it or unset it."
             for name in environ
             if name not in names and (neighbour := _neighbour(name, names))
+        ]
+        problems += [
+            f"  {name}: ` #` in a value begins no comment in an environment file. Put a comment on a line of its own, "
+            "and a value that holds ` #` in quotes."
+            for name, value in environ.items()
+            if name in names and COMMENT.search(value.strip()) and not QUOTED.fullmatch(value.strip())
         ]
         problems += [f"  {name.upper()} is not UTF-8 text." for name, value in values.items() if has_surrogates(value)]
         try:
@@ -316,6 +358,21 @@ class Settings(BaseModel):
         """The settings as JSON values, without secrets."""
         shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
         return {name: redact_url(value) if isinstance(value, str) else value for name, value in shown.items()}
+
+
+def unquoted(value: str) -> str:
+    """The value without spaces around it, and without one pair of equal quotes: Docker keeps those of an env-file."""
+    value = value.strip()
+    return found[2].strip() if (found := QUOTED.fullmatch(value)) else value
+
+
+def unquote(environ: MutableMapping[str, str]) -> list[str]:
+    """Take the quotes off all variables that this job and its libraries read, and name those that had some."""
+    names = {field.upper() for field in Settings.model_fields}
+    read = [name for name in environ if name in names or OF_LIBRARIES.fullmatch(name)]
+    quoted = [name for name in read if QUOTED.fullmatch(environ[name].strip())]
+    environ.update({name: unquoted(environ[name]) for name in quoted})
+    return quoted
 
 
 def _neighbour(name: str, names: Mapping[str, str]) -> str | None:

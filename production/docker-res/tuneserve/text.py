@@ -66,12 +66,12 @@ class Tokens:
     several; `read` counts each token once; `truncated` says whether the text continues after the last window.
     """
 
-    windows: list[list[int]]
+    windows: Sequence[Sequence[int]]
     read: int
     truncated: bool
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> Sequence[int]:
         """The ids of the first window, usually the only one."""
         return self.windows[0]
 

@@ -265,12 +265,14 @@ def trust(path: Path, which: str) -> int:
 
 
 def _condition(which: str) -> tuple[str, tuple[object, ...]]:
-    """SQL for what people call an id, a day, an origin or a client.
+    """SQL for what people call an id, a day, an origin or a client; nothing is all.
 
     Raises:
         NotFoundError: it is none of these.
     """
     origin, _, client = which.partition("/")
+    if not which:
+        return "", ()
     if which.isascii() and which.isdigit() and len(which) < 19:
         return "WHERE id = ?", (int(which),)
     if re.fullmatch(r"\d{4}-\d\d-\d\d", which):

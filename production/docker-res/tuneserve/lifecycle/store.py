@@ -9,7 +9,8 @@
     MODEL_PATH/trainer.lock     held by the one process that trains
     MODEL_PATH/training.json    the status of the newest training
 
-A pointer file and not a symbolic link: links do not survive object-store mounts.
+A pointer file and not a symbolic link: links do not survive object-store mounts. All that moves a pointer
+is here, which makes the module a little long.
 """
 
 import logging
@@ -98,6 +99,11 @@ class Store:
             StoreError: the pointer names a version that is not there.
         """
         name = _read_pointer(self.pointer)
+        if name is None and (self.root / "config.json").is_file():
+            raise NoModelError(
+                f"MODEL_PATH={self.root} is a Hugging Face model, and no store of versions. To serve it as it is, name "
+                f"another folder in MODEL_PATH and run.py import {self.root}; to fine-tune it, name it in BASE_MODEL."
+            )
         if name is None:
             raise NoModelError(
                 f"There is no model in MODEL_PATH={self.root} yet. Train one first: run.py train (or train-serve)."

@@ -82,6 +82,7 @@ class Graph:
         try:
             self.description = read_json(folder / FOLDER / DESCRIPTION)
             self._packed = self.description["layout"] == "packed"
+            self._pad_id = int(self.description.get("pad_id", 0))
             self.precision: Precision = (
                 precision if precision in self.description.get("formats", [precision]) else "fp32"
             )
@@ -154,7 +155,7 @@ class Graph:
     def _pad(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> Prepared:
         width = next(one for one in self._widths if one >= max(lengths))
         rows = _at_least(len(texts))
-        input_ids = np.zeros((rows, width), dtype=np.int64)
+        input_ids = np.full((rows, width), self._pad_id, dtype=np.int64)
         mask = np.zeros((rows, width), dtype=np.int64)
         mask[:, 0] = 1  # a row of padding alone would attend to nothing
         for row, text in enumerate(texts):

@@ -119,7 +119,8 @@ class Output:
         if self.is_file and location.files.isdir(location.path):
             raise SettingsError(f"{self.where} is a folder; a name that ends with {rows.type.ending} should be a file.")
         inside = {rows.location.real, *(file.real for file in rows.files)}
-        if location.real in inside or (rows.is_folder and location.real.parent in inside):
+        folders = {rows.location.real, *(file.real.parent for file in rows.files)}
+        if location.real in inside or (rows.is_folder and location.real.parent in folders):
             raise SettingsError(f"{self.where} is in INPUT, which would change what is scored; choose another.")
 
     def _clear_leftovers(self) -> None:

@@ -19,6 +19,10 @@ DEFAULT = "default"
 """The name of the model that answers where none is named."""
 
 
+YIELD_EVERY = 256
+"""Answers of one request that are noted before the event loop has its turn."""
+
+
 class Service:
     """Named models, each in its slot, and what happens around every answer.
 
@@ -76,6 +80,8 @@ class Service:
         for index, (asked, one) in enumerate(zip(inputs, answers, strict=True)):
             if isinstance(one, Answer):
                 self._note(one, served.monitor)
+                if index % YIELD_EVERY == YIELD_EVERY - 1:
+                    await asyncio.sleep(0)
                 if self.feedback is not None and (verdict := one.verdict) is not None:
                     self.feedback.remember(request_id, index, one.model_version, *verdict, asked)
         return answers

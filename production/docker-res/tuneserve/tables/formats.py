@@ -8,6 +8,7 @@ from typing import BinaryIO, cast
 
 from tuneserve.errors import DataError
 from tuneserve.tables import Format
+from tuneserve.tables.arrow import Arrow
 from tuneserve.tables.delimited import Delimited, Tabs
 from tuneserve.tables.parquet import Parquet
 from tuneserve.tables.records import Records
@@ -19,8 +20,27 @@ FORMATS: dict[str, Format] = {
     ".jsonl": Records(is_array=False),
     ".json": Records(is_array=True),
     ".parquet": Parquet(),
+    ".arrow": Arrow(),
 }
 """The formats by their endings, in the order in which messages list them."""
+
+
+DESCRIPTIONS = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+"""Files that `datasets` writes beside the data."""
+
+TEXT_ENDINGS = {".txt", ""}
+"""Of the files of a folder that hold one text each."""
+
+OTHERS = {
+    ".zip": "unpack it first",
+    ".tar": "unpack it first",
+    ".tgz": "unpack it first",
+    ".7z": "unpack it first",
+    ".rar": "unpack it first",
+    ".xlsx": "save the sheet as CSV UTF-8",
+    ".xls": "save the sheet as CSV UTF-8",
+}
+"""What is to be done with files of other kinds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +75,22 @@ def is_known(name: str) -> bool:
     return _split(name)[0] in FORMATS
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the author's: `.DS_Store`, `__MACOSX`, `_SUCCESS`."""
+    return name.startswith((".", "_"))
+
+
+def is_data(name: str) -> bool:
+    """Whether a file in a folder holds rows."""
+    name = PurePath(name).name
+    return is_known(name) and not is_hidden(name) and name.casefold() not in DESCRIPTIONS
+
+
+def is_text(name: str) -> bool:
+    """Whether a file in a folder may be one text."""
+    return PurePath(name).suffix.lower() in TEXT_ENDINGS and not is_hidden(name)
+
+
 def file_type(name: str, where: str) -> FileType:
     """The type of a file by its name.
 
@@ -63,8 +99,9 @@ def file_type(name: str, where: str) -> FileType:
     """
     ending, compression = _split(name)
     if ending not in FORMATS:
-        found = PurePath(name).suffix or "a file without an ending"
-        raise DataError(f"{where}: cannot read {found}; use {known_endings()}.")
+        found = ending + compression or "a file without an ending"
+        way = OTHERS.get(ending, f"use {known_endings()}")
+        raise DataError(f"{where}: cannot read {found}; {way}.")
     return FileType(FORMATS[ending], ending + compression, compression)
 
 

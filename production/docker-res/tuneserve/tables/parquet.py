@@ -36,10 +36,7 @@ class Parquet:
     def read_columns(self, file: BinaryIO, where: str) -> list[tuple[str, str]]:
         """See `Format`."""
         with _open_parquet(file, where) as table:
-            names = table.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise DataError(f"{where}: the column names {names} should each be there once.")
-            return [(str(field.name), str(field.type)) for field in table.schema_arrow]
+            return typed_columns(table.schema_arrow, where)
 
     def read_chunks(
         self, file: BinaryIO, where: str, *, chunk_rows: int, wanted: Wanted, columns: Sequence[str] | None = None
@@ -83,19 +80,7 @@ class Parquet:
 
     def values(self, chunk: Chunk, columns: Sequence[str], name: str) -> list[Any]:
         """See `Format`. Class ids become the names that the schema gives them, -1 becomes None."""
-        classes = _class_names(chunk.rows.schema, name)
-        column = chunk.rows.column(name)
-        try:
-            values = list(column.to_pylist())
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise DataError(f"{chunk.where}: the column {name!r} holds the byte 0x{byte:02x}, not UTF-8.") from None
-        if classes is None:
-            return values
-        for number, value in zip(chunk.numbers, values, strict=True):
-            if value is not None and not -1 <= value < len(classes):
-                raise DataError(f"{chunk.where}, row {number}: class label {value} of {name!r} has no name.")
-        return [None if value is None or value == -1 else classes[value] for value in values]
+        return column_values(chunk, name)
 
     def write(self, chunk: Chunk, columns: Sequence[str], answers: Sequence[Answer]) -> bytes:
         """See `Format`."""
@@ -114,6 +99,38 @@ class Parquet:
                     held = []
                 held.append(table)
             writer.write_table(pa.concat_tables(held))
+
+
+def typed_columns(schema: pa.Schema, where: str) -> list[tuple[str, str]]:
+    """The names and types of a schema's columns.
+
+    Raises:
+        DataError: two have the same name.
+    """
+    if len(set(schema.names)) < len(schema.names):
+        raise DataError(f"{where}: the column names {str(schema.names)[:200]} should each be there once.")
+    return [(str(field.name), str(field.type)) for field in schema]
+
+
+def column_values(chunk: Chunk, name: str) -> list[Any]:
+    """The values of one column of a chunk that is a `pyarrow.Table`: class ids become names, -1 becomes None.
+
+    Raises:
+        DataError: a text is not UTF-8, or a class id has no name.
+    """
+    classes = _class_names(chunk.rows.schema, name)
+    column = chunk.rows.column(name)
+    try:
+        values = list(column.to_pylist())
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"{chunk.where}: the column {name!r} holds the byte 0x{byte:02x}, not UTF-8.") from None
+    if classes is None:
+        return values
+    for number, value in zip(chunk.numbers, values, strict=True):
+        if value is not None and not -1 <= value < len(classes):
+            raise DataError(f"{chunk.where}, row {number}: class label {value} of {name!r} has no name.")
+    return [None if value is None or value == -1 else classes[value] for value in values]
 
 
 def append_answers(rows: pa.Table, columns: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
@@ -139,7 +156,7 @@ def _class_names(schema: pa.Schema, name: str) -> list[str] | None:
 @contextmanager
 def _open_parquet(file: BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
     pa.set_memory_pool(pa.system_memory_pool())  # the default pool keeps up to 70 MiB of freed memory
-    with _seekable(file) as whole:
+    with seekable(file) as whole:
         try:
             # Unbuffered: by default the library loads whole row groups, and one may be the whole file.
             with pq.ParquetFile(whole, pre_buffer=False, buffer_size=BLOCK_BYTES) as table:
@@ -149,8 +166,8 @@ def _open_parquet(file: BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def _seekable(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The file, or a copy on disk: a Parquet file is read from its end, and an archive cannot be."""
+def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The file, or a copy on disk: a Parquet file is read from its end, and what is compressed cannot be."""
     if file.seekable():
         yield file
         return

@@ -128,3 +128,13 @@ def as_text(file: BinaryIO, where: str, *, newline: str | None) -> Iterator[Text
         io.BufferedReader(CheckedUtf8(file, where), BLOCK_BYTES), encoding="utf-8-sig", newline=newline
     ) as text:
         yield text
+
+
+def read_text(file: BinaryIO, where: str) -> str:
+    """All of a file in UTF-8.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    with as_text(file, where, newline=None) as text:
+        return text.read().strip()

@@ -4,16 +4,20 @@ import asyncio
 import logging
 import math
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from opentelemetry import trace
 
 from tuneserve.artifact import GOLDEN, Version, read_golden, require_whole
-from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TuneserveError
+from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TimeoutExceededError, TuneserveError
 from tuneserve.lifecycle.drift import Observation, read_reference
 from tuneserve.serving.batcher import Batcher, Outcome, Stages
 from tuneserve.serving.engines.choice import ENGINES
@@ -33,8 +37,17 @@ GOLDEN_TOLERANCE = 0.05
 INLINE_CHARACTERS = 4000
 """Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
 
-CHUNK_BATCHES = 2
+TOKENIZERS = 2
+"""Threads that tokenize large requests: the library takes hundreds of bytes for each character while it does."""
+
+READ_AT_ONCE = 256
+"""Texts of a large request that are tokenized together, and answers that the event loop makes by itself."""
+
+CHUNK_BATCHES = 1
 """Batches' worth of one request that are queued at a time: a large request leaves room for small ones."""
+
+CHUNKS = 2
+"""Chunks of all large requests together that are queued at a time, so that small requests wait for these alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +90,9 @@ class Classifier(Model):
             max_tokens=version.max_tokens,
             windows=long_text == "window",
         )
+        self._coming = 0
+        self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
+        self._tokenizing = ThreadPoolExecutor(TOKENIZERS, "tokenize")
         self._metrics = Metrics()
         self.batcher = Batcher(engine, self._metrics, max_queue_tokens=max_queue_tokens)
         try:
@@ -142,12 +158,23 @@ class Classifier(Model):
     def close(self) -> None:
         """See `Model`."""
         self.batcher.close()
+        self._tokenizing.shutdown()
 
     def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
         """The tokens of each text, or why it cannot be read."""
         problems = [self._problem(text) for text in texts]
         found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
         return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
+
+    def _read_many(self, texts: Sequence[str]) -> list[Tokens | TextError]:
+        """As `read`, in less memory: the ids of a large request wait for long."""
+        found: list[Tokens | TextError] = []
+        for begin in range(0, len(texts), READ_AT_ONCE):
+            for one in self.read(texts[begin : begin + READ_AT_ONCE]):
+                if isinstance(one, Tokens):
+                    one = replace(one, windows=[array("i", ids) for ids in one.windows])
+                found.append(one)
+        return found
 
     async def _answer(self, texts: Sequence[str], deadline: float, *, max_windows: int | None = None) -> Answers:
         """See `answer`; of each text so many windows count."""
@@ -157,8 +184,8 @@ class Classifier(Model):
         if sum(map(len, texts)) < INLINE_CHARACTERS:
             readings = self.read(texts)
         else:
-            readings = await asyncio.to_thread(self.read, texts)
-            if refusal := self.room():  # others have filled the queue meanwhile
+            readings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._read_many, texts)
+            if refusal := self.batcher.refusal(coming=self._coming):  # others have filled the queue meanwhile
                 raise refusal
         tokenize_s = time.perf_counter() - began
         self._metrics.stages["tokenize"].observe(tokenize_s)
@@ -176,15 +203,25 @@ class Classifier(Model):
                     "tuneserve.infer_s": max(0.0, stages.answered_at - stages.taken_at),
                 }
             )
-        return [
-            self._conclude(one, [next(outcomes) for _ in of_text])
-            for one, of_text in zip(readings, windows, strict=True)
-        ]
 
-    async def _compute(self, ids: list[list[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
-        """Outcomes in order. Texts of like length go together, and few chunks of a large request wait at once."""
+        def conclude() -> Answers:
+            return [
+                self._conclude(one, [next(outcomes) for _ in of_text])
+                for one, of_text in zip(readings, windows, strict=True)
+            ]
+
+        return conclude() if len(texts) <= READ_AT_ONCE else await asyncio.to_thread(conclude)
+
+    async def _compute(self, ids: Sequence[Sequence[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
+        """Outcomes in order. Texts of like length go together, and few chunks of large requests wait at once."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         chunk_tokens = CHUNK_BATCHES * self.batcher.max_batch_tokens
+        tokens = sum(map(len, ids))
+        turns, coming = None, 0
+        if tokens > chunk_tokens:
+            turns = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CHUNKS))
+            coming = min(tokens, CHUNKS * chunk_tokens)
+        self._coming += coming
         found: dict[int, Outcome] = {}
         waiting: deque[tuple[list[int], asyncio.Future[list[Outcome]]]] = deque()
 
@@ -196,12 +233,23 @@ class Classifier(Model):
         try:
             for chunk in split_by_tokens([len(ids[index]) for index in order], chunk_tokens):
                 texts = [ids[index] for index in order[chunk]]
-                waiting.append((order[chunk], self.batcher.submit(texts, deadline=deadline, stages=stages)))
+                if turns is not None:
+                    await _acquire(turns, deadline)
+                try:
+                    future = self.batcher.submit(texts, deadline=deadline, stages=stages)
+                except NoModelError:
+                    if turns is not None:
+                        turns.release()
+                    raise
+                if turns is not None:
+                    future.add_done_callback(partial(_release, turns))
+                waiting.append((order[chunk], future))
                 if len(waiting) > 1:
                     await collect()
             while waiting:
                 await collect()
         finally:
+            self._coming -= coming
             for _, future in waiting:
                 future.cancel()  # nobody waits any more: what has not begun is dropped
         return [found[index] for index in range(len(ids))]
@@ -257,6 +305,19 @@ class Classifier(Model):
         if has_surrogates(text):
             return "the text holds half a surrogate pair, which is not Unicode text"
         return ""
+
+
+async def _acquire(turns: asyncio.Semaphore, deadline: float) -> None:
+    """Wait for a turn until the deadline of the monotonic clock."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic() if deadline < math.inf else None):
+            await turns.acquire()
+    except TimeoutError:
+        raise TimeoutExceededError("There was no answer in time.") from None
+
+
+def _release(turns: asyncio.Semaphore, _: object) -> None:
+    turns.release()
 
 
 def _softmax(logits: Array) -> list[float]:

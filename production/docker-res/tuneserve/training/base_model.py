@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 from dataclasses import asdict, dataclass
@@ -64,6 +65,7 @@ def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
     else:
         folder = _download(name, revision=revision, cache=cache)
         source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
+    _require_no_code(folder)
     sha256 = _hash_weights(folder)
     if source == "package" and sha256 != PACKAGED_SHA256:
         raise BaseModelError(
@@ -131,10 +133,33 @@ def connect_to_hub() -> bool:
     return not hub.HF_HUB_OFFLINE
 
 
+def _require_no_code(folder: Path) -> None:
+    """Refuse a model whose files name Python code of its own, which would have to be trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # said where it is needed
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise BaseModelError(
+                f"{folder} brings code of its own (auto_map in {name}), which is never run. If transformers knows this "
+                f"kind of model without it, remove auto_map from {name} in a copy, and name the copy in BASE_MODEL."
+            )
+
+
 def _hash_weights(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file():
+        raise BaseModelError(
+            f"{folder} is an adapter (LoRA), not a model. Merge it into its base model first: with the package peft, "
+            "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW)."
+        )
     if not (folder / "config.json").is_file() or not weights:
-        raise BaseModelError(f"{folder} should hold config.json and *.safetensors; weights in pickles are not loaded.")
+        raise BaseModelError(
+            f"{folder} should hold config.json and *.safetensors; weights in pickles are not loaded. If you trust a "
+            "pytorch_model.bin, convert it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW) of transformers, "
+            "and copy the tokenizer's files beside it."
+        )
     if len(weights) == 1:
         with weights[0].open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

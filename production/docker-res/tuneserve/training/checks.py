@@ -2,15 +2,15 @@
 
 Mended, and counted in the findings: empty texts, repeated training texts, training texts with two labels, training
 texts that are also in the validation or test texts. Texts are compared without case and runs of spaces.
-Refused: a row without a label, a single class, a class with too few texts, a test label that training never shows.
-A test file that is given stays as it is, empties aside, so that its figures compare with others'.
+Refused: a row without a label, a single class, labels that look like numbers to predict, a class with too few texts, a
+test label that training never shows. Rare labels may be left out or joined instead; labels that look alike, joined.
+A test file that is given stays as it is, empties and rare labels aside, so that its figures compare with others'.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +18,10 @@ from datasets import Dataset
 
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
-from tuneserve.tables.rows import BATCH_ROWS
+from tuneserve.tables.rows import BATCH_ROWS, enumerate_some, shorten
 from tuneserve.text import is_blank
+from tuneserve.training import labels as names_of
 from tuneserve.training.data import Source
-
-MIN_CLASS_TEXTS = 5
-"""Fewest training texts of a class: enough for one in each split and a few to learn from."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -89,6 +87,9 @@ def check(
     valid_fraction: float,
     test_fraction: float,
     seed: int,
+    merge_labels: bool = False,
+    min_class_size: int = 5,
+    rare_labels: Literal["refuse", "drop", "other"] = "refuse",
 ) -> Splits:
     """Check what was read, mend it, and split it where the data bring no split of their own.
 
@@ -99,20 +100,21 @@ def check(
         valid_fraction: share of the training texts to hold out where there are no validation texts.
         test_fraction: share of all texts to hold out where there are no test texts.
         seed: of the draws and splits.
+        merge_labels: whether labels that differ only in case, spaces, Unicode form or number format are joined.
+        min_class_size: fewest training texts of a label; fewer make it rare.
+        rare_labels: what is done about rare ones: refuse the data, drop their texts, or join them as `other`.
 
     Raises:
         DataError: the data would teach nothing, or the result would be a lie.
     """
     vocabulary: dict[str, int] = {}
     rows = {split: _scan(source, vocabulary) for split, source in sources.items()}
-    labels, order = _sort_labels(vocabulary)
-    for one in rows.values():
-        one.labels = order[one.labels]
     train = rows["train"]
-    if len(labels) < 2:
-        raise DataError(f"{train.source.where} has one class only, {', '.join(map(repr, labels))}; two are the least.")
     held_out = {split: one for split, one in rows.items() if split != "train"}
     findings: dict[str, Any] = {"empty_texts": {split: int((~one.kept).sum()) for split, one in rows.items()}}
+    labels = _name_labels(rows, list(vocabulary), findings, merge=merge_labels)
+    if len(labels) < 2:
+        raise DataError(f"{train.source.where} has one class only, {names_of.name_labels(labels)}; two are the least.")
     findings |= _mend_train(train, held_out)
     repeats = {split: [int(marks.sum()) for marks in _find_repeats(one)] for split, one in held_out.items()}
     findings |= {f"repeated_{split}_texts": count for split, (count, _) in repeats.items()}
@@ -120,8 +122,12 @@ def check(
     if {"valid", "test"} <= set(rows):
         shared = np.isin(rows["valid"].keys[rows["valid"].kept], rows["test"].keys[rows["test"].kept])
         findings["valid_texts_also_in_test"] = int(shared.sum())
-    _require_known_labels(train, held_out, labels)
-    _require_class_sizes(train, labels, findings)
+    _refuse_numbers(train, labels, by_hand=rare_labels != "refuse")
+    if rare_labels == "refuse":
+        _require_known_labels(train, held_out, labels)
+    else:
+        labels = _mend_rare(rows, labels, findings, least=min_class_size, join=rare_labels == "other")
+    _require_class_sizes(train, labels, findings, least=min_class_size)
 
     rng = np.random.default_rng(seed)
     pool = train.indices()
@@ -167,23 +173,74 @@ def _scan(source: Source, vocabulary: dict[str, int]) -> _Rows:
     return _Rows(source, keys, labels, kept, content.hexdigest())
 
 
-def _sort_labels(vocabulary: Mapping[str, int]) -> tuple[list[str], Array]:
-    """Label names sorted (numbers by value), so that ids do not change between runs; and old id -> new id."""
-    try:
-        names = sorted(vocabulary, key=lambda name: (_number(name), name))
-    except ValueError:
-        names = sorted(vocabulary)
-    order = np.empty(len(names), dtype=np.int32)
-    for new, name in enumerate(names):
-        order[vocabulary[name]] = new
-    return names, order
+def _name_labels(rows: Mapping[str, _Rows], names: list[str], findings: dict[str, Any], *, merge: bool) -> list[str]:
+    """The labels, sorted, so that ids do not change between runs; what is odd about them goes into the findings."""
+    sizes = dict(zip(names, _sizes(rows["train"], len(names)), strict=True))
+    alike = names_of.find_alike(sizes)
+    if count := names_of.count_numbers(names):
+        findings["numbers_as_labels"] = count
+    odd = {"combined_labels": names_of.find_combined(names), "missing_labels": names_of.find_missing(names)}
+    if alike:
+        examples = [{name: sizes[name] for name in group} for group in list(alike.values())[: names_of.SHOWN]]
+        findings["alike_labels"] = {"groups": len(alike), "examples": examples, "merged": merge}
+    findings |= {key: found[: names_of.SHOWN] for key, found in odd.items() if found}
+    chosen = {name: most for most, group in alike.items() for name in group} if merge else {}
+    return _rename(rows, names, [chosen.get(name, name) for name in names])
 
 
-def _number(name: str) -> float:
-    number = float(name)
-    if not math.isfinite(number):  # "nan" and "inf" are words
-        raise ValueError(name)
-    return number
+def _rename(rows: Mapping[str, _Rows], old: list[str], new: list[str]) -> list[str]:
+    """Replace the labels `old` by those at the same index of `new`: the names by their new ids."""
+    names = names_of.sort_labels(set(new))
+    ids = {name: number for number, name in enumerate(names)}
+    order = np.array([ids[name] for name in new], dtype=np.int32)
+    for one in rows.values():
+        one.labels = order[one.labels]
+    return names
+
+
+def _sizes(rows: _Rows, count: int) -> list[int]:
+    """Usable texts of each label."""
+    return [int(size) for size in np.bincount(rows.labels[rows.kept], minlength=count)]
+
+
+def _refuse_numbers(train: _Rows, labels: list[str], *, by_hand: bool) -> None:
+    sizes = dict(zip(labels, _sizes(train, len(labels)), strict=True))
+    if names_of.look_like_numbers(sizes) and not by_hand:
+        raise DataError(
+            f"{train.source.where}: the label looks like a number to predict ({names_of.name_labels(labels)}); this "
+            "job classifies. Put the numbers into classes, such as low and high; if they are classes, set RARE_LABELS."
+        )
+
+
+def _mend_rare(
+    rows: Mapping[str, _Rows], labels: list[str], findings: dict[str, Any], *, least: int, join: bool
+) -> list[str]:
+    """Leave out labels with too few training texts, or join them as one that has enough: the labels that stay."""
+    sizes = dict(zip(labels, _sizes(rows["train"], len(labels)), strict=True))
+    rare = {name for name, size in sizes.items() if size < least}
+    if not rare:
+        return labels
+    join = join and sum(sizes[name] for name in rare) >= least
+    ids = [number for number, name in enumerate(labels) if name in rare]
+    marks = {split: one.kept & np.isin(one.labels, ids) for split, one in rows.items()}
+    other = next((name for name in labels if names_of.fold(name) == names_of.OTHER), names_of.OTHER)
+    findings["rare_labels"] = {
+        "labels": len(rare),
+        "examples": [name for name in labels if name in rare][: names_of.SHOWN],
+        "joined_as": other if join else None,
+        "texts": {split: int(mark.sum()) for split, mark in marks.items()},
+    }
+    if join:
+        return _rename(rows, labels, [other if name in rare else name for name in labels])
+    stay = [name for name in labels if name not in rare]
+    if len(stay) < 2:
+        raise DataError(
+            f"{rows['train'].source.where}: only {len(stay)} of {len(labels)} labels have {least} usable training "
+            "texts; lower MIN_CLASS_SIZE or set RARE_LABELS=other."
+        )
+    for split, one in rows.items():
+        one.kept &= ~marks[split]
+    return _rename(rows, labels, [stay[0] if name in rare else name for name in labels])  # their rows are not kept
 
 
 def _mend_train(train: _Rows, held_out: Mapping[str, _Rows]) -> dict[str, Any]:
@@ -220,20 +277,32 @@ def _find_repeats(rows: _Rows) -> tuple[Array, Array]:
 def _require_known_labels(train: _Rows, held_out: Mapping[str, _Rows], labels: list[str]) -> None:
     known = np.unique(train.labels[train.kept])
     for one in held_out.values():
-        strange = np.flatnonzero(~np.isin(one.labels, known))
+        strange = np.flatnonzero(one.kept & ~np.isin(one.labels, known))
         if len(strange):
             name = labels[one.labels[strange[0]]]
-            raise DataError(f"{one.source.locate(int(strange[0]))}: no training text has the label {name!r}.")
+            alike = next((labels[id] for id in known if names_of.fold(labels[id]) == names_of.fold(name)), None)
+            way = f"; LABELS=merge joins it with {names_of.quote(alike)}" if alike else ""
+            raise DataError(
+                f"{one.source.locate(int(strange[0]))}: no training text has the label {names_of.quote(name)}{way}."
+            )
 
 
-def _require_class_sizes(train: _Rows, labels: list[str], findings: Mapping[str, Any]) -> None:
-    sizes = np.bincount(train.labels[train.kept], minlength=len(labels))
-    small = [f"{name!r} ({size})" for name, size in zip(labels, sizes, strict=True) if size < MIN_CLASS_TEXTS]
+def _require_class_sizes(train: _Rows, labels: list[str], findings: Mapping[str, Any], *, least: int) -> None:
+    sizes = dict(zip(labels, _sizes(train, len(labels)), strict=True))
+    small = {name: size for name, size in sizes.items() if size < least}
     if small:
-        dropped = ", ".join(f"{name}: {count}" for name, count in findings.items() if isinstance(count, int) and count)
+        named = enumerate_some((f"{names_of.quote(name)} ({size})" for name, size in small.items()), names_of.SHOWN)
+        dropped = ", ".join(
+            f"{name}: {count}"
+            for name, count in findings.items()
+            if isinstance(count, int) and count and name != "numbers_as_labels"
+        )
+        alone = len(sizes) * 2 > train.kept.sum() and len(small) > names_of.SHOWN
         raise DataError(
-            f"{train.source.where}: too few usable training texts of {', '.join(small)}; "
-            f"{MIN_CLASS_TEXTS} of each class are the least." + (f" Left out: {dropped}." if dropped else "")
+            f"{train.source.where}: too few usable training texts of {named}; {least} of each class are the least."
+            + (f" Left out: {dropped}." if dropped else "")
+            + (" Most texts have a label of their own: is LABEL_COLUMN right?" if alone else "")
+            + " RARE_LABELS=drop leaves such labels out, RARE_LABELS=other joins them; MIN_CLASS_SIZE is the bound."
         )
 
 
@@ -245,7 +314,7 @@ def _require_use(splits: Mapping[str, Split], labels: list[str]) -> None:
             )
     missing = np.setdiff1d(np.arange(len(labels)), splits["train"].label_ids)
     if len(missing):
-        names = ", ".join(repr(labels[label]) for label in missing)
+        names = names_of.name_labels(labels[label] for label in missing)
         raise DataError(f"The texts drawn for training hold none of {names}; raise NUM_TRAIN.")
 
 
@@ -292,11 +361,13 @@ def describe(findings: Mapping[str, Any]) -> list[str]:
         words[f"contradicted_{split}_texts"] = f"{split} texts carry two labels; they stay, and cannot all be right"
     words["valid_texts_also_in_test"] = "validation texts are also in the test texts; they stay"
     lines += [f"{findings[key]} {sentence}" for key, sentence in words.items() if findings.get(key)]
+    lines += names_of.describe(findings)
     lines += [f"{count} empty texts left out of {split}" for split, count in findings["empty_texts"].items() if count]
     return lines
 
 
 def _balance(sizes: Mapping[str, int]) -> str:
     if len(sizes) <= 6:
-        return ", ".join(f"{name if name.isprintable() else repr(name)} {size}" for name, size in sizes.items())
+        names = [name if name.isprintable() else repr(name) for name in map(shorten, sizes)]
+        return ", ".join(f"{name} {size}" for name, size in zip(names, sizes.values(), strict=True))
     return f"{len(sizes)} classes of {min(sizes.values())} to {max(sizes.values())}"

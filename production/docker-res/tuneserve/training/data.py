@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -18,23 +19,47 @@ from tuneserve.errors import DataError, StoreError
 from tuneserve.logs import in_one_line
 from tuneserve.redaction import redact_url
 from tuneserve.settings import SAMPLE
-from tuneserve.tables.formats import file_type, is_known, known_endings
+from tuneserve.tables.formats import (
+    DESCRIPTIONS,
+    OTHERS,
+    file_type,
+    is_data,
+    is_hidden,
+    is_known,
+    is_text,
+    known_endings,
+)
 from tuneserve.tables.rows import (
     BATCH_ROWS,
     Columns,
     Row,
+    Types,
+    enumerate_some,
     format_label,
     format_value,
     in_batches,
     read_file,
     require_columns,
+    shorten,
 )
+from tuneserve.tables.streams import read_text
 from tuneserve.training.base_model import connect_to_hub
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
-STEMS = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+STEMS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("valid", "validation", "val", "dev", "eval"), "valid"
+)
+ORDER = ("train", "valid", "test")
+PART = re.compile(r"([a-z]+)(?:-.*|[_ ]?[0-9]+)?")
+"""The name of a split's file or folder: `train`, and of parts `train-2026-11`, `train_2`, `train-00000-of-00002`."""
+
+UNLABELLED = {"unsup", "unsupervised", "unlabeled", "unlabelled"}
+"""Folders beside those of the classes whose texts have no label."""
+
+NO_LABELS = {"", "-1"}
+"""What stands for the label where a contest withholds it."""
 SCHEMA = pa.schema({"row": pa.int64(), "text": pa.string(), "label": pa.string()})
 
 
@@ -70,35 +95,115 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
     try:
         if "://" in dataset:
             shown = redact_url(dataset)
-            files = _find_files(_fetch(dataset, shown, cache / "downloads"), shown)
+            fetched, left_out = _fetch(dataset, shown, cache / "downloads")
+            files = _find_files(fetched, shown, left_out)
         elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
-            files, shown = _find_files(path, str(path)), ""
+            left_out, shown = [], ""
+            files = _find_files(path, str(path), left_out)
         elif dataset.startswith(("/", ".", "~")) or is_known(path.name):
             raise DataError(f"DATASET={redact_url(dataset)}: there is no such file or folder.")
         else:
             return _read_hub(dataset, columns, cache)
-        return {split: _read_files(parts, columns, shown, cache) for split, parts in files.items()}
+        reader = _Reader(columns, cache)
+        sources = {}
+        for split, parts in sorted(files.items(), key=lambda item: item[0] != "train"):  # its columns hold for all
+            names = [str(part) if not shown else shown if len(parts) == 1 else f"{shown}/{part.name}" for part in parts]
+            try:
+                sources[split] = reader.read(split, dict(zip(names, parts, strict=True)))
+            except _UnlabelledError as error:
+                left_out.append(str(error))
+        return _report(sources, reader.columns, left_out)
     except OSError as error:
         raise StoreError(f"DATA_PATH={cache} cannot be written to: {error}") from error
 
 
-def _fetch(url: str, shown: str, folder: Path) -> Path:
-    """Copy what a URL names to a folder of its own; always anew, since the data may have grown."""
+class _UnlabelledError(Exception):
+    """A validation or test file has no labels; the message is what the log says of it."""
+
+
+class _Reader:
+    """Reads the files of one data set; the columns found in the first training file hold for all."""
+
+    def __init__(self, wanted: Columns, cache: Path) -> None:
+        self.columns, self._found_in, self._wanted, self._cache = None, "", wanted, cache
+
+    columns: Columns | None
+
+    def read(self, split: str, files: Mapping[str, Path]) -> Source:
+        """The rows of a split's files, by their names in messages."""
+        sources = (
+            Source(memory_map(self._rows(file, where, split), where, self._cache), where)
+            for where, file in files.items()
+        )
+        return reduce(Source.followed_by, sources)
+
+    def _rows(self, path: Path, where: str, split: str) -> Iterator[Row]:
+        return _read_class(path, where) if path.is_dir() else read_file(path, where, partial(self.choose, where, split))
+
+    def choose(self, where: str, split: str, types: Types) -> Columns:
+        """The columns of a file: those of the first one.
+
+        Raises:
+            _UnlabelledError: a validation or test file lacks the label's column.
+            DataError: another column is missing, or which they are cannot be determined.
+        """
+        if self.columns is None:
+            self.columns, self._found_in = require_columns(types, self._wanted, where), where
+        names = [name for name, _ in types]
+        missing = [name for name in (self.columns.text, self.columns.label) if name not in names]
+        if missing == [self.columns.label] and split != "train":
+            raise _UnlabelledError(f"{where} (no column {shorten(missing[0])!r})")
+        if missing:
+            raise DataError(
+                f"{where} has no column {shorten(missing[0])!r}, which {self._found_in} has; its columns are "
+                f"{enumerate_some(map(shorten, names))}. All files must have the columns of the text and the label."
+            )
+        return require_columns(types, self.columns, where)
+
+
+def _report(sources: dict[str, Source], columns: Columns | None, left_out: Sequence[str]) -> dict[str, Source]:
+    """Say in one line what is read and what is left out, and leave out splits whose labels are withheld."""
+    train = set(sources["train"].rows.unique("label"))
+    withheld = [
+        split
+        for split, source in sources.items()
+        if split != "train" and set(source.rows.unique("label")) <= NO_LABELS - train
+    ]
+    read = ", ".join(
+        f"{split} from {enumerate_some([source.where, *(where for _, where in source.more)], 3)}"
+        for split, source in sorted(sources.items(), key=lambda item: ORDER.index(item[0]))
+        if split not in withheld
+    )
+    where = f"; text from column {columns.text!r}, label from {columns.label!r}" if columns else ""
+    others = [*dict.fromkeys(left_out), *(f"{sources[split].where} (no labels)" for split in withheld)]
+    logger.info("data: %s%s%s", read, where, f"; left out: {enumerate_some(others, 8)}" if others else "")
+    return {split: source for split, source in sources.items() if split not in withheld}
+
+
+def _fetch(url: str, shown: str, folder: Path) -> tuple[Path, list[str]]:
+    """Copy what a URL names to a folder of its own; always anew, since the data may have grown.
+
+    Returns:
+        The copy, and the names of what was not copied from a folder.
+    """
     import fsspec
 
     local = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
     incoming = folder / f".{local.name}-{uuid4().hex[:8]}"
     incoming.mkdir(parents=True)
+    left_out = []
     try:
         files, remote = fsspec.core.url_to_fs(url)
         is_folder = files.isdir(remote)
         found = files.ls(remote, detail=False) if is_folder else [remote]
         for name in found:
-            target = incoming / Path(name.split("?")[0]).name
+            target = incoming / Path(name.rstrip("/").split("?")[0]).name
             if not is_folder:
                 file_type(target.name, f"DATASET={shown}")
             if is_known(target.name):
                 files.get_file(name, str(target))
+            elif not is_hidden(target.name):
+                left_out.append(target.name)
     except DataError:
         raise
     except Exception as error:  # each file system of fsspec raises exceptions of its own library
@@ -108,44 +213,113 @@ def _fetch(url: str, shown: str, folder: Path) -> Path:
         incoming.rename(local)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-    return local if is_folder else next(local.iterdir())
+    return (local if is_folder else next(local.iterdir())), left_out
 
 
-def _find_files(path: Path, shown: str) -> dict[str, list[Path]]:
-    """The files of each split: one, `train.csv` say, or parts, `train-1.csv` and whatever comes later."""
+def _find_files(path: Path, shown: str, left_out: list[str]) -> dict[str, list[Path]]:
+    """The files of each split, or folders that hold the texts of one class each; the rest is added to `left_out`.
+
+    A split is a file, `train.csv` say, parts such as `train-1.csv` and whatever comes later, or a folder `train`. A
+    folder without any is the training split if it holds one file of data or a folder for each class.
+    """
     if path.is_file():
         return {"train": [path]}
+    listed = _list(path, shown)
+    found: dict[str, list[Path]] = {}
+    entries: dict[str, list[Path]] = {}
+    for entry in listed:
+        split = _split_of(entry.name)
+        parts = _parts(entry, shown, left_out) if split else []
+        if split is None or not parts:
+            left_out += [] if entry.name in DESCRIPTIONS else [entry.name]
+            continue
+        stem = _stem(entry.name)
+        for other in entries.setdefault(split, []):
+            name = _stem(other.name)
+            if name == stem or _base(name) != _base(stem):
+                raise DataError(f"{shown}: {other.name} and {entry.name} are both the {split} split; keep one.")
+        entries[split].append(entry)
+        found.setdefault(split, []).extend(parts)
+    if "train" in found:
+        return found
+    folders = [entry for entry in listed if entry.is_dir()]
+    data = [entry for entry in listed if entry.is_file() and is_data(entry.name)]
+    if not found:
+        left_out.clear()
+        parts = data if len(data) == 1 else [] if data else _class_folders(listed, left_out)
+        if parts:
+            left_out += [entry.name for entry in listed if entry not in parts and entry.name not in left_out]
+            return {"train": parts}
+        inner = [entry for entry in folders if entry.name == "data"] or folders
+        inner = [entry for entry in inner if not _split_of(entry.name)]
+        if not data and len(inner) == 1:  # as a hub's repository or an unpacked archive has it
+            left_out += [entry.name for entry in listed if entry not in inner]
+            return _find_files(inner[0], f"{shown}/{inner[0].name}", left_out)
+    names = enumerate_some([shorten(entry.name) for entry in listed], 8) or "nothing"
+    ways = [f"{shorten(one.name)}: {OTHERS[one.suffix.lower()]}" for one in listed if one.suffix.lower() in OTHERS]
+    raise DataError(
+        f"DATASET={shown} is a folder without a train file (train with one of {known_endings()}); it holds {names}. "
+        f"{ways[0] if ways else 'Rename a file, or name a file or folder in DATASET'}."
+    )
+
+
+def _list(path: Path, shown: str) -> list[Path]:
+    """What a folder holds, sorted, without hidden files."""
     try:
-        listed = sorted(path.iterdir())
+        return sorted(entry for entry in path.iterdir() if not is_hidden(entry.name))
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}") from error
-    found: dict[str, list[Path]] = {}
-    for file in listed:
-        stem = file.name.split(".")[0]
-        split = STEMS.get(stem.split("-")[0])
-        if split is None or not file.is_file():
-            continue
-        if not is_known(file.name):
-            raise DataError(f"{shown}: {file.name} looks like the {split} split; use one of {known_endings()}.")
-        for other in found.setdefault(split, []):
-            name = other.name.split(".")[0]
-            if name == stem or name.split("-")[0] != stem.split("-")[0]:
-                raise DataError(f"{shown}: {other.name} and {file.name} are both the {split} split; keep one.")
-        found[split].append(file)
-    if "train" not in found:
-        raise DataError(f"DATASET={shown} is a folder without a train file (train with one of {known_endings()}).")
-    return found
 
 
-def _read_files(files: list[Path], columns: Columns, shown: str, cache: Path) -> Source:
-    names = [str(file) if not shown else shown if len(files) == 1 else f"{shown}/{file.name}" for file in files]
-    sources = (_read_file(file, columns, name, cache) for file, name in zip(files, names, strict=True))
-    return reduce(Source.followed_by, sources)
+def _stem(name: str) -> str:
+    return name.split(".")[0].casefold()
 
 
-def _read_file(path: Path, columns: Columns, where: str, cache: Path) -> Source:
-    rows = read_file(path, where, partial(require_columns, wanted=columns, where=where))
-    return Source(memory_map(rows, where, cache), where)
+def _base(stem: str) -> str:
+    match = PART.fullmatch(stem)
+    return match[1] if match else stem
+
+
+def _split_of(name: str) -> str | None:
+    return STEMS.get(_base(_stem(name)))
+
+
+def _parts(entry: Path, shown: str, left_out: list[str]) -> list[Path]:
+    """The files of data that a split's file or folder is made of, or its folders of texts; empty if it has none."""
+    if entry.is_file():
+        return [entry] if is_data(entry.name) else []
+    listed = _list(entry, shown)
+    data = [file for file in listed if file.is_file() and is_data(file.name)]
+    parts = data or _class_folders(listed, left_out)
+    left_out += [f"{entry.name}/{one.name}" for one in listed if parts and not _is_read(one, parts)]
+    return parts
+
+
+def _is_read(entry: Path, parts: list[Path]) -> bool:
+    """Whether an entry of a folder is one of its parts, or only describes them."""
+    return entry in parts or entry.name in DESCRIPTIONS
+
+
+def _class_folders(listed: Sequence[Path], left_out: list[str]) -> list[Path]:
+    """The folders that hold the texts of one class each; empty if there are not two."""
+    held = {
+        entry: _list(entry, entry.name)
+        for entry in listed
+        if entry.is_dir() and entry.name.casefold() not in UNLABELLED
+    }
+    folders = [entry for entry, files in held.items() if any(file.is_file() and is_text(file.name) for file in files)]
+    if len(folders) < 2:
+        return []
+    left_out += [f"{one.name}/{file.name}" for one in folders for file in held[one] if not is_text(file.name)]
+    return folders
+
+
+def _read_class(folder: Path, where: str) -> Iterator[Row]:
+    """The texts of a folder, which its name labels; their rows are counted in the order of the files' names."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and is_text(file.name)]
+    for row, file in enumerate(files, start=1):
+        with file.open("rb") as raw:
+            yield row, read_text(raw, f"{where}/{file.name}"), format_label(folder.name)
 
 
 def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
@@ -153,7 +327,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     reached = connect_to_hub()
     logger.info("reading %s from the Hugging Face hub%s", dataset, "" if reached else "'s copy on disk")
     try:
-        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"))
+        found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"), trust_remote_code=False)
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
         if not reached:
             reason = "and the hub cannot be reached"
@@ -162,18 +336,25 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
         else:
             reason = f"and the hub does not give it: {_root_cause(error)}"
         raise DataError(f"DATASET={redact_url(dataset)} is not a file or folder here, {reason}.") from error
-    sources = {}
-    for split, data in found.items():
-        if split in STEMS and not _is_unlabelled(data):
-            where = f"{dataset}, split {split}"
-            sources[STEMS[split]] = Source(memory_map(_hub_rows(data, columns, where), where, cache), where)
+    reader = _Reader(columns, cache)
+    sources: dict[str, Source] = {}
+    left_out = []
+    for split, data in sorted(found.items(), key=lambda item: item[0] != "train"):
+        kind, where = _split_of(split), f"{dataset}, split {split}"
+        if kind is None or kind in sources or (kind != "train" and "train" not in sources):
+            left_out.append(split)
+            continue
+        try:
+            chosen = reader.choose(where, kind, [(column, "") for column in data.column_names])
+            sources[kind] = Source(memory_map(_hub_rows(data, chosen), where, cache), where)
+        except _UnlabelledError as error:
+            left_out.append(str(error))
     if "train" not in sources:
-        raise DataError(f"DATASET={redact_url(dataset)} has no labelled train split; it has {', '.join(found)}.")
-    return sources
+        raise DataError(f"DATASET={redact_url(dataset)} has no train split; it has {', '.join(found)}.")
+    return _report(sources, reader.columns, left_out)
 
 
-def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
-    columns = require_columns([(name, "") for name in data.column_names], columns, where)
+def _hub_rows(data: Dataset, columns: Columns) -> Iterator[Row]:
     feature = data.features[columns.label]
     row = 0
     for batch in data.select_columns([columns.text, columns.label]).iter(batch_size=BATCH_ROWS):
@@ -182,13 +363,6 @@ def _hub_rows(data: Dataset, columns: Columns, where: str) -> Iterator[Row]:
             if isinstance(feature, ClassLabel) and label is not None:
                 label = None if label == -1 else feature.int2str(label)
             yield row, format_value(text), format_label(label)
-
-
-def _is_unlabelled(data: Dataset) -> bool:
-    """Whether this is a contest's test split, whose labels are withheld: every one of them is -1."""
-    return any(
-        isinstance(feature, ClassLabel) and set(data.unique(name)) == {-1} for name, feature in data.features.items()
-    )
 
 
 def _root_cause(error: BaseException) -> str:

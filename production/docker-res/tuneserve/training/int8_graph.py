@@ -20,6 +20,7 @@ from scipy.special import softmax
 from tuneserve.artifact import Golden
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
+from tuneserve.logs import unchanged
 from tuneserve.network.graph import DESCRIPTION, FOLDER, INT8, MODEL, Graph, load_openvino
 from tuneserve.text import TextEncoder, split_by_tokens
 from tuneserve.training.openvino_graph import MOST_ACCURACY_LOST
@@ -125,7 +126,7 @@ def _write(folder: Path, texts: list[list[int]], path: Path, threads: int) -> No
     names = [one.get_any_name() for one in model.inputs]
     kind = logging.getLoggerClass()
     # NNCF draws its bars on standard output, and its import changes the class of everybody's loggers.
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with redirect_stdout(io.StringIO()), unchanged():
         warnings.simplefilter("ignore")
         try:
             import nncf

@@ -38,7 +38,7 @@ from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
 from tuneserve.training.loop import Recipe, Run, fit_model
-from tuneserve.training.model import build_model, load_tokenizer, require_reloadable
+from tuneserve.training.model import build_model, load_tokenizer, rehearse, require_known_words, require_reloadable
 from tuneserve.training.publication import publish
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 DECISIVE = {
     *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
+    *("labels", "min_class_size", "rare_labels"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
 }
 """The settings that, with the data and the base model, decide what training ends with."""
@@ -100,8 +101,17 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
 
         with world.one_a_node_first():
             tokenizer, tokens = read_tokens(settings, base, splits)
-        model = build_model(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
+        require_known_words(tokenizer, tokens["train"])
+        model = build_model(
+            base.folder,
+            splits.labels,
+            dropout=settings.dropout,
+            seed=settings.seed,
+            device=device,
+            pad_id=tokenizer.pad_token_id,
+        )
         require_reloadable(model)
+        rehearse(model, tokens, max_tokens=settings.num_max_positions)
 
         checkpoints = Checkpoints(
             store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes
@@ -265,9 +275,12 @@ def gather(
         valid_fraction=settings.valid_pct,
         test_fraction=settings.test_pct,
         seed=settings.seed,
+        merge_labels=settings.labels == "merge",
+        min_class_size=settings.min_class_size,
+        rare_labels=settings.rare_labels,
     )
     if labelled:
-        splits = feedback.join(splits, labelled, cache=settings.data_path)
+        splits = feedback.join(splits, labelled, cache=settings.data_path, merge_labels=settings.labels == "merge")
     for line in checks.describe(splits.findings):
         logger.info("%s", line)
     return base, splits

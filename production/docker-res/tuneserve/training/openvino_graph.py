@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
+from tuneserve.logs import unchanged
 from tuneserve.network.attention import MASKED
 from tuneserve.network.forward import Packed, choose_forward
 from tuneserve.network.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
@@ -59,7 +60,9 @@ def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threa
     try:
         wanted = _probabilities([_by_torch(model, text) for text in texts])
         for layout in ("packed", "padded") if isinstance(forward, Packed) else ("padded",):
-            description = {"layout": layout}
+            description: dict[str, Any] = {"layout": layout}
+            if layout == "padded":  # GPT-2's family looks for the last token that is no padding
+                description["pad_id"] = model.config.pad_token_id or 0
             try:
                 _write(
                     _InRows(forward) if isinstance(forward, Packed) and layout == "packed" else _InPadding(model),
@@ -132,7 +135,7 @@ def _write(module: nn.Module, folder: Path) -> None:
     else:
         grid = torch.ones((2, 8), dtype=torch.int64)
         example = {"input_ids": grid, "attention_mask": grid}
-    with warnings.catch_warnings(), torch.no_grad():
+    with unchanged(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's, on shapes that it takes for constants: the comparison tells
         graph = load_openvino().convert_model(module, example_input=example)
     load_openvino().save_model(graph, folder / FOLDER / MODEL, compress_to_fp16=False)

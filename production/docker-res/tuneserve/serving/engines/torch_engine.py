@@ -59,7 +59,9 @@ class TorchEngine:
         self._device, _ = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self._device)
         try:
-            model, found = head.NETWORK.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            model, found = head.NETWORK.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
             model.to(self._device).eval()
         except Exception as error:  # transformers and safetensors raise whatever met them in a damaged file
             raise StoreError(f"The model in {folder} cannot be loaded: {error}") from error

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.telemetry import TelemetryConfig
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 import tuneserve
@@ -31,6 +32,7 @@ from tuneserve.serving.http.routes import (
 )
 from tuneserve.serving.http.schemas import Problem, Problems
 from tuneserve.serving.http.traces import SILENT
+from tuneserve.serving.http.viewer import viewer_routes
 from tuneserve.serving.service import Service
 from tuneserve.settings import Settings
 from tuneserve.tasks.task import Task
@@ -41,13 +43,22 @@ Adapter = Callable[[Service], APIRouter]
 KEYS = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 """How the API's description says what a key is shown in."""
 
-PROBLEMS: dict[int | str, dict[str, Any]] = {
+COMMON: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The request is not HTTP, or not JSON where it should be."},
     401: {"model": Problem, "description": "The API key is not there or not right, where one is wanted."},
     408: {"model": Problem, "description": "The body did not come in time."},
     413: {"model": Problem, "description": "The request is larger than this server takes."},
+    415: {"model": Problem, "description": "The body's Content-Encoding is another than gzip."},
     422: {"model": Problems, "description": "The request is not as it should be; each fault is named."},
     429: {"model": Problem, "description": "Too much waits; Retry-After says for how long."},
+    431: {"model": Problem, "description": "The headers are larger than this server takes."},
     500: {"model": Problem, "description": "Something went wrong inside, or the model gave no number."},
+    501: {"model": Problem, "description": "The body's Transfer-Encoding is another than chunked."},
+    503: {"model": Problem, "description": "The server is about to end; see Retry-After."},
+}
+"""What any request may be answered."""
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: NO_MODEL,
     504: {"model": Problem, "description": "There was no answer in time."},
 }
@@ -84,12 +95,17 @@ def create_app(
         version=tuneserve.__version__,
         summary="A text classifier, fine-tuned and served by one container.",
         lifespan=lifespan,
+        responses=COMMON,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
         telemetry=telemetry,
     )
     routers = [
-        inference_routes(service, task, PROBLEMS),
+        inference_routes(service, task, PROBLEMS, max_inputs=settings.max_batch_texts),
         *(adapter(service) for adapter in adapters),
         model_routes(service),
+        viewer_routes(),
         drift_routes(service),
     ]
     if service.feedback is not None:
@@ -119,6 +135,15 @@ def create_app(
         max_body_bytes=settings.max_body_kb * 1024,
         timeout_s=settings.request_timeout_s,
     )
+
+    if settings.cors_origins:  # around the front: a browser's preflight brings no key, and its answer needs none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "X-Request-Timeout-S"],
+            expose_headers=["Location", "Retry-After", "X-Request-Id"],
+        )
 
     @app.exception_handler(TuneserveError)
     async def known(request: Request, error: TuneserveError) -> Response:

@@ -8,7 +8,9 @@ handlers.
 
 import asyncio
 import hmac
+import json
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,12 +23,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tuneserve.errors import (
     BodyTimeoutError,
     ClientGoneError,
+    EncodingError,
+    FramingError,
+    InvalidInputError,
+    InvalidRequestError,
     LeavingError,
     OverloadedError,
     TooLargeError,
     TuneserveError,
     UnauthorizedError,
 )
+from tuneserve.hardware import give_memory_back
+from tuneserve.serving.http import viewer
 from tuneserve.serving.http.backoff import Backoff
 from tuneserve.serving.http.problems import problem, unforeseen
 from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
@@ -34,17 +42,30 @@ from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, Re
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
-OPEN_PATHS = frozenset(
-    {"/", "/livez", "/readyz", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
-)
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json", *viewer.PATHS})
 """What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation."""
 
 DRAIN_BODY_S = 2.0
 """Seconds that a body may still take once the server drains."""
 
-ENDING = (BodyTimeoutError, LeavingError)
+ENDING = (BodyTimeoutError, FramingError, InvalidRequestError, LeavingError)
 """Errors after which the rest of a body may still come, so that the connection cannot be kept."""
 
+BODIES_BYTES = 16 << 20
+"""Bytes that the bodies of all requests may hold together, from before they are read until they are answered.
+
+Small ones may hold as many again, so that a few clients with large ones do not keep the others out."""
+
+SMALL_BYTES = 64 << 10
+
+TRIM_S = 2.0
+"""Seconds after a large body was answered in which more may come, before its memory is given back."""
+
+GZIP = (b"gzip", b"x-gzip")
+"""The content encoding that is read, by both its names."""
+
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+NOT_UTF8 = "the body is not UTF-8"
 NO_KEY = "This server wants its API key as `Authorization: Bearer ...` or `X-API-Key`."
 
 
@@ -70,6 +91,40 @@ class Drain:
             yield
         finally:
             self._timeouts.discard(timeout)
+
+
+class Bodies:
+    """The bytes that the bodies of all requests hold.
+
+    Args:
+        max_bytes: that they may hold, and small ones as many again.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.held, self._max_bytes = 0, max_bytes
+        self._trims = False
+
+    def hold(self, more: int, *, of: int) -> int:
+        """Count some bytes of a body that has `of` in all, as far as is known; they are to be counted off later.
+
+        Raises:
+            OverloadedError: too many are held already.
+        """
+        if self.held + more > self._max_bytes * (1 if of > SMALL_BYTES else 2):
+            raise OverloadedError("The bodies of other requests take all the memory there is for them.")
+        self.held += more
+        return more
+
+    def release(self, count: int) -> None:
+        """Count off what a body has held; the memory of large ones is soon given back to the system."""
+        self.held -= count
+        if count > SMALL_BYTES and not self._trims:
+            self._trims = True
+            asyncio.get_running_loop().call_later(TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trims = False
+        asyncio.get_running_loop().run_in_executor(None, give_memory_back)
 
 
 class Front:
@@ -109,6 +164,7 @@ class Front:
         self._request_log, self._drain = request_log, drain
         self._key, self._open_paths = key, open_paths
         self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
+        self.bodies = Bodies(max(BODIES_BYTES, 2 * max_body_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever becomes of it. HEAD is answered as GET is; the server leaves the body out.
@@ -124,17 +180,21 @@ class Front:
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
+        if scope["path"].endswith("/") and scope["path"] not in self._model_paths:
+            # As without the slash, and no redirect: its address would be built from the Host header.
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         status = 0
+        held = [0]
 
         async def respond(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+                message["headers"] = [*message.get("headers", ()), NOSNIFF, (REQUEST_ID, request_id)]
             await send(message)
 
         try:
-            response = await self._answer(scope, receive, respond)
+            response = await self._answer(scope, receive, respond, held)
             if response is not None:
                 await response(scope, receive, respond)
         except ClientGoneError:
@@ -151,6 +211,7 @@ class Front:
             if not status:
                 await answer(scope, receive, respond)
         finally:
+            self.bodies.release(held[0])
             # Only routes that exist become labels: paths are the client's to invent.
             found = scope["path"]
             if found not in self._model_paths:
@@ -160,23 +221,29 @@ class Front:
                 found.rstrip("/") or "/", status, time.perf_counter() - began, scope["state"]["request_id"]
             )
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
-        """The response, or None if the application has sent it.
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, held: list[int]) -> Response | None:
+        """The response, or None if the application has sent it; `held` is told how much the body takes of `bodies`.
 
         Raises:
             TuneserveError: there is none, for a reason that the client is told.
         """
         path, headers = scope["path"], scope["headers"]
+        declared, encoding = self._check_head(scope)
         if self._key and path not in self._open_paths and not has_key(headers, self._key):
             return problem(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
         is_models = path in self._model_paths and scope["method"] == "POST"
         if is_models and (refused := self._room()) is not None:
             self._backoff.request()
             return _refusal(str(refused), refused.retry_after_s, _expects_continue(headers))
-        held = [await self._read_body(headers, receive)]
+        content = await self._read_body(declared, receive, held)
+        if encoding:
+            content = self._unpack(content, held)
+        if not is_models and not is_text(content):  # a model's route says so itself, if it cannot read it
+            raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
+        body = [content]
 
         async def replay() -> Message:
-            return {"type": "http.request", "body": held.pop(), "more_body": False} if held else await receive()
+            return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
 
         if not is_models:
             await self.app(scope, replay, send)
@@ -186,11 +253,57 @@ class Front:
             return None
         return await unless_gone(handler(Request(scope, replay)), receive)
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
-        declared = next((value for name, value in headers if name == b"content-length"), b"0")
-        if int(declared) > self._max_body_bytes:
+    def _check_head(self, scope: Scope) -> tuple[int, bytes]:
+        """The bytes that the body declares to have, 0 if it comes in chunks; and its encoding, if it has one.
+
+        Raises:
+            EncodingError: nothing here can read it.
+            InvalidRequestError: it is not clear which host is meant.
+            FramingError: the body is coded for its transfer in another way than in chunks.
+        """
+        declared, hosts, coding, encoding = b"0", 0, b"", b""
+        for name, value in scope["headers"]:
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
+                declared = value
+            elif name == b"transfer-encoding":
+                coding = b"%b,%b" % (coding, value) if coding else value
+            elif name == b"content-encoding" and value.lower() != b"identity":
+                encoding = b"%b,%b" % (encoding, value) if encoding else value
+        if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):
+            raise InvalidRequestError("A request has one Host header.")
+        if coding and coding.strip().lower() != b"chunked":
+            raise FramingError("Of the transfer codings this server knows `chunked` alone.")
+        if encoding and encoding.lower() not in GZIP:
+            raise EncodingError("Of the content encodings this server reads `gzip` alone.")
+        return int(declared), encoding
+
+    def _unpack(self, content: bytes, held: list[int]) -> bytes:
+        """The content of an archive; no more of it is unpacked than may be.
+
+        Raises:
+            TooLargeError: it is larger than a body may be.
+            InvalidInputError: this is no archive, or not a whole one, or several.
+        """
+        stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            unpacked = stream.decompress(content, self._max_body_bytes + 1)
+            if len(unpacked) > self._max_body_bytes:
+                raise self._too_large()
+            if not stream.eof or stream.unused_data:
+                raise zlib.error
+        except zlib.error:
+            raise InvalidInputError((("body",), "the body is not gzip, as its Content-Encoding says", "gzip")) from None
+        held[0] += self.bodies.hold(max(0, len(unpacked) - held[0]), of=len(unpacked))
+        return unpacked
+
+    async def _read_body(self, declared: int, receive: Receive, held: list[int]) -> bytes:
+        if declared > self._max_body_bytes:
             raise self._too_large()
-        body = b""
+        held[0] = self.bodies.hold(declared, of=declared)
+        pieces: list[bytes] = []
+        count = 0
         more = True
         timeout_s = min(DRAIN_BODY_S, self._timeout_s) if self._drain.began else self._timeout_s
         try:
@@ -200,16 +313,28 @@ class Front:
                         message = await receive()
                         if message["type"] == "http.disconnect":
                             raise ClientGoneError("The client disconnected.")
-                        body += message.get("body", b"")
+                        pieces.append(message.get("body", b""))
+                        count += len(pieces[-1])
                         more = message.get("more_body", False)
-                        if len(body) > self._max_body_bytes:
+                        if count > self._max_body_bytes:
                             raise self._too_large()
+                        if count > held[0]:
+                            held[0] += self.bodies.hold(count - held[0], of=count)
         except TimeoutError:
             raise (LeavingError() if self._drain.began else BodyTimeoutError(self._timeout_s)) from None
-        return body
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"The body is larger than {self._max_body_bytes // 1024} KiB, the most this server takes.")
+
+
+def is_text(content: bytes) -> bool:
+    """Whether these bytes are in an encoding that JSON may have, as Python's reader finds out: UTF-8, mostly."""
+    try:
+        content.decode(json.detect_encoding(content), "surrogatepass")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def has_key(headers: Headers, key: bytes) -> bool:

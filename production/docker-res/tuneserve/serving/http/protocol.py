@@ -1,5 +1,6 @@
-"""uvicorn's HTTP protocol with what it leaves open: bounds on heads and on bodies that nobody reads, other protocols.
+"""uvicorn's HTTP protocol with what it leaves open: bounds on what a connection may send and wait for, other protocols.
 
+Bounded are heads, bodies and answers that nobody reads, and requests that wait behind others of their connection.
 httptools takes no body of a request that offers another protocol (`Upgrade: h2c`, as Java's client and `curl --http2`
 send with every request), so the head of such a request is read again without the offer.
 """
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tuneserve.errors import HeadersTooLargeError, InvalidRequestError, TuneserveError
@@ -20,6 +22,24 @@ HEAD_BYTES = 64 << 10
 
 UNREAD_BYTES = 16 << 20
 """Of a body whose request has its answer this much is read for the sake of the connection, which then is closed."""
+
+
+MAX_PIPELINED = 16
+"""Requests that may wait on one connection for the answers before theirs; until then nothing more is read of it."""
+
+SLICE_BYTES = 4 << 10
+"""Most that is parsed at a time, so that what was read at once makes few requests more than these."""
+
+
+class Flow(FlowControl):
+    """uvicorn's, which reads a connection on only while it is not `held`."""
+
+    held = False
+
+    def resume_reading(self) -> None:
+        """See uvicorn."""
+        if not self.held:
+            super().resume_reading()
 
 
 class Parser(httptools.HttpRequestParser):
@@ -35,7 +55,7 @@ class Parser(httptools.HttpRequestParser):
         try:
             super().feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self.rest = data[upgrade.args[0] :]
+            self.rest = bytes(data[upgrade.args[0] :])
 
 
 class Protocol(HttpToolsProtocol):
@@ -43,7 +63,8 @@ class Protocol(HttpToolsProtocol):
 
     Args:
         request_log: told of what is answered here, and not by the application.
-        timeout_s: seconds that a head may take, and the rest of a body that has its answer.
+        timeout_s: seconds that a head may take, the rest of a body that has its answer, and a client that does not
+            read its answers.
         options: uvicorn's.
     """
 
@@ -54,27 +75,66 @@ class Protocol(HttpToolsProtocol):
         self._in_message = self._in_head = self._offers = self._broken = False
         self._bodiless_bytes = self._unread_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
+        self._unparsed = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first head."""
         super().connection_made(transport)
+        self.flow: Flow = Flow(transport)
         self._expect_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more. Of pipelined requests uvicorn tells only the last that its client is gone."""
         self._stop_timer()
+        self._unparsed = b""
+        self.resume_writing()
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse it, unless enough requests wait already."""
+        if len(data) <= SLICE_BYTES and not self.flow.held:
+            self._parse(data)
+            if len(self.pipeline) >= MAX_PIPELINED:
+                self._hold(True)
+        else:
+            self._unparsed += data
+            self._parse_on()
+
+    def _parse_on(self) -> None:
+        """Parse what has been read, as far as requests may wait."""
+        unparsed, begin = memoryview(self._unparsed), 0
+        while begin < len(unparsed) and len(self.pipeline) < MAX_PIPELINED and not self._is_over():
+            self._parse(unparsed[begin : begin + SLICE_BYTES])
+            begin += SLICE_BYTES
+        self._unparsed = b"" if self._is_over() else bytes(unparsed[begin:])
+        self._hold(bool(self._unparsed) or len(self.pipeline) >= MAX_PIPELINED)
+
+    def _hold(self, held: bool) -> None:
+        """Read no more of this connection, or go on."""
+        if self._is_over():
+            return
+        if held:
+            self.flow.held = True
+            self.flow.pause_reading()
+            self._stop_timer()  # what is missing may have come
+        elif self.flow.held:
+            self.flow.held = False
+            self.flow.resume_reading()
+
+    def _is_over(self) -> bool:
+        return self._broken or self.parser is None or self.transport.is_closing()
+
+    def _parse(self, data: bytes | memoryview) -> None:
         """Parse it, and bound what is not a whole request yet."""
         if self._broken:
             return
         self._bodiless_bytes += len(data)
-        super().data_received(data)
+        super().data_received(data)  # type: ignore[arg-type]
         while self.parser is not None and (rest := self.parser.rest) is not None:
             head = b""  # a tunnel's has been answered
             if self._offers:
@@ -130,11 +190,28 @@ class Protocol(HttpToolsProtocol):
         """See uvicorn. Behind a broken request nothing is answered; a body that is still sent must go on coming."""
         if self._broken and (not self.pipeline or self.pipeline[-1][0].more_body):
             self.transport.close()
+        if self._running is not None:
+            self._running.body = bytearray()  # of which nobody will read what is left
         if self.pipeline:
             self._running = self.pipeline[-1][0]
         super().on_response_complete()
+        if self.flow.held:
+            self.loop.call_soon(self._parse_on)
         if self._in_message and self._is_answered():
             self._expect_more()
+
+    def pause_writing(self) -> None:
+        """Close the connection of a client that reads nothing of its answers."""
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(self._timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See uvicorn."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
         """What came is not HTTP. Whole requests before it are answered first."""

@@ -1,5 +1,6 @@
 """Every route of ours. An adapter for a platform is like one of these functions: `routes(service) -> APIRouter`."""
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Coroutine
@@ -11,22 +12,29 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 import tuneserve
-from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError
+from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError
 from tuneserve.lifecycle.trainer import Job, Trainer
-from tuneserve.serving.http.front import Handler
+from tuneserve.serving.http.front import NOT_UTF8, Handler, is_text
 from tuneserve.serving.http.problems import RETRY_AFTER_S
 from tuneserve.serving.http.request_log import Headers
-from tuneserve.serving.http.schemas import FeedbackRequest, Problem, Readiness
+from tuneserve.serving.http.schemas import FeedbackRequest, Health, Problem, Readiness
+from tuneserve.serving.model import Answers
 from tuneserve.serving.service import Service
 from tuneserve.tasks.task import Route, Task
 
 CSV = "text/csv; charset=utf-8"
+CSV_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
+METRICS_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answer yet; see Retry-After."}
 
 INFERENCE = "inference"
 """The tag of routes whose answers come from the model: they are refused before their body is read while it has no room,
 and dropped when the client disconnects. An adapter's routes want it too."""
+
+MANY_ANSWERS = 256
+"""Answers of one request that are too many to be written as JSON by the event loop."""
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 """Kept: `json.dumps` with options makes an encoder for each answer."""
@@ -41,11 +49,20 @@ class Direct(APIRoute):
         return handler
 
 
-def inference_routes(service: Service, task: Task, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """What the model is asked: each of the task's routes, with and without a slash at its end."""
+def inference_routes(
+    service: Service, task: Task, responses: dict[int | str, dict[str, Any]], *, max_inputs: int
+) -> APIRouter:
+    """What the model is asked: each of the task's routes, with and without a slash at its end.
+
+    Args:
+        service: that answers.
+        task: whose routes these are.
+        responses: that each of them may have, for the description.
+        max_inputs: of a request; beyond it 413.
+    """
     routes = APIRouter(route_class=Direct, tags=[INFERENCE])
     for route in task.routes:
-        handler = answering(service, route)
+        handler = answering(service, route, max_inputs=max_inputs)
         schema = {"application/json": {"schema": route.request.model_json_schema()}}
         routes.post(
             route.path,
@@ -58,17 +75,24 @@ def inference_routes(service: Service, task: Task, responses: dict[int | str, di
     return routes
 
 
-def answering(service: Service, route: Route) -> Handler:
+def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
     """The way from a request's body to its response."""
 
     async def answer(request: Request) -> Response:
         wanted = read_body(route.request, await request.body())
+        inputs = route.inputs(wanted)
+        if len(inputs) > max_inputs:
+            raise TooLargeError(f"The request has {len(inputs)} texts; {max_inputs} are the most this server takes.")
         answers = await service.answer(
-            route.inputs(wanted),
+            inputs,
             timeout_s=wanted_s(request.scope["headers"], service.timeout_s),
             request_id=request.scope["state"]["request_id"],
         )
-        return Response(_to_json(route.content(answers)).encode(), media_type="application/json")
+        content = write(answers) if len(answers) < MANY_ANSWERS else await asyncio.to_thread(write, answers)
+        return Response(content, media_type="application/json")
+
+    def write(answers: Answers) -> bytes:
+        return _to_json(route.content(answers)).encode()
 
     return answer
 
@@ -92,7 +116,13 @@ def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:
 
 
 def _lenient(body: bytes, error: ValidationError) -> Any:
-    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault."""
+    """JSON that Python reads and pydantic does not: halves of surrogate pairs, which are one text's fault.
+
+    Raises:
+        InvalidInputError: this is not even text.
+    """
+    if not is_text(body):
+        raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -117,11 +147,17 @@ def wanted_s(headers: Headers, timeout_s: float) -> float:
     return min(seconds, timeout_s)
 
 
+FEEDBACK_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "No such answer is remembered."},
+    409: {"model": Problem, "description": "Several answers are remembered by this id."},
+}
+
+
 def feedback_routes(service: Service) -> APIRouter:
     """By which people say what was right; the work is done on threads, since it waits for the disk."""
-    routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem}})
+    routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem, "description": "Labels cannot be kept."}})
 
-    @routes.post("/feedback", responses={404: {"model": Problem}, 409: {"model": Problem}})
+    @routes.post("/feedback", responses=FEEDBACK_PROBLEMS)
     async def give(wanted: FeedbackRequest, request: Request) -> dict[str, bool]:
         """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before.
 
@@ -158,17 +194,23 @@ def drift_routes(service: Service) -> APIRouter:
         monitor = service.monitor()
         return {"model_version": monitor.model_version, **asdict(monitor.report())}
 
-    @routes.get("/drift/window", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    @routes.get("/drift/window", response_class=Response, responses=CSV_RESPONSE)
     def window() -> Response:
         """The answers to the last texts as CSV, a row each, and no text."""
         return Response(service.monitor().window_csv(), media_type=CSV)
 
-    @routes.get("/drift/reference", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    @routes.get("/drift/reference", response_class=Response, responses=CSV_RESPONSE)
     def reference() -> Response:
         """The answers that the window is compared with, in the same columns but for the time."""
         return Response(service.monitor().reference_csv(), media_type=CSV)
 
     return routes
+
+
+RETRAIN_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    403: {"model": Problem, "description": "The server has no API key, without which nobody may start a training."},
+    409: {"model": Problem, "description": "A training is running."},
+}
 
 
 def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
@@ -179,7 +221,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         running = trainer.running
         return asdict(job) | ({"progress": trainer.progress()} if running is not None and running.id == job.id else {})
 
-    @routes.post("/retrain", status_code=202)
+    @routes.post("/retrain", status_code=202, responses=RETRAIN_PROBLEMS)
     def retrain(response: Response) -> dict[str, Any]:
         """Start a training beside the model that answers; 409 while one is running."""
         if not keyed:
@@ -221,15 +263,21 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     """For whoever keeps the server running."""
     routes = APIRouter(tags=["operations"])
 
-    @routes.get("/livez")
-    async def livez(response: Response) -> dict[str, str]:
+    @routes.get(
+        "/livez", responses={503: {"model": Health, "description": "The engine or the store's follower failed."}}
+    )
+    async def livez(response: Response) -> Health:
         """Whether the process is worth keeping; 503 once the engine has died, or while the store cannot be followed."""
         if not service.is_alive():
             response.status_code = 503
-            return {"status": "failed"}
-        return {"status": "alive"}
+            return Health(status="failed")
+        return Health(status="alive")
 
-    @routes.get("/readyz", response_model_exclude_none=True, responses={503: {"model": Readiness}})
+    @routes.get(
+        "/readyz",
+        response_model_exclude_none=True,
+        responses={503: {"model": Readiness, "description": "No model can answer yet; see Retry-After."}},
+    )
     async def readyz(response: Response) -> Readiness:
         """Whether a model can answer; 503 until then, with how far the first training is."""
         if (phase := service.phase()) != "ready":
@@ -239,10 +287,10 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
             return Readiness.model_validate({"phase": phase, **training})
         return Readiness(phase=phase, model_version=service.model().id)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=Response, responses=METRICS_RESPONSE)
     def prometheus() -> Response:
         """Figures for Prometheus."""
-        return Response(service.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.render_metrics(), media_type=METRICS)
 
     @routes.get("/", include_in_schema=False)
     async def index() -> dict[str, str]:

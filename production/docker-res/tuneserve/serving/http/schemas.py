@@ -1,6 +1,6 @@
 """Requests and responses that are the same for every task, with the examples the API's documentation shows."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,12 @@ class Readiness(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
+class Health(BaseModel):
+    """Whether the process is worth keeping."""
+
+    status: Literal["alive", "failed"]
+
+
 class FeedbackRequest(BaseModel):
     """The right label of an answer, named by its request's id, or of a text."""
 
@@ -29,7 +35,14 @@ class FeedbackRequest(BaseModel):
             "examples": [
                 {"request_id": "8d8ac610566d4ef09c22186b2a5ed793", "label": "negative"},
                 {"text": "We left at the interval.", "label": "negative"},
-            ]
+            ],
+            "oneOf": [
+                {
+                    "required": [given],
+                    "properties": {given: {"type": "string"}, other: {"type": "null"}},
+                }
+                for given, other in (("request_id", "text"), ("text", "request_id"))
+            ],
         }
     )
 
