@@ -7,6 +7,7 @@ predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
+import        make a version of a classifier that was fine-tuned elsewhere: import <its Hugging Face folder>
 feedback      count the labels people have sent by day and origin; with `list`, `trust` or `remove` and an id, a day, an
               origin or one client of it: show them, let them be trained on, take them out
 """
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
-    parser.add_argument("arguments", nargs="*", help="promote: a version; feedback: [list|trust|remove] which")
+    parser.add_argument(
+        "arguments", nargs="*", help="promote: a version; import: a folder; feedback: [list|trust|remove] which"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
     wanted = parser.parse_args(arguments)
@@ -62,7 +65,7 @@ def main(arguments: list[str]) -> int:
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         say_quoted(quoted)
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
-        VERBS[wanted.verb](settings, stop, threads)
+        VERBS[wanted.verb](settings, stop, threads, *wanted.arguments)
     except SystemExit as end:
         if stop.signal is not None:
             name = signal.Signals(stop.signal).name
@@ -110,10 +113,18 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
     job.score(settings, threads=threads, environ=os.environ)
 
 
+def bring_in(settings: "Settings", stop: Stop, threads: int, folder: str) -> None:
+    """Make a version of a fine-tuned classifier, without training."""
+    from tuneserve.training import imported
+
+    imported.bring_in(folder, settings, threads=threads)
+
+
 def check_arguments(parser: argparse.ArgumentParser, verb: str, arguments: list[str]) -> None:
     """End with usage if these are not the verb's arguments."""
     fits = {
         "promote": len(arguments) == 1,
+        "import": len(arguments) == 1,
         "feedback": re.fullmatch(r"|list( \S+)?|(trust|remove) \S+", " ".join(arguments)) is not None,
     }
     if not fits.get(verb, not arguments):
@@ -168,7 +179,13 @@ def rollback(settings: "Settings") -> None:
     print(f"{now.id} is the champion again, {withdrawn} is withdrawn; servers that still hold it change over at once")
 
 
-VERBS = {"train-serve": train_serve, "train": train, "serve": serve, "predict": predict}
+VERBS: dict[str, Callable[..., None]] = {
+    "train-serve": train_serve,
+    "train": train,
+    "serve": serve,
+    "predict": predict,
+    "import": bring_in,
+}
 STORE_VERBS: dict[str, Callable[..., None]] = {
     "versions": versions,
     "promote": promote,
@@ -178,6 +195,7 @@ STORE_VERBS: dict[str, Callable[..., None]] = {
 
 TAKES = {
     "promote": "a version's id; `versions` lists them",
+    "import": "the folder of a fine-tuned Hugging Face classifier",
     "feedback": "nothing, or list, trust or remove, and which labels: an id, a day, an origin or one client of it",
 }
 """The arguments of the verbs that have some."""

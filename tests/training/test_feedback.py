@@ -213,6 +213,17 @@ def _never() -> Any:
     return Stop()
 
 
+def test_the_champion_has_seen_its_validation_texts_too_and_its_test_texts_not(environment: dict[str, str]) -> None:
+    splits = gathered(environment)
+    store = Store(Path(environment["MODEL_PATH"]))
+    job.keep_evidence(store, Version(store.versions_folder / "one", {"labels": []}), splits, seed=1)
+    folder = store.evidence_folder / "one"
+    seen = {name: ~unseen(folder, [*getattr(splits, name)]) for name in ("train", "valid", "test")}
+    assert seen["train"].all()
+    assert seen["valid"].all()
+    assert not seen["test"].any()
+
+
 @pytest.mark.parametrize(
     ("variables", "labels", "unknown"),
     [

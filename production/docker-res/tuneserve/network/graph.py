@@ -8,7 +8,6 @@
 shapes, so that a server can warm them all up and nothing is compiled under load.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tuneserve.errors import StoreError
+from tuneserve.files import read_json
 from tuneserve.hardware import Precision
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -80,8 +80,9 @@ class Graph:
     ) -> None:
         self.max_tokens = max_tokens
         try:
-            self.description = json.loads((folder / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
+            self.description = read_json(folder / FOLDER / DESCRIPTION)
             self._packed = self.description["layout"] == "packed"
+            self._pad_id = int(self.description.get("pad_id", 0))
             self.precision: Precision = (
                 precision if precision in self.description.get("formats", [precision]) else "fp32"
             )
@@ -99,7 +100,7 @@ class Graph:
                     "NUM_STREAMS": 1,
                 },
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StoreError(f"The engine in {folder / FOLDER} cannot be loaded: {error}") from error
         self._request = compiled.create_infer_request()
         self._widths = row_widths(max_tokens)
@@ -154,7 +155,7 @@ class Graph:
     def _pad(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> Prepared:
         width = next(one for one in self._widths if one >= max(lengths))
         rows = _at_least(len(texts))
-        input_ids = np.zeros((rows, width), dtype=np.int64)
+        input_ids = np.full((rows, width), self._pad_id, dtype=np.int64)
         mask = np.zeros((rows, width), dtype=np.int64)
         mask[:, 0] = 1  # a row of padding alone would attend to nothing
         for row, text in enumerate(texts):

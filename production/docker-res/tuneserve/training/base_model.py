@@ -149,8 +149,17 @@ def _require_no_code(folder: Path) -> None:
 
 def _hash_weights(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file():
+        raise BaseModelError(
+            f"{folder} is an adapter (LoRA), not a model. Merge it into its base model first: with the package peft, "
+            "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW)."
+        )
     if not (folder / "config.json").is_file() or not weights:
-        raise BaseModelError(f"{folder} should hold config.json and *.safetensors; weights in pickles are not loaded.")
+        raise BaseModelError(
+            f"{folder} should hold config.json and *.safetensors; weights in pickles are not loaded. If you trust a "
+            "pytorch_model.bin, convert it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW) of transformers, "
+            "and copy the tokenizer's files beside it."
+        )
     if len(weights) == 1:
         with weights[0].open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,7 +38,7 @@ from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
 from tuneserve.training.loop import Recipe, Run, fit_model
-from tuneserve.training.model import build_model, load_tokenizer, require_reloadable
+from tuneserve.training.model import build_model, load_tokenizer, rehearse, require_known_words, require_reloadable
 from tuneserve.training.publication import publish
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
@@ -101,8 +101,17 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
 
         with world.one_a_node_first():
             tokenizer, tokens = read_tokens(settings, base, splits)
-        model = build_model(base.folder, splits.labels, dropout=settings.dropout, seed=settings.seed, device=device)
+        require_known_words(tokenizer, tokens["train"])
+        model = build_model(
+            base.folder,
+            splits.labels,
+            dropout=settings.dropout,
+            seed=settings.seed,
+            device=device,
+            pad_id=tokenizer.pad_token_id,
+        )
         require_reloadable(model)
+        rehearse(model, tokens, max_tokens=settings.num_max_positions)
 
         checkpoints = Checkpoints(
             store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from tuneserve.tables.rows import enumerate_some, shorten
+from tuneserve.tables.rows import MOST_NORMALIZED, enumerate_some, shorten
 
 OTHER = "other"
 """The label that rare ones are joined as."""
@@ -46,6 +46,8 @@ def _number(name: str) -> float:
 
 def fold(name: str) -> str:
     """Equal for names that differ only in case, spaces, Unicode form or the format of a number."""
+    if len(name) > MOST_NORMALIZED:
+        return name
     visible = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
     words = " ".join(visible.casefold().split())
     return str(Decimal(words).normalize()) if NUMBER.fullmatch(words) else words or name

@@ -60,7 +60,9 @@ def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threa
     try:
         wanted = _probabilities([_by_torch(model, text) for text in texts])
         for layout in ("packed", "padded") if isinstance(forward, Packed) else ("padded",):
-            description = {"layout": layout}
+            description: dict[str, Any] = {"layout": layout}
+            if layout == "padded":  # GPT-2's family looks for the last token that is no padding
+                description["pad_id"] = model.config.pad_token_id or 0
             try:
                 _write(
                     _InRows(forward) if isinstance(forward, Packed) and layout == "packed" else _InPadding(model),

@@ -15,7 +15,7 @@ from scipy.special import softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
-from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden
+from tuneserve.artifact import METADATA, Golden, Version, describe_files, new_version, read_version, write_golden
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
@@ -41,6 +41,8 @@ def publish(
     precision: Precision,
     exporters: Sequence[Exporter],
     began: float,
+    temperature: float | None = None,
+    tested: bool = True,
 ) -> Version:
     """Calibrate the model, save it, load it again as anyone would, test what was loaded, and export it.
 
@@ -53,20 +55,23 @@ def publish(
         precision: of the device's products.
         exporters: of the forms that engines run.
         began: when the run did, by `time.perf_counter()`.
+        temperature: that is folded into the model already; None to fit it to the validation texts.
+        tested: whether the splits have labels to test with.
 
     Raises:
         StoreError: the store cannot be written.
     """
     created, seed = datetime.now(UTC), metadata["settings"]["seed"]
     folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{metadata['fingerprint'][:8]}")
-    temperature = calibrate(model, tokens["valid"], precision)
+    if temperature is None:
+        temperature = calibrate(model, tokens["valid"], precision)
     with new_version(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
         saved.to(model.device)
         logits = {name: _logits(saved, tokens[name], precision) for name in tokens if name != "train"}
-        metrics, errors = test(logits, tokens, metadata["labels"], temperature)
+        metrics, errors = test(logits if tested else {}, tokens, metadata["labels"], temperature)
         encoder = TextEncoder.from_json(
             tokenizer.backend_tokenizer.to_str(), max_tokens=int(tokenizer.model_max_length)
         )
@@ -86,25 +91,22 @@ def publish(
             },
             "calibration": {"temperature": temperature, "ece_before": errors},
             "engine": engine,
-            "files": {
-                path.relative_to(temporary).as_posix(): path.stat().st_size
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            },
+            **describe_files(temporary),
             "versions": versions(),
             "created_at": created.isoformat(timespec="seconds"),
             "duration_s": round(time.perf_counter() - began, 3),
         }
         write_json(temporary / METADATA, metadata)
     version = read_version(folder)
-    test_figures = metrics["test"]
     if "feedback" in metrics:
         logger.info("feedback_accuracy=%.4f; of the texts held out of the feedback", metrics["feedback"]["accuracy"])
-    logger.info(
-        "test_accuracy=%.4f; test_macro_f1=%.4f; test_log_loss=%.4f; test_ece=%.4f; test_ece_before_calibration=%.4f;",
-        *(test_figures[name] for name in ("accuracy", "macro_f1", "log_loss", "ece")),
-        errors["test"],
-    )
+    if tested:
+        logger.info(
+            "test_accuracy=%.4f; test_macro_f1=%.4f; test_log_loss=%.4f; test_ece=%.4f; "
+            "test_ece_before_calibration=%.4f;",
+            *(metrics["test"][name] for name in ("accuracy", "macro_f1", "log_loss", "ece")),
+            errors["test"],
+        )
     logger.info("version %s saved in %s after %.1f s", version.id, folder, metadata["duration_s"])
     return version
 

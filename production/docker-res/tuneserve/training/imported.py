@@ -1,0 +1,125 @@
+"""A classifier that was fine-tuned elsewhere made a version of the store, without training: `run.py import FOLDER`."""
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from tuneserve.artifact import Version
+from tuneserve.code import code_hash
+from tuneserve.errors import BaseModelError, DataError
+from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
+from tuneserve.lifecycle.status import Status, hold
+from tuneserve.lifecycle.store import Store
+from tuneserve.logs import in_one_line
+from tuneserve.network import head
+from tuneserve.settings import SAMPLE, Settings
+from tuneserve.training import job
+from tuneserve.training.exporters import choose_exporters
+from tuneserve.training.labels import name_labels
+from tuneserve.training.model import rehearse
+from tuneserve.training.publication import publish
+
+logger = logging.getLogger(__name__)
+
+
+def bring_in(folder: str, settings: Settings, *, threads: int) -> Version:
+    """Publish the classifier in a Hugging Face folder, and let the gate judge it on DATASET's test texts.
+
+    Into a store without a champion it comes also where DATASET has other labels than the model: then nothing tests it
+    but its own answers.
+
+    Raises:
+        BaseModelError: the folder holds no classifier that can be loaded.
+        DataError: there is a champion to compare with, and DATASET has other labels.
+        TuneserveError: as `job.train`.
+    """
+    began = time.perf_counter()
+    settings = settings.model_copy(update={"base_model": str(Path(folder).expanduser().absolute()), "processes": 1})
+    exporters = choose_exporters(settings)
+    device, precision = job.prepare_device(settings, threads)
+    store = Store(settings.model_path)
+    store.prepare()
+    with hold(store.lock) as lock, Status(store.status_file) as status:
+        base, splits = job.gather(settings)
+        model, labels = load_classifier(base.folder, device)
+        tokenizer, tokens = job.read_tokens(settings, base, splits)
+        tested = set(splits.labels) <= set(labels)
+        if not tested and (store.champion_id() is not None or settings.dataset != SAMPLE):
+            raise DataError(
+                f"DATASET has the labels {name_labels(splits.labels)} and the model in {folder} has "
+                f"{name_labels(labels)}: name texts with the model's labels, to test it with."
+            )
+        ids = np.array([labels.index(label) for label in splits.labels] if tested else [0] * len(splits.labels))
+        tokens = {name: replace(one, label_ids=ids[one.label_ids]) for name, one in tokens.items()}
+        rehearse(model, tokens, max_tokens=settings.num_max_positions)
+        content = [base.content, splits.fingerprints, settings.num_max_positions, [one.name for one in exporters]]
+        code = code_hash("text.py", "training", "network")
+        fingerprint = hashlib.sha256(json.dumps(["imported", code, *content]).encode()).hexdigest()
+        version = store.find(fingerprint)
+        if version is None:
+            data = job.describe_data(settings, splits, tokens) if tested else {"dataset": ""}
+            metadata = {
+                "fingerprint": fingerprint,
+                "labels": labels,
+                "settings": settings.public(),
+                "base_model": base.record(),
+                "data": data,
+                "device": device.type,
+                "precision": precision,
+                "imported": True,
+            }
+            version = publish(
+                store,
+                model,
+                tokenizer,
+                tokens,
+                metadata,
+                precision=precision,
+                exporters=exporters,
+                began=began,
+                temperature=1.0,
+                tested=tested,
+            )
+        if tested:
+            job.judge(settings, store, version, splits, lock, status)
+        else:
+            said = "imported into a store without a champion; DATASET has other labels, so that nothing tested it"
+            before = read_decision(version)
+            decision = Decision(version.id, "accepted", "gate", said, None)
+            write_decision(version, decision)
+            store.set_champion(version)
+            status.decided(decision, before=before)
+            logger.warning("version %s is the champion: %s", version.id, said)
+        return version
+
+
+def load_classifier(folder: Path, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
+    """The fine-tuned model in fp32 on the device, and its label names by id.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or some of its weights would have to be made up.
+    """
+    try:
+        model, found = head.NETWORK.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        model = model.to(device).eval()
+        names = dict(model.config.id2label)
+        labels = [str(names[index]).strip() for index in range(int(model.config.num_labels))]
+    except Exception as error:  # transformers raises whatever met it in files of another kind
+        raise BaseModelError(f"{folder} cannot be loaded as a classifier: {in_one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise BaseModelError(
+            f"{folder} is no fine-tuned classifier: it has no weights {', '.join(missing[:4])}. To fine-tune it, "
+            "name it in BASE_MODEL and run `train`."
+        )
+    if len(set(labels)) < max(2, len(labels)):
+        raise BaseModelError(f"{folder} should name two labels or more, all different, in id2label of config.json.")
+    return model, labels

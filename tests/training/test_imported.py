@@ -1,0 +1,103 @@
+"""`run.py import`: a classifier that was fine-tuned elsewhere becomes a version, without training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import tuneserve
+from tuneserve.errors import BaseModelError, DataError, NoModelError
+from tuneserve.lifecycle.decision import read_decision
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import Settings
+from tuneserve.training.imported import bring_in
+
+TEXTS = ["a great film", "awful food"]
+
+
+@pytest.fixture
+def foreign(store: Path, tmp_path: Path) -> Path:
+    """A fine-tuned classifier as transformers saves one, and nothing else."""
+    version = Store(store).champion()
+    folder = tmp_path / "foreign"
+    AutoModelForSequenceClassification.from_pretrained(version.folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(version.folder).save_pretrained(folder)
+    return folder
+
+
+def rename(folder: Path, labels: list[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    (folder / "config.json").write_text(json.dumps(config | names))
+
+
+def settings(environment: dict[str, str], **changed: str) -> Settings:
+    return Settings.from_environ({"MAX_ACCURACY_DROP": "1", "MAX_LATENCY_INCREASE": "100"} | environment | changed)
+
+
+def scores(folder: Path) -> list[list[float]]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        return [row.tolist() for row in model(**batch).logits.softmax(1)]
+
+
+def test_it_is_tested_published_and_answers_as_before(environment: dict[str, str], foreign: Path) -> None:
+    version = bring_in(str(foreign), settings(environment), threads=1)
+    store = Store(Path(environment["MODEL_PATH"]))
+    assert store.champion().id == version.id
+    assert version.labels == ["bad", "good"]
+    assert version.metadata["imported"]
+    assert version.metadata["metrics"]["test"]["accuracy"] > 0.9
+    found = tuneserve.load(store.root).predict(TEXTS)
+    for one, wanted in zip(found, scores(foreign), strict=True):
+        assert list(one.scores.values()) == pytest.approx(wanted, abs=1e-3)
+    again = bring_in(str(foreign), settings(environment), threads=1)
+    assert again.id == version.id
+
+
+def test_labels_in_another_order_keep_their_meaning(environment: dict[str, str], foreign: Path) -> None:
+    rename(foreign, ["good", "bad"])  # what it calls good is bad
+    version = bring_in(str(foreign), settings(environment), threads=1)
+    assert version.labels == ["good", "bad"]
+    assert version.metadata["metrics"]["test"]["accuracy"] < 0.1
+    assert len(json.loads((version.folder / "golden.json").read_text())) == 5
+
+
+def test_other_labels_than_the_datas_are_untested_and_only_first(environment: dict[str, str], foreign: Path) -> None:
+    rename(foreign, ["1 star", "5 stars"])
+    with pytest.raises(DataError, match="name texts with the model's labels"):
+        bring_in(str(foreign), settings(environment), threads=1)
+    environment = environment | {"DATASET": "sample", "NUM_TRAIN": "60", "NUM_TEST": "40"}
+    version = bring_in(str(foreign), settings(environment), threads=1)
+    decision = read_decision(version)
+    assert decision is not None
+    assert "nothing tested it" in decision.sentence
+    assert version.metadata["metrics"] == {}
+    root = Path(environment["MODEL_PATH"])
+    assert "1 star" in tuneserve.load(root).predict(TEXTS)[0].scores
+    assert version.id in Store(root).table()
+    rename(foreign, ["1", "5"])
+    with pytest.raises(DataError, match="name texts with the model's labels"):  # there is a champion now
+        bring_in(str(foreign), settings(environment), threads=1)
+
+
+def test_what_is_no_classifier_is_refused(environment: dict[str, str], tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="is no fine-tuned classifier: it has no weights"):
+        bring_in(str(tiny_bert), settings(environment), threads=1)
+    with pytest.raises(BaseModelError, match="there is no such folder"):
+        bring_in(str(tmp_path / "none"), settings(environment), threads=1)
+    one = shutil.copytree(tiny_bert, tmp_path / "one")
+    tiny.make_classifier(labels=2, words=27).save_pretrained(one)
+    rename(one, ["same", "same"])
+    with pytest.raises(BaseModelError, match="two labels or more, all different"):
+        bring_in(str(one), settings(environment), threads=1)
+
+
+def test_a_model_in_the_place_of_a_store_says_how_it_is_served(foreign: Path) -> None:
+    with pytest.raises(NoModelError, match=f"run.py import {foreign}"):
+        Store(foreign).champion()
