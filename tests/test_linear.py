@@ -104,7 +104,14 @@ def file(folder: Path, ending: str, before: str, after: str, text: str) -> None:
 
 
 def checks(folder: Path, text: str) -> None:
-    rows = [(number, f"{text}{number}", "bad" if number % 2 else "good") for number in range(4)]
+    check_rows(folder, [(number, f"{text}{number}", "bad" if number % 2 else "good") for number in range(4)])
+
+
+def labels(folder: Path, text: str) -> None:
+    check_rows(folder, [(number, f"film {number}", text + "ab"[number % 2]) for number in range(40)])
+
+
+def check_rows(folder: Path, rows: list[tuple[int, str, str]]) -> None:
     source = Source(memory_map(rows, "rows", folder), "rows")
     check({"train": source}, num_train=0, num_test=0, valid_fraction=0.1, test_fraction=0.1, seed=1)
 
@@ -112,7 +119,7 @@ def checks(folder: Path, text: str) -> None:
 def settings(text: str) -> None:
     for name in Settings.model_fields:
         with suppress(TuneserveError):
-            Settings.from_environ({name.upper(): text}).public()
+            Settings.from_environ({name.upper(): text[: 1 << 17]}).public()  # Linux takes no longer variables
 
 
 READERS: dict[str, Callable[[Path], Callable[[str], Any]]] = {
@@ -135,6 +142,7 @@ READERS: dict[str, Callable[[Path], Callable[[str], Any]]] = {
     "headers": lambda _: headers,
     "settings": lambda _: settings,
     "checks": lambda folder: partial(checks, folder),
+    "checks of labels": lambda folder: partial(labels, folder),
     ".csv, a cell": lambda folder: partial(file, folder, ".csv", "text,label\n", ",good\n"),
     ".csv, a quoted cell": lambda folder: partial(file, folder, ".csv", 'text,label\n"', '",good\n'),
     ".csv, a label": lambda folder: partial(file, folder, ".csv", "text,label\nfilm,", "\n"),

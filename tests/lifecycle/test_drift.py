@@ -212,3 +212,8 @@ def test_an_old_version_has_none_and_a_damaged_one_is_named(tmp_path: Path) -> N
         (tmp_path / "drift.json").write_text(content)
         with pytest.raises(StoreError, match=r"drift\.json cannot be read"):
             read_reference(version(tmp_path))
+
+
+@pytest.mark.parametrize(("p_value", "drifted"), [(0.0101, False), (0.01, True), (0.015, False)])
+def test_at_most_one_window_in_a_hundred_is_called_drift_by_chance(p_value: float, drifted: bool) -> None:
+    assert drift._figure("labels", 0.5, p_value, "Words").drifted == drifted

@@ -199,3 +199,37 @@ def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, mon
         status.step(60, {"loss": 0.5})
     seen = read_status(store.status_file)
     assert {name: seen[name] for name in ("epoch", "progress", "eta_s")} == {"epoch": 3, "progress": 0.6, "eta_s": 40}
+
+
+def test_who_did_not_get_the_lock_does_not_release_it(path: Path, python: Python) -> None:
+    other = (
+        "import sys, pathlib; from tuneserve.lifecycle.status import hold; hold(pathlib.Path(sys.argv[1])).__enter__()"
+    )
+    with hold(path) as held:
+        for _ in range(2):
+            with pytest.raises(BusyError), hold(path):
+                pass
+            path.read_bytes()  # closes a descriptor of the file, which would release a lock of POSIX's kind
+            assert "BusyError" in python("-c", other, path).stderr
+        held.require()
+
+
+@pytest.mark.parametrize("odd", ["dangling", "loop", "folder", "pipe"])
+def test_a_lock_that_is_no_file_is_a_clear_error(path: Path, odd: str) -> None:
+    if odd == "pipe":
+        os.mkfifo(path)
+    elif odd == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name if odd == "loop" else "elsewhere")
+    with pytest.raises(StoreError, match=r"trainer\.lock cannot be written"), hold(path):
+        pass
+    assert not path.with_name("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 200_000, b'{"phase": 3}', b'{"phase": "resting"}', b'{"eta_s": 1e999}', b'["phase"]', b"\xff"]
+)
+def test_a_status_that_is_none_is_empty(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert read_status(path) == {}

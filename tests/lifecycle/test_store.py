@@ -1,6 +1,7 @@
 """Versions and the pointer to the one that answers, on real disks that fail and in processes that die."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -434,3 +435,36 @@ def test_of_a_challenger_the_table_says_that_it_is_one_and_what_became_of_it(sto
     assert f"{store.challenger_pointer} cannot be read" in store.table()
     store.set_challenger(versions[2])
     assert store.challenger_id() == "c"
+
+
+def test_a_version_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_pointed_at(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace_ = os.fsync, Path.rename, Path.replace
+
+    def sync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(store.root)
+        events.append(("fsync", re.sub(r"-[0-9a-f]{8}", "", str(path))))
+        fsync(descriptor)
+
+    def named(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(self: Path, target: Path) -> Path:
+            events.append(("rename", str(target.relative_to(store.root))))
+            return move(self, target)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", named(rename))
+    monkeypatch.setattr(Path, "replace", named(replace_))
+    with new_version(store.versions_folder / "one") as temporary:
+        (temporary / "model.safetensors").write_bytes(b"weights")
+        (temporary / METADATA).write_text('{"labels": []}')
+    hidden = "versions/.unfinished-one"
+    at = events.index(("rename", "versions/one"))
+    assert {path for _, path in events[:at]} == {hidden, f"{hidden}/model.safetensors", f"{hidden}/{METADATA}"}
+    assert events[at:] == [("rename", "versions/one"), ("fsync", "versions")]
+    events.clear()
+    store.set_champion(store.version("one"))
+    assert events == [("fsync", ".champion"), ("rename", "champion"), ("fsync", ".")]

@@ -20,7 +20,10 @@ import pytest
 from loop import free_port
 
 from tuneserve.artifact import read_version
-from tuneserve.settings import PROJECT
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE, open_database
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import end_with_parent
 
 README, DOCS = PROJECT / "README.md", PROJECT / "docs"
@@ -178,7 +181,57 @@ def test_the_blocks_work_in_their_order(clone: Path, start: Callable[..., "subpr
     champion = (clone / "models" / "champion").read_text().strip()
     metadata = read_version(clone / "models" / "versions" / champion).metadata
     assert metadata["data"]["dataset"] == "sample"
-    assert metadata["metrics"]["test"]["accuracy"] > 0.7
+    assert metadata["metrics"]["test"]["accuracy"] > 0.8  # after one epoch of the three
+
+
+def test_the_blocks_on_a_store_do_what_they_say(
+    tmp_path: Path, store: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(store, models)
+    first = Store(models).champion()
+    second = "20260102T030405Z-0a1b2c3d"  # as in the block
+    shutil.copytree(first.folder, models / "versions" / second)
+    for name in (second, first.id):
+        Store(models).promote(name)
+    feedback = Feedback(models / FILE, max_rows=10, keep_texts=False)
+    for text in ("a text", "another"):
+        feedback.label_text(text, "good", client="10.0.0.1")
+    with open_database(models / FILE) as database:
+        database.execute("UPDATE labels SET at = unixepoch('2026-03-02') WHERE id = 1")
+        database.execute("UPDATE labels SET client = '3f2a91c4' WHERE id = 2")
+    environment = os.environ | {"MODEL_PATH": str(models), "PORT": "8000"}
+    said = []
+    for code in (code for mark, code in BLOCKS if mark == "needs a trained store"):
+        process = start(code, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert process.stdout is not None
+        said.append(process.stdout.read())
+        process.wait()
+        assert process.returncode == 0, f"{code}\n{said[-1]}"
+    versions, labels = said
+    assert f"{second} is the champion again" in versions
+    assert f"{second} is the champion; servers" in versions
+    assert "1 labels count as yours" in labels
+    assert "1 labels removed" in labels
+
+
+@pytest.mark.parametrize("code", [code for mark, code in BLOCKS if mark], ids=lambda code: code.splitlines()[0][:60])
+def test_what_the_other_blocks_name_is_there(code: str) -> None:
+    variables = set(re.findall(r"(?:^|\s)(?:-e )?([A-Z][A-Z_]+)=", code))
+    assert {name for name in variables if not name.startswith(("PET_", "EXTRAS", "ARGS"))} <= {
+        name.upper() for name in Settings.model_fields
+    }
+    makefile = (PROJECT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|\s)make ([a-z-]+)", code):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"(?:^|\s)((?:production|benchmarks|tests)/[\w./-]+)", code):
+        assert (PROJECT / path).exists(), path
+    offered = (PROJECT / "production" / "build.py").read_text()
+    for line in code.replace("\\\n", " ").splitlines():
+        for option in re.findall(r"(?<= )--[a-z-]+", line) if "build.py" in line else []:
+            assert option == "--help" or f'"{option}"' in offered, option
+    for verb in re.findall(r"(?:run\.py|tuneserve) ([a-z][a-z-]*)", code):
+        assert f'"{verb}"' in (PROJECT / "production" / "docker-res" / "run.py").read_text(), verb
 
 
 def wait_until_ready(port: str, server: "subprocess.Popen[str]") -> None:

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from wire import BODY, LIVEZ, Client, counts, served, wait_until, write
 
 from tuneserve.errors import OverloadedError, TimeoutExceededError
-from tuneserve.serving.http import routes
+from tuneserve.serving.http import front, routes
 from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
 from tuneserve.serving.slot import Slot
@@ -269,3 +269,22 @@ def test_body_of_one_byte_chunks_is_joined(settings: Settings, slot: Slot, count
         head = b"POST /inference HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
         assert client.ask(head + chunks + b"0\r\n\r\n")[0] == 200
         client.close()
+
+
+def test_memory_of_large_bodies_is_given_back_once_they_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(front, "TRIM_S", 0.0)
+
+    async def run() -> None:
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(front, "give_memory_back", lambda: (given.append(1), loop.call_soon_threadsafe(done.set)))
+        bodies = Bodies(1 << 20)
+        bodies.release(bodies.hold(SMALL_BYTES, of=SMALL_BYTES))
+        assert not bodies._trims
+        for _ in range(3):
+            bodies.release(bodies.hold(SMALL_BYTES + 1, of=SMALL_BYTES + 1))
+        await done.wait()
+
+    asyncio.run(run())
+    assert len(given) == 1

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wire import batcher_of, wait_until
+from fastapi.testclient import TestClient
+from wire import app_of, batcher_of, wait_until
 
 from tuneserve.artifact import Version, read_version
 from tuneserve.errors import NoModelError, StoreError
@@ -20,6 +21,7 @@ from tuneserve.serving import follower as module
 from tuneserve.serving import slot as slots
 from tuneserve.serving.follower import Follower
 from tuneserve.serving.slot import Slot
+from tuneserve.settings import Settings
 from tuneserve.tasks.classifier import Classifier
 
 Start = Callable[..., Follower]
@@ -231,3 +233,42 @@ def test_the_garbage_collector_need_not_look_at_a_model_that_answers(
     wait_for(slot, "one")
     assert gc.get_freeze_count() > 10_000
     gc.unfreeze()
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_follower_that_meets_what_nobody_foresaw_goes_on_and_health_is_red_until_it_works_again(
+    store: Store,
+    slot: Slot,
+    settings: Settings,
+    add: Callable[[str], Version],
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    at_start: bool,
+) -> None:
+    monkeypatch.setattr(module, "EVERY_S", 0.01)
+    store.set_champion(add("one"))
+    client = TestClient(app_of(settings, slot))
+    if not at_start:
+        start()
+        wait_for(slot, "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "champion_id", lambda: 1 // 0)
+        if at_start:
+            start()
+        wait_until(lambda: client.get("/livez").status_code == 503)
+        assert (client.get("/readyz").status_code == 200) is not at_start
+    wait_until(lambda: client.get("/livez").status_code == 200)
+    wait_for(slot, "one")
+    store.set_champion(add("two"))
+    wait_for(slot, "two")
+
+
+def test_a_store_that_cannot_be_written_is_said_once_and_no_reason_to_be_red(
+    store: Store, slot: Slot, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise StoreError("read-only")
+
+    follower = Follower(store, slot, lambda version: pytest.fail("loaded"))
+    assert [follower._attempt("the challenger", refuse) for _ in range(3)] == [False] * 3
+    assert (slot.trouble, caplog.text.count("the challenger: read-only")) == ("", 1)

@@ -119,6 +119,13 @@ COLUMNS = {
     "no header, a text twice": Case({"a.csv": table(POS_NEG, ("very long " * 90,) * 2)}, "row 1: the column names ["),
     "semicolons": Case({"a.csv": table(POS_NEG, separator=";")}, "row 1: columns are separated by ';'"),
     "semicolons behind a mark": Case({"a.csv": "\ufeff" + table(POS_NEG, separator=";")}, "separated by ';'"),
+    "semicolons and a comma": Case({"a.csv": "text, in full;label\n" + "a film, good;pos\n" * 9}, "separated by ';'"),
+    "no header, short": Case(
+        {"a.csv": table(POS_NEG[1:], POS_NEG[0])}, "If row 1 holds no names, put a line such as", ""
+    ),
+    "no header, one short column": Case(
+        {"a.csv": table([(a,) for a, _ in POS_NEG], (POS_NEG[0][0],))}, "row 1 does", ""
+    ),
     "tabs": Case(
         {"a.csv": table(POS_NEG, separator="\t")}, "separated by '\\t'; in this kind of file use ',', or name"
     ),
@@ -142,8 +149,13 @@ COLUMNS = {
         {"a.csv": table([(label, text, "") for text, label in POS_NEG], ("v1", "v2", ""))}, "Set TEXT_COLUMN and", ""
     ),
     "a quote that swallows rows": Case(
-        {"a.csv": table([*POS_NEG[:9], ('"a great film', "pos"), *POS_NEG[9:20], ("awful", 'neg"'), *POS_NEG[20:]])},
-        "row 11: ",
+        {"a.csv": table([*POS_NEG[:9], ('"a great film', "pos"), *POS_NEG[9:20], ('awful"', "neg"), *POS_NEG[20:]])},
+        "row 11: a quote opens here and takes in 11 lines that look like rows. Close it, or write",
+    ),
+    "lines of a poem": Case(
+        {"a.csv": table([('"Roses are red,\nViolets are blue,\nSugar is sweet,\nAnd so are you."', "pos"), *POS_NEG])},
+        {"train": 41},
+        41,
     ),
 }
 REVIEWS = [*POS_NEG[:9], ('"a great film', "pos"), *POS_NEG[9:30], ('and then: awful"', "neg"), *POS_NEG[30:]]
@@ -357,6 +369,16 @@ SPLITS = {
     "two files of other names": Case(
         {"a.csv": table(POS_NEG), "b.csv": table(TEST)}, "it holds a.csv, b.csv. Rename", 52
     ),
+    "a zip in a folder": Case({"train.zip": b"PK", "test.csv": table(TEST)}, "train.zip: unpack it first", 12),
+    "configurations in folders": Case(
+        {"cola/train-0.parquet": hub(POS_NEG), "sst2/train-0.parquet": hub(TEST)}, "it holds cola, sst2. Rename", 52
+    ),
+    "a single class": Case(texts(9, "train/pos"), "it holds train", 9),
+    "an archive with a folder in it": Case(
+        {f"aclImdb/{name}": text for name, text in texts(9, "train/pos", "train/neg", "test/pos", "test/neg").items()},
+        {"train": 18, "test": 18},
+        36,
+    ),
     "a folder and a file": Case(
         {"train/a.csv": table(POS_NEG), "train.csv": table(POS_NEG)}, "both the train split", 40
     ),
@@ -489,6 +511,13 @@ LABELS = {
     "whole scores": Case(
         {"a.csv": table([(f"a text {n}", n % 300) for n in range(1500)])}, "looks like a number to predict", 1500
     ),
+    "scores with gaps": Case({"a.csv": table([*SCORES, ("a", "NaN")])}, "looks like a number to predict", 1501),
+    "percentages": Case({"a.csv": table([(f"a text {n}", f"{n}.5%") for n in range(50)])}, "looks like a number", 50),
+    "hundreds of numbers of classes": Case(
+        {"a.csv": table([(f"a text {n}", n % 150) for n in range(3000)])},
+        {"train": 3000},
+        says=("labels are 150 different numbers; if they measure something",),
+    ),
     "numbers with commas": Case(
         {"a.csv": table([(f"a text {n}", f'"{n},5"') for n in range(50)])}, "looks like a number to predict", 50
     ),
@@ -523,6 +552,13 @@ LABELS = {
         labels=("neg", "pos"),
         how={"rare_labels": "drop", "min_class_size": 10},
         says=("2 rare labels with 6 train texts, 2 test texts left out",),
+    ),
+    "rare labels, too few to be joined": Case(
+        {"a.csv": table([*POS_NEG, ("an odd text", "odd")])},
+        {"train": 41},
+        labels=("neg", "pos"),
+        how={"rare_labels": "other"},
+        says=("1 rare labels with 1 train texts left out, such as 'odd'",),
     ),
     "none is left": Case(
         {"a.csv": table(RARE[120:])},

@@ -211,3 +211,38 @@ def _never() -> Any:
     from tuneserve.signals import Stop
 
     return Stop()
+
+
+def test_the_champion_has_seen_its_validation_texts_too_and_its_test_texts_not(environment: dict[str, str]) -> None:
+    splits = gathered(environment)
+    store = Store(Path(environment["MODEL_PATH"]))
+    job.keep_evidence(store, Version(store.versions_folder / "one", {"labels": []}), splits, seed=1)
+    folder = store.evidence_folder / "one"
+    seen = {name: ~unseen(folder, [*getattr(splits, name)]) for name in ("train", "valid", "test")}
+    assert seen["train"].all()
+    assert seen["valid"].all()
+    assert not seen["test"].any()
+
+
+@pytest.mark.parametrize(
+    ("variables", "labels", "unknown"),
+    [
+        ({}, ["1", "2", "Good", "bad", "good"], 3),
+        ({"LABELS": "merge"}, ["1", "2", "bad", "good"], 2),
+        ({"RARE_LABELS": "other", "MIN_CLASS_SIZE": "7"}, ["bad", "good", "other"], 3),
+        ({"RARE_LABELS": "drop", "MIN_CLASS_SIZE": "7"}, ["bad", "good"], 4),
+    ],
+)
+def test_the_settings_of_labels_reach_the_data_and_feedback_and_change_the_fingerprint(
+    environment: dict[str, str], folder: Path, variables: dict[str, str], labels: list[str], unknown: int
+) -> None:
+    rows = [*tiny.sentences(200), *((f"a film of {number}", str(number % 2 + 1)) for number in range(10))]
+    tiny.write_csv(folder / "train.csv", [*rows, *((f"one of {number}", "Good") for number in range(5))])
+    (folder / "test.csv").unlink()
+    said = [("the interval", "GOOD", False), ("the end", "other", False), ("an end", "1.0", False), ("a", "odd", False)]
+    settings, plain = Settings.from_environ(environment | variables), Settings.from_environ(environment)
+    base, splits = job.gather(settings, said)
+    assert splits.labels == labels
+    assert splits.findings["feedback"]["unknown_label"] == unknown
+    same = job.fingerprint_run(settings, base, splits, []) == job.fingerprint_run(plain, base, splits, [])
+    assert same is not bool(variables)

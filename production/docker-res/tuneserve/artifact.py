@@ -9,20 +9,85 @@
 <version>/metadata.json  written last: a folder without it is not a version
 """
 
-import json
+import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from tuneserve.errors import StoreError
-from tuneserve.files import new_folder, write_json
+from tuneserve.files import as_record, new_folder, open_regular, read_json, read_record, write_json
+
+logger = logging.getLogger(__name__)
 
 METADATA = "metadata.json"
 GOLDEN = "golden.json"
 GOLDEN_INT8 = "golden-int8.json"
 UNFINISHED = ".unfinished-"
+NEVER_ANSWER = ("report/", "drift.json")
+"""Files that are looked into and that no answer depends on, by the beginnings of their names."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """A part of `metadata.json`: what is read of it has these types, and it may have more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class UsedSettings(Part):
+    """The settings that loading needs."""
+
+    num_max_positions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+
+class Figures(Part):
+    """The figures of a split."""
+
+    accuracy: Share | None = None
+
+
+class Findings(Part):
+    """What is known of the data."""
+
+    counts: dict[str, dict[str, Count]] = {}
+
+
+class Quantized(Part):
+    """Whether the int8 graph may serve."""
+
+    accepted: bool
+    reason: str = ""
+
+
+class Exported(Part):
+    """The graphs."""
+
+    int8: Quantized | None = None
+
+
+class Metadata(Part):
+    """What the store and the engines read of `metadata.json`."""
+
+    labels: list[str]
+    task: str = ""
+    fingerprint: str = ""
+    created_at: str = ""
+    settings: UsedSettings | None = None
+    metrics: dict[str, Figures] = {}
+    data: Findings | None = None
+    engine: Exported | None = None
+    files: dict[str, Count] = {}
+    sha256: dict[str, str] = {}
+
+
+METADATA_SHAPE = TypeAdapter(Metadata)
 
 
 @dataclass(frozen=True)
@@ -42,6 +107,18 @@ class Version:
         """Label names; a label's index is its id in the model."""
         return list(self.metadata["labels"])
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it reads of a text.
+
+        Raises:
+            StoreError: its metadata does not say.
+        """
+        found = (self.metadata.get("settings") or {}).get("num_max_positions")
+        if not isinstance(found, int):
+            raise StoreError(f"{self.folder / METADATA} does not say settings.num_max_positions.")
+        return found
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -49,6 +126,16 @@ class Golden:
 
     texts: list[str]
     scores: list[dict[str, float]]
+
+
+class Pair(Part):
+    """A golden text and its answer."""
+
+    text: str
+    scores: dict[str, float]
+
+
+PAIRS = TypeAdapter(list[Pair])
 
 
 def read_golden(version: Version, name: str = GOLDEN) -> Golden:
@@ -59,10 +146,12 @@ def read_golden(version: Version, name: str = GOLDEN) -> Golden:
     """
     path = version.folder / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Golden([one["text"] for one in content], [one["scores"] for one in content])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} cannot be read: {error!r}") from error
+        content = read_record(path, PAIRS)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    if not content or any(set(one.scores) != set(version.labels) for one in content):
+        raise StoreError(f"{path} cannot be read: it should have texts, with a score for each label.")
+    return Golden([one.text for one in content], [one.scores for one in content])
 
 
 def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:
@@ -71,18 +160,72 @@ def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:
     write_json(folder / name, [{"text": text, "scores": scores} for text, scores in pairs])
 
 
+def describe_files(folder: Path) -> dict[str, Any]:
+    """What metadata say of a version's files: the sizes of all, and the SHA-256 of those that answer."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        "files": {name: path.stat().st_size for name, path in files.items()},
+        "sha256": {name: sha256_of(path) for name, path in files.items() if not name.startswith(NEVER_ANSWER)},
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file, which is not held in memory.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no regular file.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_whole(version: Version) -> bool:
-    """Whether the files needed to answer exist in the size in which they were written."""
-    return torn_file(version) is None
+    """Whether the files that answer are those that were written."""
+    return damage(version) is None
 
 
-def torn_file(version: Version) -> str | None:
-    """The first file that is missing or differs in size from what was written."""
-    for name, size in version.metadata.get("files", {}).items():
-        path = version.folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return str(name)
+def damage(version: Version) -> str | None:
+    """What is wrong with the first file that answers and is not as it was written; None if all are.
+
+    Versions from before the hashes are checked by the sizes of these files.
+    """
+    sizes = {name: size for name, size in version.metadata.get("files", {}).items() if _answers(name)}
+    hashes: dict[str, str] = version.metadata.get("sha256", {})
+    if not hashes and sizes:
+        logger.info("version %s was saved without hashes; its files are checked by their sizes", version.id)
+    for name in sizes | hashes:
+        try:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{METADATA} names a file outside of its folder, {name!r}"
+            with open_regular(version.folder / name) as file:
+                if name in sizes and file.seek(0, 2) != sizes[name]:
+                    return f"{name} is not as large as when it was saved"
+        except (OSError, ValueError) as error:
+            return f"{name} is missing or cannot be read ({getattr(error, 'strerror', None) or error})"
+    for name, wanted in hashes.items():  # after all sizes, which take no time
+        try:
+            if sha256_of(version.folder / name) != wanted:
+                return f"{name} is not what was saved: its SHA-256 differs"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
     return None
+
+
+def _answers(name: str) -> bool:
+    return not name.startswith(NEVER_ANSWER)
+
+
+def require_whole(version: Version) -> None:
+    """Make sure that the files that answer are those that were written.
+
+    Raises:
+        StoreError: one is not.
+    """
+    if wrong := damage(version):
+        raise StoreError(
+            f"version {version.id} is damaged: {wrong}. Restore the file, or choose another version: run.py versions."
+        )
 
 
 def read_version(folder: Path) -> Version:
@@ -91,14 +234,17 @@ def read_version(folder: Path) -> Version:
     Raises:
         StoreError: the folder is no finished version, or its metadata cannot be read.
     """
+    path = folder / METADATA
     try:
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        metadata = read_json(path)
     except FileNotFoundError:
         raise StoreError(f"{folder} holds no finished model: there is no {METADATA} in it.") from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{folder / METADATA} cannot be read: {error}") from error
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("labels"), list):
-        raise StoreError(f"{folder / METADATA} is no version's metadata: it has no labels.")
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    try:
+        as_record(metadata, METADATA_SHAPE)
+    except ValueError as error:
+        raise StoreError(f"{path} is no version's metadata: {error}") from error
     return Version(folder, metadata)
 
 

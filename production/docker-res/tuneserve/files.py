@@ -15,13 +15,18 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
 
 from tuneserve.text import has_surrogates
 
 logger = logging.getLogger(__name__)
+
+Record = TypeVar("Record")
 
 MAX_JSON_BYTES = 256 << 20
 """More than the metadata of a thousand labels; a file beyond it is none of ours."""
@@ -114,20 +119,32 @@ def _take_name(temporary: Path, path: Path) -> None:
         temporary.rename(path)
 
 
+@contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
+    """A regular file to read; a pipe or a device of this name, which may never end, is refused.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no regular file, or its name is none.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        yield file
+
+
 def read_bytes(path: Path, *, max_bytes: int) -> bytes:
-    """The content of a regular file; a pipe or a device of this name, which may never end, is refused.
+    """The content of a regular file.
 
     Raises:
         OSError: it is not there, or cannot be read.
         ValueError: it is no regular file, or larger than so many bytes.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("it is no regular file")
-        if about.st_size > max_bytes:
-            raise ValueError(f"it has {about.st_size} bytes, more than the {max_bytes} of such a file")
-        return file.read()
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    return content
 
 
 def read_json(path: Path) -> Any:
@@ -138,6 +155,30 @@ def read_json(path: Path) -> Any:
         ValueError: it is something else, with what is wrong.
     """
     return parse_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
+
+
+def read_record(path: Path, shape: TypeAdapter[Record]) -> Record:
+    """What a JSON file of the store holds, if it has this shape.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is something else, with what is wrong and where.
+    """
+    return as_record(read_json(path), shape)
+
+
+def as_record(content: Any, shape: TypeAdapter[Record]) -> Record:
+    """See `read_record`.
+
+    Raises:
+        ValueError: it is something else, with what is wrong and where.
+    """
+    try:
+        return shape.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))[:100]
+        raise ValueError(f"{where or 'the whole'}: {first['msg']}") from None
 
 
 def parse_json(content: bytes) -> Any:

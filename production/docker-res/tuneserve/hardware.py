@@ -1,9 +1,11 @@
 """What this process may compute with: CPU threads, priority, device, number format."""
 
+import ctypes
 import math
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +57,12 @@ def _cgroup_folders(proc: Path, cgroups: Path) -> list[Path]:
         path = Path(group.strip("/"))
         folders |= {root / part: None for root in roots for part in [path, *path.parents]}
     return list(folders)
+
+
+def give_memory_back() -> None:
+    """Let the C library return freed memory to the system, which it would keep for as long; glibc's alone can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_threads(setting: int | Literal["auto"]) -> int:

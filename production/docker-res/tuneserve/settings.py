@@ -54,7 +54,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     dataset: str = SAMPLE
-    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL or Parquet file, perhaps
+    """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`), a folder with `train.*` and optionally `valid.*` and `test.*`, a URL such
     as `s3://bucket/reviews.csv`, or a name on the Hugging Face hub (`owner/name` or `owner/name:configuration`)."""
 
@@ -269,7 +269,7 @@ class Settings(BaseModel):
     installed; the SDK's other `OTEL_*` variables hold too."""
 
     input: str = ""
-    """What `predict` scores: a CSV, TSV, JSON, JSONL or Parquet file, perhaps compressed (`.gz`, `.bz2`, `.xz`,
+    """What `predict` scores: a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps compressed (`.gz`, `.bz2`, `.xz`,
     `.zst`), a folder of files of one of these kinds, or the URL of either (`s3://bucket/reviews/`)."""
 
     output: str = ""

@@ -1,13 +1,17 @@
 """What was decided about a version, and why: `decision.json` beside its weights."""
 
-import json
+import logging
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
-from tuneserve.files import write_json
+from tuneserve.files import as_record, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 DECISION = "decision.json"
 
@@ -72,12 +76,21 @@ class Decision:
         return replace(self, withdrawn_at=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
+SHAPE = TypeAdapter(Decision)
+
+
 def read_decision(version: Version) -> Decision | None:
     """The decision about a version; None if there is none, or it cannot be read."""
+    path = version.folder / DECISION
     try:
-        content = json.loads((version.folder / DECISION).read_text(encoding="utf-8"))
-        return Decision(**{**content, "checks": [Check(**one) for one in content["checks"]]})
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(path)
+        if isinstance(content, dict) and "at" not in content:  # now is not when it was decided
+            raise ValueError("at: Field required")
+        return as_record(content, SHAPE)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read, and counts as none: %s", path, error)
         return None
 
 

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
+from tuneserve.files import read_record
 from tuneserve.lifecycle.statistics import Array, chi_square, fisher, holm, kolmogorov_smirnov, rank_sum
 
 DRIFT = "drift.json"
@@ -95,6 +97,11 @@ def write_reference(folder: Path, answers: Answers, *, seed: int) -> None:
     (folder / DRIFT).write_text(json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
+COLUMNS_SHAPE: TypeAdapter[dict[str, list[Annotated[float, Field(ge=0, le=1 << 40)]]]] = TypeAdapter(
+    dict[str, list[Annotated[float, Field(ge=0, le=1 << 40)]]]
+)
+
+
 def read_reference(version: Version) -> Reference | None:
     """The version's reference; None if it was saved without one.
 
@@ -103,14 +110,17 @@ def read_reference(version: Version) -> Reference | None:
     """
     path = version.folder / DRIFT
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if len({len(content[name]) for name in COLUMNS}) != 1:
+        content = read_record(path, COLUMNS_SHAPE)
+        columns = [content[name] for name in COLUMNS]
+        if len({len(column) for column in columns}) != 1:
             raise ValueError("its columns differ in length")
-        return Reference(version.labels, Answers.from_columns(content[name] for name in COLUMNS))
+        if not all(label < len(version.labels) for label in content["label_ids"]):
+            raise ValueError("it has more labels than the version")
+        return Reference(version.labels, Answers.from_columns(columns))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} cannot be read: {error!r}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
 
 
 class Observation(NamedTuple):

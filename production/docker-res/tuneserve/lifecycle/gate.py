@@ -237,9 +237,13 @@ def judge(
 
 def _same_as_torch(candidate: Version, right: Array) -> Check:
     """The exported engine against what torch measured on the whole test when the version was saved."""
-    test = candidate.metadata["metrics"]["test"]
-    accuracy, torch_accuracy = float(right.mean()), float(test["accuracy"])
-    tested = sum(candidate.metadata["data"]["counts"]["test"].values())
+    try:
+        accuracy, torch_accuracy = float(right.mean()), float(candidate.metadata["metrics"]["test"]["accuracy"])
+        tested = sum(candidate.metadata["data"]["counts"]["test"].values())
+    except (KeyError, TypeError):
+        return Check(
+            "engine", False, None, None, "its metadata.json does not say what torch measured on how many texts"
+        )
     # A sample of a larger test varies by chance; on the same texts only those near the boundary differ.
     variance = BORDERLINE if tested <= len(right) else torch_accuracy * (1 - torch_accuracy)
     bound = ENGINE_POINTS + 3 * math.sqrt(variance / len(right))

@@ -7,7 +7,6 @@ bring the threads and stores of a scheduler for one line of cron.
 """
 
 import hashlib
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -15,10 +14,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from cronsim import CronSim
+from cronsim import CronSim, CronSimError
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from tuneserve.errors import BusyError
-from tuneserve.files import write_json
+from tuneserve.files import read_record, write_json
 from tuneserve.lifecycle.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,16 @@ DRIFT_PAUSE = timedelta(hours=6)
 """Minimum time between two trainings for drift, since the training data may not have changed yet."""
 AHEAD = timedelta(hours=3)
 """How far the last handled occurrence may lie in the future before the clock is taken to have been wrong."""
+
+
+class Memory(TypedDict):
+    """The last occurrence that was handled, and of which expression."""
+
+    handled: str
+    expression: str
+
+
+SHAPE = TypeAdapter(Memory)
 
 
 class Schedule:
@@ -77,14 +88,15 @@ class Schedule:
 
     def _remember(self) -> datetime | None:
         try:
-            content = json.loads(self._memory.read_text(encoding="utf-8"))
+            content = read_record(self._memory, SHAPE)
             handled = datetime.fromisoformat(content["handled"]).astimezone(UTC)
+            self.next(handled)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s cannot be read (%r): the schedule starts over", self._memory, error)
+        except (OSError, ValueError, OverflowError, CronSimError, StopIteration) as error:
+            logger.warning("%s cannot be read (%s): the schedule starts over", self._memory, error or type(error))
             return None
-        return handled if content.get("expression") == self._expression else None  # a new schedule has missed nothing
+        return handled if content["expression"] == self._expression else None  # a new schedule has missed nothing
 
     def _jitter(self, occurrence: datetime) -> timedelta:
         digest = hashlib.sha256(f"{self._host} {occurrence.isoformat()}".encode()).digest()

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,8 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+
 from tuneserve.errors import BusyError, StoreError, TuneserveError
-from tuneserve.files import replace_file
+from tuneserve.files import as_record, parse_json, read_record, replace_file
 from tuneserve.lifecycle.decision import Decision
 
 logger = logging.getLogger(__name__)
@@ -61,9 +65,14 @@ def hold(path: Path) -> Iterator[Lock]:
         StoreError: the file cannot be written.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # close-on-exec: no program started here inherits it
+        # Close-on-exec: no program started here inherits it. A link would lock what it leads to, a pipe has no content.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
+        why = "it is a link; remove it" if error.errno == errno.ELOOP else error
+        raise StoreError(f"{path} cannot be written: {why}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} cannot be written: it is no regular file; remove it")
     try:
         yield Lock(path, descriptor, exclusive=_acquire(path, descriptor))
     finally:
@@ -93,12 +102,23 @@ def _acquire(path: Path, descriptor: int) -> bool:
     return exclusive
 
 
+class Owner(TypedDict):
+    """What the lock's file says of who holds it."""
+
+    host: str
+    pid: int
+    since: str
+
+
+OWNER = TypeAdapter(Owner)
+
+
 def _read_owner(descriptor: int) -> str:
     """The owner of the lock, as the start of a sentence; the content may be damaged."""
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        owner = as_record(parse_json(os.pread(descriptor, 4096, 0)), OWNER)
         return f"process {owner['pid']} on {owner['host']} has been training for this store since {owner['since']}"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError):
         return "another process is training for this store"
 
 
@@ -168,10 +188,28 @@ class Status:
             replace_file(self._path, json.dumps(self._content).encode(), durable=False)
 
 
+class Content(TypedDict, total=False):
+    """What the status file holds."""
+
+    phase: Phase
+    pid: int
+    epoch: int
+    epochs: int
+    progress: float
+    loss: float
+    eta_s: float
+    version: str
+    decision: str
+    reason: str
+
+
+SHAPE = TypeAdapter(Content)
+
+
 def read_status(path: Path) -> dict[str, Any]:
     """The status of the newest training; empty if it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_record(path, SHAPE)
+        return {**content}
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -20,15 +20,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version
+from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version, require_whole
 from tuneserve.errors import NoModelError, StoreError
-from tuneserve.files import replace_file
+from tuneserve.files import read_bytes, replace_file
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 
 logger = logging.getLogger(__name__)
 
 MEND = "Choose one with run.py promote <version>; run.py versions lists them."
 COLUMNS = ("version", "created", "test accuracy", "serves", "decision")
+POINTER_BYTES = 4096
 ABANDONED_S = 3600
 """Age at which an unfinished version is taken for that of a killed run."""
 
@@ -57,7 +58,9 @@ class Store:
             for folder in (self.versions_folder, self.checkpoints_folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(f"{UNFINISHED}*"):
-                    if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+                    if leftover.is_symlink():
+                        leftover.unlink()
+                    elif time.time() - leftover.stat().st_mtime > ABANDONED_S:
                         shutil.rmtree(leftover)
             replace_file(self.root / ".writable", b"")
             (self.root / ".writable").unlink(missing_ok=True)
@@ -193,8 +196,7 @@ class Store:
             StoreError: there is no such version, it is damaged, or the pointer cannot be written.
         """
         version = self.version(name)
-        if not is_whole(version):
-            raise StoreError(f"version {version.id} is damaged and cannot be promoted.")
+        require_whole(version)
         if (decision := read_decision(version)) and not decision.stands:
             why = f"it was withdrawn {decision.withdrawn_at}" if decision.withdrawn_at else decision.sentence
             logger.warning("version %s is promoted, although: %s", version.id, why)
@@ -214,8 +216,9 @@ class Store:
         """
         withdrawn = self._readable_champion_id()
         version = self.previous()
-        if version is None or not is_whole(version):
+        if version is None:
             raise StoreError(f"MODEL_PATH={self.root} remembers no version to go back to; see run.py versions.")
+        require_whole(version)
         if (decision := read_decision(version)) and decision.withdrawn_at:
             raise StoreError(
                 f"the version before, {version.id}, was withdrawn itself; choose one: run.py promote <version>."
@@ -279,7 +282,13 @@ class Store:
 
 def _is_id(name: str) -> bool:
     """Whether this is the name of one folder, without a path and not hidden."""
-    return bool(name) and Path(name).name == name and not name.startswith(".")
+    return (
+        name != ""
+        and name.isprintable()
+        and Path(name).name == name
+        and not name.startswith(".")
+        and len(name.encode()) < 256
+    )
 
 
 def _write_pointer(path: Path, name: str | None) -> None:
@@ -294,12 +303,12 @@ def _write_pointer(path: Path, name: str | None) -> None:
 
 def _read_pointer(path: Path) -> str | None:
     try:
-        name = path.read_text(encoding="utf-8").strip()
+        name = read_bytes(path, max_bytes=POINTER_BYTES).decode().strip()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise StoreError(f"{path} cannot be read: {error}. {MEND}") from error
     if not _is_id(name):
         raise StoreError(f"{path} should hold a version's id, but holds {name!r}. {MEND}")

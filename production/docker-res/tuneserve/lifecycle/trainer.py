@@ -3,7 +3,6 @@
 MODEL_PATH/jobs/<id>.json   each training that a server started, and how it ended
 """
 
-import json
 import logging
 import signal
 import subprocess
@@ -15,8 +14,10 @@ from datetime import UTC, datetime
 from typing import Literal
 from uuid import uuid4
 
+from pydantic import TypeAdapter
+
 from tuneserve.errors import BusyError, RefusedError, TuneserveError
-from tuneserve.files import write_json
+from tuneserve.files import read_record, write_json
 from tuneserve.lifecycle.status import read_status
 from tuneserve.lifecycle.store import Store
 
@@ -41,6 +42,9 @@ class Job:
     exit_code: int | None = None
     version: str | None = None
     said: str | None = None
+
+
+SHAPE = TypeAdapter(Job)
 
 
 class Trainer:
@@ -121,8 +125,11 @@ class Trainer:
         if not name.replace("-", "").isalnum():
             return None
         try:
-            job = Job(**json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            job = read_record(self._folder / f"{name}.json", SHAPE)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("job %s cannot be read: %s", name, error)
             return None
         return replace(job, state="interrupted") if job.state == "running" else job
 

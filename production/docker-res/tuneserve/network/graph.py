@@ -8,7 +8,6 @@
 shapes, so that a server can warm them all up and nothing is compiled under load.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tuneserve.errors import StoreError
+from tuneserve.files import read_json
 from tuneserve.hardware import Precision
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -80,7 +80,7 @@ class Graph:
     ) -> None:
         self.max_tokens = max_tokens
         try:
-            self.description = json.loads((folder / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
+            self.description = read_json(folder / FOLDER / DESCRIPTION)
             self._packed = self.description["layout"] == "packed"
             self._pad_id = int(self.description.get("pad_id", 0))
             self.precision: Precision = (
@@ -100,7 +100,7 @@ class Graph:
                     "NUM_STREAMS": 1,
                 },
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StoreError(f"The engine in {folder / FOLDER} cannot be loaded: {error}") from error
         self._request = compiled.create_infer_request()
         self._widths = row_widths(max_tokens)

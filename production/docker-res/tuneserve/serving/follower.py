@@ -48,6 +48,7 @@ class Follower:
         self._store, self._slot, self._load, self._required = store, slot, load, required
         self._refused, self._again_at, self._pause_s = "", 0.0, RETRY_S
         self._complaint = ""
+        self._said: dict[str, str] = {}
         self.filled = threading.Event()
         """Set when it is known whether the store held anything at the start that can answer."""
         self._ended = threading.Event()
@@ -70,17 +71,35 @@ class Follower:
         return True
 
     def _follow(self) -> None:
-        try:
-            self._fill()
-        finally:
-            self.filled.set()
+        done = self._attempt("the store cannot be looked through", self._fill)
+        self.filled.set()
         while not self._ended.wait(EVERY_S) and self._slot.phase != "failed":
-            try:
-                self.look()
-                if self._shadowing is not None:
-                    self._shadowing.look()
-            except Exception:  # whatever it is, the next look may go better, and the model that answers goes on
-                logger.exception("the champion could not be looked after")
+            if not done:
+                done = self._attempt("the store cannot be looked through", self._fill)
+                continue
+            self._attempt("the champion cannot be looked after", self.look)
+            if self._shadowing is not None:
+                self._attempt("the challenger cannot be looked after", self._shadowing.look)
+
+    def _attempt(self, words: str, act: Callable[[], None]) -> bool:
+        """Do it; whatever is raised, the next time may go better, and the model that answers goes on.
+
+        What nobody foresaw makes health red until that goes well again; either is logged once.
+        """
+        try:
+            act()
+        except Exception as error:
+            known = isinstance(error, TuneserveError)
+            if self._said.get(words) != repr(error):
+                self._said[words] = repr(error)
+                logger.error("%s: %s", words, error, exc_info=None if known else error)
+            self._slot.trouble = self._slot.trouble if known else words
+            return False
+        self._said.pop(words, None)
+        if self._slot.trouble == words:
+            self._slot.trouble = ""
+            logger.info("no longer so: %s", words)
+        return True
 
     def _fill(self) -> None:
         """The first model: the champion or, if it cannot answer, the last one that could."""

@@ -108,6 +108,11 @@ class Service:
         """Whether the model is there: empty, loading, ready or failed."""
         return self._slot(name).phase
 
+    def is_alive(self, name: str = DEFAULT) -> bool:
+        """Whether the model has not died, and the store is followed."""
+        slot = self._slot(name)
+        return slot.phase != "failed" and not slot.trouble
+
     def model(self, name: str = DEFAULT) -> Model:
         """The model that answers, to look at.
 

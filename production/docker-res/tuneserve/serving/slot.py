@@ -45,6 +45,8 @@ class Slot:
     def __init__(self, *, metrics: Metrics | None = None, new_window: Callable[[], Window] = Window) -> None:
         self.phase: Phase = "empty"
         self.failure: BaseException | None = None
+        self.trouble = ""
+        """Why no other model can come just now, though one may answer; empty while all is well."""
         self.metrics = metrics or Metrics()
         self.on_failure: Callable[[], None] = lambda: None
         self.shadow: Callable[[Sequence[Any], Answers, float], None] | None = None

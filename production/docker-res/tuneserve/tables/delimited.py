@@ -38,8 +38,8 @@ class Delimited:
         if not any(names) or max(Counter(filter(None, names)).values()) > 1:
             shown = ", ".join(repr(name[:SHOWN_CHARACTERS]) for name in names[:6])
             raise DataError(f"{where}, row 1: the column names [{shown}] should be there, each once.")
-        others = [mark for mark in ",;\t|" if mark in names[0] and mark != self._separator]
-        if len(names) == 1 and others:
+        others = [mark for mark in ",;\t|" if mark != self._separator and any(mark in name for name in names)]
+        if others and (len(names) == 1 or others[0] in ";\t"):
             way = ", or name the file .tsv" if others[0] == "\t" else ""
             raise DataError(
                 f"{where}, row 1: columns are separated by {others[0]!r}; in this kind of file use "

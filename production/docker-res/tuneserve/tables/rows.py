@@ -36,6 +36,7 @@ NESTED = {
     "messages": "chats; write what is asked as text and what is answered as label",
     "conversations": "chats; write what is asked as text and what is answered as label",
     "annotations": "tasks of Label Studio; export them as CSV or JSON-MIN",
+    "predictions": "tasks of Label Studio; export them as CSV or JSON-MIN",
     "completions": "tasks of Label Studio; export them as CSV or JSON-MIN",
 }
 """Fields of known exports whose records hold no text and label of their own, and how such a file is flattened."""
@@ -49,6 +50,9 @@ SHOWN_CHARACTERS = 40
 
 NAME_CHARACTERS = 100
 """Beyond these a cell of the first row is no column's name."""
+
+NAME_WORDS = 3
+"""Beyond these the first row of a single column is no name either."""
 
 MARKS = {"0", "1", "false", "true"}
 """Values of a column that says whether a text has one of several labels."""
@@ -152,10 +156,11 @@ def require_columns(types: Types, wanted: Columns, where: str, *, labelled: bool
                 f"{where}, row 1 does not look like column names: {cells}. Put a line such as text,label in front of "
                 f"it, or set {needed} if these are names."
             )
-        way = next((f"It holds {words}, one record a line" for name, words in NESTED.items() if name in names), "")
-        raise DataError(
-            f"{where} {missing}; its columns are {enumerate_some(map(shorten, names))}. {way or f'Set {needed}'}."
-        )
+        nested = (f"It holds {words}, one record a line" for name, words in NESTED.items() if name in names)
+        way = next(nested, f"Set {needed}")
+        if types[0][1] == "text" and not (text or label):  # no name is known
+            way += ". If row 1 holds no names, put a line such as text,label in front of it"
+        raise DataError(f"{where} {missing}; its columns are {enumerate_some(map(shorten, names))}. {way}.")
     if labelled and text == label:
         raise DataError(f"{where}: text and label cannot be the same column, {text!r}.")
     for name in columns.values():
@@ -167,7 +172,7 @@ def _is_headless(types: Types) -> bool:
     """Whether the first row of a file with cells holds values: a number, a long text."""
     return any(
         kind == "text" and (len(name) > NAME_CHARACTERS or "\n" in name or _is_number(name)) for name, kind in types
-    )
+    ) or (len(types) == 1 and types[0][1] == "text" and len(types[0][0].split()) > NAME_WORDS)
 
 
 def _is_number(name: str) -> bool:

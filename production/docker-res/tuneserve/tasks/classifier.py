@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from opentelemetry import trace
 
-from tuneserve.artifact import GOLDEN, Version, read_golden, torn_file
+from tuneserve.artifact import GOLDEN, Version, read_golden, require_whole
 from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TimeoutExceededError, TuneserveError
 from tuneserve.lifecycle.drift import Observation, read_reference
 from tuneserve.serving.batcher import Batcher, Outcome, Stages
@@ -87,7 +87,7 @@ class Classifier(Model):
         self._long_text = long_text
         self._encoder = TextEncoder.from_folder(
             version.folder,
-            max_tokens=version.metadata["settings"]["num_max_positions"],
+            max_tokens=version.max_tokens,
             windows=long_text == "window",
         )
         self._coming = 0
@@ -335,8 +335,7 @@ def load_classifier(version: Version, settings: Settings, *, threads: int) -> Cl
         StoreError: the version's files are damaged, or it does not answer as it did when it was saved.
         DeviceError: the device asked for cannot be had.
     """
-    if torn := torn_file(version):
-        raise StoreError(f"version {version.id} is damaged: {torn} is missing or not as large as when it was saved.")
+    require_whole(version)
     for choice in ENGINES:
         try:
             engine = choice.load(version, settings, threads=threads)
@@ -350,7 +349,14 @@ def load_classifier(version: Version, settings: Settings, *, threads: int) -> Cl
 
 
 def _proved(version: Version, engine: Engine, settings: Settings, golden: str) -> Classifier:
-    classifier = Classifier(version, engine, long_text=settings.long_text, max_queue_tokens=settings.max_queue_tokens)
+    try:
+        classifier = Classifier(
+            version, engine, long_text=settings.long_text, max_queue_tokens=settings.max_queue_tokens
+        )
+    except TuneserveError:
+        raise
+    except Exception as error:  # the tokenizers' library has no exception of its own for a damaged file
+        raise StoreError(f"The tokenizer in {version.folder} cannot be loaded: {error}") from error
     try:
         classifier.prove(golden)
     except BaseException:

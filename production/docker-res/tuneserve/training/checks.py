@@ -177,6 +177,8 @@ def _name_labels(rows: Mapping[str, _Rows], names: list[str], findings: dict[str
     """The labels, sorted, so that ids do not change between runs; what is odd about them goes into the findings."""
     sizes = dict(zip(names, _sizes(rows["train"], len(names)), strict=True))
     alike = names_of.find_alike(sizes)
+    if count := names_of.count_numbers(names):
+        findings["numbers_as_labels"] = count
     odd = {"combined_labels": names_of.find_combined(names), "missing_labels": names_of.find_missing(names)}
     if alike:
         examples = [{name: sizes[name] for name in group} for group in list(alike.values())[: names_of.SHOWN]]
@@ -213,10 +215,12 @@ def _refuse_numbers(train: _Rows, labels: list[str], *, by_hand: bool) -> None:
 def _mend_rare(
     rows: Mapping[str, _Rows], labels: list[str], findings: dict[str, Any], *, least: int, join: bool
 ) -> list[str]:
-    """Leave out labels with too few training texts, or join them as one: (the labels that stay)."""
-    rare = {name for name, size in zip(labels, _sizes(rows["train"], len(labels)), strict=True) if size < least}
+    """Leave out labels with too few training texts, or join them as one that has enough: the labels that stay."""
+    sizes = dict(zip(labels, _sizes(rows["train"], len(labels)), strict=True))
+    rare = {name for name, size in sizes.items() if size < least}
     if not rare:
         return labels
+    join = join and sum(sizes[name] for name in rare) >= least
     ids = [number for number, name in enumerate(labels) if name in rare]
     marks = {split: one.kept & np.isin(one.labels, ids) for split, one in rows.items()}
     other = next((name for name in labels if names_of.fold(name) == names_of.OTHER), names_of.OTHER)
@@ -288,10 +292,12 @@ def _require_class_sizes(train: _Rows, labels: list[str], findings: Mapping[str,
     small = {name: size for name, size in sizes.items() if size < least}
     if small:
         named = enumerate_some((f"{names_of.quote(name)} ({size})" for name, size in small.items()), names_of.SHOWN)
-        dropped = ", ".join(f"{name}: {count}" for name, count in findings.items() if isinstance(count, int) and count)
-        alone = (
-            " Most texts have a label of their own: is LABEL_COLUMN right?" if len(sizes) * 2 > train.kept.sum() else ""
+        dropped = ", ".join(
+            f"{name}: {count}"
+            for name, count in findings.items()
+            if isinstance(count, int) and count and name != "numbers_as_labels"
         )
+        alone = len(sizes) * 2 > train.kept.sum() and len(small) > names_of.SHOWN
         raise DataError(
             f"{train.source.where}: too few usable training texts of {named}; {least} of each class are the least."
             + (f" Left out: {dropped}." if dropped else "")

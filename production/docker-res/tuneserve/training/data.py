@@ -19,7 +19,16 @@ from tuneserve.errors import DataError, StoreError
 from tuneserve.logs import in_one_line
 from tuneserve.redaction import redact_url
 from tuneserve.settings import SAMPLE
-from tuneserve.tables.formats import DESCRIPTIONS, file_type, is_data, is_hidden, is_known, is_text, known_endings
+from tuneserve.tables.formats import (
+    DESCRIPTIONS,
+    OTHERS,
+    file_type,
+    is_data,
+    is_hidden,
+    is_known,
+    is_text,
+    known_endings,
+)
 from tuneserve.tables.rows import (
     BATCH_ROWS,
     Columns,
@@ -39,7 +48,9 @@ from tuneserve.training.base_model import connect_to_hub
 logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
-STEMS = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid")
+STEMS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("valid", "validation", "val", "dev", "eval"), "valid"
+)
 ORDER = ("train", "valid", "test")
 PART = re.compile(r"([a-z]+)(?:-.*|[_ ]?[0-9]+)?")
 """The name of a split's file or folder: `train`, and of parts `train-2026-11`, `train_2`, `train-00000-of-00002`."""
@@ -240,13 +251,15 @@ def _find_files(path: Path, shown: str, left_out: list[str]) -> dict[str, list[P
             left_out += [entry.name for entry in listed if entry not in parts and entry.name not in left_out]
             return {"train": parts}
         inner = [entry for entry in folders if entry.name == "data"] or folders
+        inner = [entry for entry in inner if not _split_of(entry.name)]
         if not data and len(inner) == 1:  # as a hub's repository or an unpacked archive has it
             left_out += [entry.name for entry in listed if entry not in inner]
             return _find_files(inner[0], f"{shown}/{inner[0].name}", left_out)
     names = enumerate_some([shorten(entry.name) for entry in listed], 8) or "nothing"
+    ways = [f"{shorten(one.name)}: {OTHERS[one.suffix.lower()]}" for one in listed if one.suffix.lower() in OTHERS]
     raise DataError(
         f"DATASET={shown} is a folder without a train file (train with one of {known_endings()}); it holds {names}. "
-        "Rename a file, or name one in DATASET."
+        f"{ways[0] if ways else 'Rename a file, or name a file or folder in DATASET'}."
     )
 
 

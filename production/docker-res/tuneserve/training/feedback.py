@@ -20,6 +20,7 @@ from tuneserve.tables.rows import format_label
 from tuneserve.text import is_blank
 from tuneserve.training.checks import Split, Splits, count
 from tuneserve.training.data import memory_map
+from tuneserve.training.labels import fold
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def draw_held_out(labelled: Iterable[tuple[str, str]], *, fraction: float, secre
     return [(text, label, lot(secret, key_of(text)) < fraction) for text, label in labelled]
 
 
-def join(splits: Splits, labelled: Sequence[Labelled], *, cache: Path) -> Splits:
+def join(splits: Splits, labelled: Sequence[Labelled], *, cache: Path, merge_labels: bool = False) -> Splits:
     """The splits with feedback among the training texts, and a split of what is held out of it.
 
     Texts that the data have already stay as they are there, and labels that they do not know are left out.
@@ -41,9 +42,16 @@ def join(splits: Splits, labelled: Sequence[Labelled], *, cache: Path) -> Splits
         splits: of the data.
         labelled: the newest last: of texts that differ in case or spaces alone it counts.
         cache: where rows are kept.
+        merge_labels: whether a label may differ from that of the data in case, spaces, Unicode form or number format.
     """
-    newest = {key_of(text): (text, format_label(label), held) for text, label, held in labelled if not is_blank(text)}
-    usable = {key: row for key, row in newest.items() if row[1] in splits.labels}
+    alike = fold if merge_labels else format_label
+    known = {alike(label): label for label in splits.labels}
+    newest = {
+        key_of(text): (text, known.get(alike(format_label(label)), ""), held)
+        for text, label, held in labelled
+        if not is_blank(text)
+    }
+    usable = {key: row for key, row in newest.items() if row[1]}
     learned = {key for text in splits.train if (key := key_of(text)) in usable}
     tested = {key for split in (splits.valid, splits.test) for text in split if (key := key_of(text)) in usable}
     added = [row for key, row in usable.items() if key not in learned | tested]

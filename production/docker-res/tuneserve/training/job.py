@@ -280,7 +280,7 @@ def gather(
         rare_labels=settings.rare_labels,
     )
     if labelled:
-        splits = feedback.join(splits, labelled, cache=settings.data_path)
+        splits = feedback.join(splits, labelled, cache=settings.data_path, merge_labels=settings.labels == "merge")
     for line in checks.describe(splits.findings):
         logger.info("%s", line)
     return base, splits

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from tuneserve.tables.rows import enumerate_some, shorten
+from tuneserve.tables.rows import MOST_NORMALIZED, enumerate_some, shorten
 
 OTHER = "other"
 """The label that rare ones are joined as."""
@@ -46,6 +46,8 @@ def _number(name: str) -> float:
 
 def fold(name: str) -> str:
     """Equal for names that differ only in case, spaces, Unicode form or the format of a number."""
+    if len(name) > MOST_NORMALIZED:
+        return name
     visible = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
     words = " ".join(visible.casefold().split())
     return str(Decimal(words).normalize()) if NUMBER.fullmatch(words) else words or name
@@ -66,12 +68,17 @@ def find_alike(sizes: Mapping[str, int]) -> dict[str, list[str]]:
 def look_like_numbers(sizes: Mapping[str, int]) -> bool:
     """Whether the labels measure something: numbers with decimals, or whole ones with few texts each."""
     try:
-        numbers = [_number(name.replace(",", ".")) for name in sizes]
+        numbers = [_number(name.replace(",", ".").rstrip("%")) for name in sizes if name.casefold() not in MISSING]
     except ValueError:
         return False
     if any(not number.is_integer() for number in numbers):
         return len(numbers) > MOST_FRACTIONS
     return len(numbers) > MOST_INTEGERS and sum(sizes.values()) < TEXTS_PER_INTEGER * len(numbers)
+
+
+def count_numbers(names: Sequence[str]) -> int:
+    """How many labels there are if all are numbers and there are many; else 0."""
+    return len(names) if len(names) > MOST_INTEGERS and all(map(NUMBER.fullmatch, names)) else 0
 
 
 def find_combined(names: Sequence[str]) -> list[str]:
@@ -117,6 +124,8 @@ def describe(findings: Mapping[str, Any]) -> Iterator[str]:
             f"labels look like several in one: {name_labels(combined)}; each combination is a class of its own, for a "
             "text with several labels is not supported"
         )
+    if count := findings.get("numbers_as_labels"):
+        yield f"labels are {count} different numbers; if they measure something, put them into classes"
     if missing := findings.get("missing_labels"):
         yield f"labels may mean that the label is missing: {name_labels(missing)}; they are classes like any other"
     if rare := findings.get("rare_labels"):

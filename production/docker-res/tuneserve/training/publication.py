@@ -15,7 +15,7 @@ from scipy.special import softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
-from tuneserve.artifact import METADATA, Golden, Version, new_version, read_version, write_golden
+from tuneserve.artifact import METADATA, Golden, Version, describe_files, new_version, read_version, write_golden
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
@@ -91,11 +91,7 @@ def publish(
             },
             "calibration": {"temperature": temperature, "ece_before": errors},
             "engine": engine,
-            "files": {
-                path.relative_to(temporary).as_posix(): path.stat().st_size
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            },
+            **describe_files(temporary),
             "versions": versions(),
             "created_at": created.isoformat(timespec="seconds"),
             "duration_s": round(time.perf_counter() - began, 3),

@@ -80,7 +80,7 @@ def _load(version: Version, settings: Settings, threads: int, *, int8: bool) -> 
         version.folder,
         precision=precision,
         threads=threads,
-        max_tokens=version.metadata["settings"]["num_max_positions"],
+        max_tokens=version.max_tokens,
         max_batch_tokens=settings.max_batch_tokens or CPU_BATCH_TOKENS,
         int8=int8,
     )

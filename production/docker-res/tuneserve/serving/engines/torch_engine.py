@@ -176,7 +176,7 @@ def load(version: Version, settings: Settings, *, threads: int) -> TorchEngine:
         version.folder,
         settings,
         threads=threads,
-        max_tokens=version.metadata["settings"]["num_max_positions"],
+        max_tokens=version.max_tokens,
         max_batch_tokens=settings.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
     )
     logger.info("engine: torch on the %s, %s", "GPU" if on_gpu else "CPU", engine.description)

@@ -32,6 +32,7 @@ from tuneserve.serving.http.routes import (
 )
 from tuneserve.serving.http.schemas import Problem, Problems
 from tuneserve.serving.http.traces import SILENT
+from tuneserve.serving.http.viewer import viewer_routes
 from tuneserve.serving.service import Service
 from tuneserve.settings import Settings
 from tuneserve.tasks.task import Task
@@ -104,6 +105,7 @@ def create_app(
         inference_routes(service, task, PROBLEMS, max_inputs=settings.max_batch_texts),
         *(adapter(service) for adapter in adapters),
         model_routes(service),
+        viewer_routes(),
         drift_routes(service),
     ]
     if service.feedback is not None:

@@ -33,6 +33,8 @@ from tuneserve.errors import (
     TuneserveError,
     UnauthorizedError,
 )
+from tuneserve.hardware import give_memory_back
+from tuneserve.serving.http import viewer
 from tuneserve.serving.http.backoff import Backoff
 from tuneserve.serving.http.problems import problem, unforeseen
 from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
@@ -40,10 +42,7 @@ from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, Re
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
-OPEN_PATHS = frozenset(
-    {"/", "/livez", "/readyz", "/metrics", "/openapi.json", "/docs"}
-    | {f"/docs/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")}
-)
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json", *viewer.PATHS})
 """What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation."""
 
 DRAIN_BODY_S = 2.0
@@ -58,6 +57,9 @@ BODIES_BYTES = 16 << 20
 Small ones may hold as many again, so that a few clients with large ones do not keep the others out."""
 
 SMALL_BYTES = 64 << 10
+
+TRIM_S = 2.0
+"""Seconds after a large body was answered in which more may come, before its memory is given back."""
 
 GZIP = (b"gzip", b"x-gzip")
 """The content encoding that is read, by both its names."""
@@ -100,6 +102,7 @@ class Bodies:
 
     def __init__(self, max_bytes: int) -> None:
         self.held, self._max_bytes = 0, max_bytes
+        self._trims = False
 
     def hold(self, more: int, *, of: int) -> int:
         """Count some bytes of a body that has `of` in all, as far as is known; they are to be counted off later.
@@ -111,6 +114,17 @@ class Bodies:
             raise OverloadedError("The bodies of other requests take all the memory there is for them.")
         self.held += more
         return more
+
+    def release(self, count: int) -> None:
+        """Count off what a body has held; the memory of large ones is soon given back to the system."""
+        self.held -= count
+        if count > SMALL_BYTES and not self._trims:
+            self._trims = True
+            asyncio.get_running_loop().call_later(TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trims = False
+        asyncio.get_running_loop().run_in_executor(None, give_memory_back)
 
 
 class Front:
@@ -197,7 +211,7 @@ class Front:
             if not status:
                 await answer(scope, receive, respond)
         finally:
-            self.bodies.held -= held[0]
+            self.bodies.release(held[0])
             # Only routes that exist become labels: paths are the client's to invent.
             found = scope["path"]
             if found not in self._model_paths:

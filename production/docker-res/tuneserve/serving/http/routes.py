@@ -5,12 +5,9 @@ import json
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
@@ -29,31 +26,6 @@ CSV = "text/csv; charset=utf-8"
 CSV_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 METRICS_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-
-SWAGGER = Path(__file__).parent / "swagger"
-VIEWER = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "start.js": "text/javascript"}
-"""Files of the viewer of the API's description, and their types."""
-
-VIEWER_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tuneserve</title>
-<link rel="stylesheet" href="{root}/docs/swagger-ui.css">
-</head>
-<body>
-<div id="viewer"></div>
-<script src="{root}/docs/swagger-ui-bundle.js"></script>
-<script src="{root}/docs/start.js"></script>
-</body>
-</html>
-"""
-
-VIEWER_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answer yet; see Retry-After."}
 
@@ -175,16 +147,17 @@ def wanted_s(headers: Headers, timeout_s: float) -> float:
     return min(seconds, timeout_s)
 
 
+FEEDBACK_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "No such answer is remembered."},
+    409: {"model": Problem, "description": "Several answers are remembered by this id."},
+}
+
+
 def feedback_routes(service: Service) -> APIRouter:
     """By which people say what was right; the work is done on threads, since it waits for the disk."""
     routes = APIRouter(tags=["feedback"], responses={503: {"model": Problem, "description": "Labels cannot be kept."}})
 
-    conflicts: dict[int | str, dict[str, Any]] = {
-        404: {"model": Problem, "description": "No such answer is remembered."},
-        409: {"model": Problem, "description": "Two different answers have this request id."},
-    }
-
-    @routes.post("/feedback", responses=conflicts)
+    @routes.post("/feedback", responses=FEEDBACK_PROBLEMS)
     async def give(wanted: FeedbackRequest, request: Request) -> dict[str, bool]:
         """Keep a label. When this is answered it is on disk; `stored` is false if just that was said before.
 
@@ -262,7 +235,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         """The trainings that this store's servers have started, newest first."""
         return [shown(job) for job in trainer.jobs()]
 
-    @routes.get("/jobs/{name}", responses={404: {"model": Problem, "description": "There is no job of this name."}})
+    @routes.get("/jobs/{name}")
     def one_job(name: str) -> dict[str, Any]:
         """One training: how far it is, or how it ended."""
         job = trainer.job(name)
@@ -290,10 +263,12 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     """For whoever keeps the server running."""
     routes = APIRouter(tags=["operations"])
 
-    @routes.get("/livez", responses={503: {"model": Health, "description": "The engine has died."}})
+    @routes.get(
+        "/livez", responses={503: {"model": Health, "description": "The engine or the store's follower failed."}}
+    )
     async def livez(response: Response) -> Health:
-        """Whether the process is worth keeping; 503 once the engine has died."""
-        if service.phase() == "failed":
+        """Whether the process is worth keeping; 503 once the engine has died, or while the store cannot be followed."""
+        if not service.is_alive():
             response.status_code = 503
             return Health(status="failed")
         return Health(status="alive")
@@ -316,17 +291,6 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     def prometheus() -> Response:
         """Figures for Prometheus."""
         return Response(service.render_metrics(), media_type=METRICS)
-
-    @routes.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        page = VIEWER_PAGE.format(root=escape(request.scope.get("root_path", "")))
-        return HTMLResponse(page, headers={"Content-Security-Policy": VIEWER_POLICY})
-
-    @routes.get("/docs/{name}", include_in_schema=False)
-    async def viewer(name: str) -> FileResponse:
-        if name not in VIEWER:
-            raise NotFoundError(f"There is no file {name!r} here.")
-        return FileResponse(SWAGGER / name, media_type=VIEWER[name], headers={"Cache-Control": "max-age=86400"})
 
     @routes.get("/", include_in_schema=False)
     async def index() -> dict[str, str]:

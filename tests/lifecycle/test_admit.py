@@ -1,0 +1,162 @@
+"""Admission by the gate: who may ask it, what becomes of versions, and a trial that crashes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lifecycle.test_store import accept, add
+
+from tuneserve.artifact import Version
+from tuneserve.errors import RefusedError, StoreError
+from tuneserve.lifecycle import gate
+from tuneserve.lifecycle.decision import read_decision
+from tuneserve.lifecycle.evidence import Evidence, write_evidence
+from tuneserve.lifecycle.store import Store
+from tuneserve.settings import Settings
+
+EVIDENCE = Evidence([f"text {number}" for number in range(40)], ["bad", "good"] * 20)
+Trials = list[dict[str, Any] | None] | None
+
+
+def trial(wrong: int = 0) -> dict[str, Any]:
+    predicted = [{"bad": "good", "good": "bad"}[one] for one in EVIDENCE.labels[:wrong]] + EVIDENCE.labels[wrong:]
+    return {"error": None, "predicted": predicted, "latency_ms": 1.0, "bytes": 1}
+
+
+def candidate(store: Store, name: str, wrong: int = 0) -> Version:
+    about = {"metrics": {"test": {"accuracy": 1 - wrong / 40}}, "data": {"counts": {"test": {"bad": 20, "good": 20}}}}
+    version = add(store, name, **about)
+    write_evidence(store.evidence_folder / name, EVIDENCE, [])
+    return version
+
+
+def admit(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, wrong: int = 0, **changed: str) -> None:
+    version = candidate(store, name, wrong)
+    found = {"candidate": trial(wrong), "champion": trial()}
+    monkeypatch.setattr(gate, "run_trial", lambda *about: found)
+    gate.admit(store, version, Settings.from_environ({"MODEL_PATH": str(store.root), **changed}))
+
+
+def ids(store: Store) -> list[str]:
+    return [version.id for version in store.versions()]
+
+
+def test_as_many_versions_stay_as_the_setting_says_whether_accepted_or_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a", "b", "c", "d")
+    admit(store, monkeypatch, "e", KEEP_VERSIONS="3")
+    assert ids(store) == ["c", "d", "e"]
+    with pytest.raises(RefusedError, match="The champion stays"):
+        admit(store, monkeypatch, "f", wrong=30, KEEP_VERSIONS="3")
+    assert ids(store) == ["d", "e", "f"]
+    assert store.champion_id() == "e"
+
+
+def test_a_version_that_passed_shadows_the_champion_first_and_is_not_removed_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a", "b")
+    admit(store, monkeypatch, "c", SHADOW_REQUESTS="5")
+    assert (store.champion_id(), store.challenger_id()) == ("b", "c")
+    decision = read_decision(store.version("c"))
+    assert decision is not None
+    assert decision.stands
+    for name in ("d", "e"):
+        with pytest.raises(RefusedError):
+            admit(store, monkeypatch, name, wrong=30, KEEP_VERSIONS="2")
+    assert ids(store) == ["a", "b", "c"]
+    store.set_challenger(None)
+    assert store.forget_old(2) == ["c"]
+    admit(store, monkeypatch, "f", SHADOW_REQUESTS="0")
+    assert store.champion_id() == "f"
+
+
+def test_without_a_champion_there_is_nobody_to_shadow(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    admit(store, monkeypatch, "a", SHADOW_REQUESTS="5")
+    assert (store.champion_id(), store.challenger_id()) == ("a", None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "error", "champions"),
+    [
+        ([[trial(), trial()]], [2], None, None),
+        ([None, [trial()]], [2, 1], None, "the champion cannot be loaded"),
+        ([None, None], [2, 1], "the process that tried it ended with exit code -11", None),
+    ],
+)
+def test_a_trial_that_crashes_is_tried_again_without_the_champion_who_may_be_the_cause(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[Trials],
+    asked: list[int],
+    error: str | None,
+    champions: str | None,
+) -> None:
+    [champion] = accept(store, "a")
+    seen = []
+
+    def run(versions: list[Version], *about: object) -> tuple[Trials, str]:
+        seen.append(len(versions))
+        return answers[len(seen) - 1], "ended with exit code -11"
+
+    monkeypatch.setattr(gate, "_in_fresh_process", run)
+    version = candidate(store, "b")
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
+    found = gate.run_trial(version, champion, EVIDENCE, settings)
+    assert seen == asked
+    assert found["candidate"] is not None
+    assert found["candidate"]["error"] == error
+    assert (found["champion"] or {}).get("error") == champions
+    clean = np.ones(40, dtype=bool)
+    decision = gate.judge(version, champion, EVIDENCE, found, clean, gate.Bounds.of(settings))
+    assert decision.stands == (error is None)
+
+
+def test_an_old_version_is_out_of_sight_before_it_is_removed_and_its_evidence_after_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a", "b", "c")
+    (store.evidence_folder / "a").mkdir(parents=True)
+    seen: list[tuple[str, bool]] = []
+
+    def remove(path: Path, **options: object) -> None:
+        seen.append((path.name, (store.versions_folder / "a").exists()))
+
+    monkeypatch.setattr("tuneserve.lifecycle.store.shutil.rmtree", remove)
+    assert store.forget_old(2) == ["a"]
+    assert seen == [(".unfinished-a", False), ("a", False)]
+
+
+def test_a_rollback_that_is_killed_has_withdrawn_the_version_and_the_same_command_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a", "b")
+
+    def die(version: Version) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "set_champion", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.rollback()
+    decision = read_decision(store.version("b"))
+    assert decision is not None
+    assert decision.withdrawn_at
+    assert store.champion_id() == "b"
+    assert store.rollback() == (store.version("a"), "b")
+    assert store.champion_id() == "a"
+
+
+def test_who_lost_the_lock_does_not_ask_the_gate(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuneserve.lifecycle.status import Status, hold
+    from tuneserve.training import job
+
+    monkeypatch.setattr(job, "keep_evidence", lambda *about, **options: None)
+    monkeypatch.setattr(gate, "admit", lambda *about: pytest.fail("asked"))
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
+    with hold(store.lock) as lock:
+        store.lock.unlink()
+        with pytest.raises(StoreError, match="removed or replaced"):
+            job.judge(settings, store, add(store, "a"), None, lock, Status(None))  # type: ignore[arg-type]
