@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import save_file
 
 from tuneserve.errors import BaseModelError
@@ -96,11 +97,23 @@ def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(
     folder = write_model(tmp_path / "mine", "model.safetensors")
     (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
     mapped = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
-    content = {"model_type": "own", "auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
-    (folder / name).write_text(json.dumps(content))
+    content = {"auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
+    (folder / "config.json").write_text('{"model_type": "own"}')
+    (folder / name).write_text(json.dumps({"model_type": "own"} | content))
     done = python(PROJECT / "production" / "docker-res" / "run.py", "train", BASE_MODEL=str(folder))
     assert done.returncode == 4
     assert f"brings code of its own (auto_map in {name})" in done.stderr
+    assert not (tmp_path / "marker").exists()
+
+
+def test_of_a_model_that_transformers_knows_the_code_beside_it_is_passed_over(tmp_path: Path) -> None:
+    folder = tiny.make_base_model(tmp_path / "mine")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
+    mapped = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text()) | {"auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
+        (folder / name).write_text(json.dumps(content))
+    tiny.train(tiny.write_csv(tmp_path / "reviews.csv", tiny.sentences(160)), tmp_path, BASE_MODEL=str(folder))
     assert not (tmp_path / "marker").exists()
 
 

@@ -134,17 +134,23 @@ def connect_to_hub() -> bool:
 
 
 def _require_no_code(folder: Path) -> None:
-    """Refuse a model whose files name Python code of its own, which would have to be trusted."""
+    """Refuse a model that needs Python code of its own, which would have to be trusted; else transformers' is used."""
+    from transformers import CONFIG_MAPPING
+
+    found = {}
     for name in ("config.json", "tokenizer_config.json"):
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # said where it is needed
-        if isinstance(content, dict) and content.get("auto_map"):
-            raise BaseModelError(
-                f"{folder} brings code of its own (auto_map in {name}), which is never run. If transformers knows this "
-                f"kind of model without it, remove auto_map from {name} in a copy, and name the copy in BASE_MODEL."
-            )
+        found[name] = content if isinstance(content, dict) else {}
+    kind = found.get("config.json", {}).get("model_type")
+    mapped = [name for name, content in found.items() if content.get("auto_map")]
+    if mapped and kind not in CONFIG_MAPPING:
+        raise BaseModelError(
+            f"{folder} brings code of its own (auto_map in {mapped[0]}), which is never run, and transformers knows no "
+            f"model of the type {kind!r}. Choose another BASE_MODEL."
+        )
 
 
 def _hash_weights(folder: Path) -> str:
