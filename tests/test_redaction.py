@@ -1,5 +1,6 @@
 """What may be shown of URLs and texts; `processes/test_secrets.py` has the whole job."""
 
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from tuneserve.serving.http import traces
 from tuneserve.settings import Settings
 from tuneserve.tables.rows import Columns
 from tuneserve.training import base_model, data, trackers
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +120,12 @@ def test_no_refusal_repeats_a_secret(refuse: Callable[..., Any], tmp_path: Path)
         refuse(f"http://me:{HARD}@127.0.0.1:9", tmp_path)
     assert "ter" not in str(caught.value).replace("character", "").replace("after", "").replace("Encoder", "")
     assert "127.0.0.1:9" in str(caught.value)
+
+
+def test_a_crash_that_nobody_foresaw_repeats_no_secret(python: Python, tmp_path: Path) -> None:
+    crash = "import run, sys; run.VERBS['serve'] = lambda *_: open('http://me:hunter2@host/x?sig=hunter3'); "
+    done = python("-c", f"{crash}sys.exit(run.main(['serve']))", LOG_PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "FileNotFoundError" in done.stderr
+    assert "http://host/x" in done.stderr
+    assert "hunter" not in done.stderr.replace(crash, "")

@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from tuneserve import logs
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
-    from tuneserve.redaction import remember
+    from tuneserve.redaction import redact, remember
     from tuneserve.settings import Settings, unquote
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,6 +79,9 @@ def main(arguments: list[str]) -> int:
             return 0
         logs.report(error)
         return error.exit_code
+    except Exception:  # that nobody foresaw; a library's words may repeat a URL with its password
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        return 1
     return 0
 
 

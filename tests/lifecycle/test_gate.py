@@ -16,11 +16,11 @@ TEXTS = 400
 EVIDENCE = Evidence([f"text {number}" for number in range(TEXTS)], ["bad", "good"] * (TEXTS // 2))
 
 
-def version(name: str, accuracy: float = 0.9) -> Version:
+def version(name: str, accuracy: float = 0.9, *, tested: int = TEXTS) -> Version:
     metadata = {
         "labels": ["bad", "good"],
         "metrics": {"test": {"accuracy": accuracy}},
-        "data": {"counts": {"test": {"bad": TEXTS // 2, "good": TEXTS // 2}}},
+        "data": {"counts": {"test": {"bad": tested // 2, "good": tested // 2}}},
     }
     return Version(Path("/nowhere") / name, metadata)
 
@@ -38,7 +38,7 @@ def decide(candidate: dict[str, Any], champion: dict[str, Any] | None = None, **
     accuracy = float(np.mean(np.array(candidate["predicted"] or EVIDENCE.labels) == np.array(EVIDENCE.labels)))
     options: dict[str, Any] = {"clean": np.ones(TEXTS, dtype=bool), "bounds": BOUNDS, "torch": accuracy, **changed}
     return judge(
-        version("new", options["torch"]),
+        version("new", options["torch"], tested=options.get("tested", TEXTS)),
         version("old") if champion else None,
         EVIDENCE,
         {"candidate": candidate, "champion": champion},
@@ -67,6 +67,24 @@ def test_an_engine_that_answers_otherwise_than_torch_is_refused() -> None:
     decision = decide(trial(range(40)), torch=0.95)
     assert decision.verdict == "refused"
     assert "90.00% right where torch had 95.00%" in decision.sentence
+
+
+@pytest.mark.parametrize(
+    ("torch", "tested", "stands"),
+    [
+        (0.943, TEXTS, True),  # the same texts: 0.01 + 3 * sqrt(0.05 / 400) is 0.0435
+        (0.944, TEXTS, False),
+        (0.856, TEXTS, False),  # better than torch is as odd as worse
+        (0.941, 10 * TEXTS, True),  # a sample of the test: 0.01 + 3 * sqrt(0.941 * 0.059 / 400) is 0.0453
+        (0.855, 10 * TEXTS, True),  # and 0.0628 here
+        (0.832, 10 * TEXTS, False),
+        (0.95, 10 * TEXTS, False),
+    ],
+)
+def test_the_engine_may_differ_from_torch_by_what_rounding_and_the_sample_explain(
+    torch: float, tested: int, stands: bool
+) -> None:
+    assert decide(trial(range(40)), torch=torch, tested=tested).stands == stands
 
 
 def test_the_floors_hold_for_all_and_for_each_label() -> None:

@@ -202,15 +202,14 @@ def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, mon
 
 
 def test_who_did_not_get_the_lock_does_not_release_it(path: Path, python: Python) -> None:
-    other = (
-        "import sys, pathlib; from tuneserve.lifecycle.status import hold; hold(pathlib.Path(sys.argv[1])).__enter__()"
-    )
+    program = "import sys, pathlib; from tuneserve.lifecycle.status import hold"
+    program += "\nhold(pathlib.Path(sys.argv[1])).__enter__()"
     with hold(path) as held:
         for _ in range(2):
             with pytest.raises(BusyError), hold(path):
                 pass
             path.read_bytes()  # closes a descriptor of the file, which would release a lock of POSIX's kind
-            assert "BusyError" in python("-c", other, path).stderr
+            assert "BusyError" in python("-c", program, path).stderr
         held.require()
 
 

@@ -129,6 +129,10 @@ COLUMNS = {
     "tabs": Case(
         {"a.csv": table(POS_NEG, separator="\t")}, "separated by '\\t'; in this kind of file use ',', or name"
     ),
+    "Latin-1": Case(
+        {"a.csv": table([(f"{text} \u00a3100", label) for text, label in POS_NEG]).encode("latin-1")},
+        "line 2: byte 0xa3 is not UTF-8; save the file as UTF-8 (iconv -f CP1252 -t UTF-8)",
+    ),
     "UTF-16": Case({"a.csv": table(POS_NEG, separator="\t").encode("utf-16")}, "is UTF-16 text; save it as UTF-8"),
     "UTF-16 without a mark": Case({"a.csv": table(POS_NEG).encode("utf-16-le")}, "is UTF-16 text; save it as UTF-8"),
     "quotes behind a backslash": Case(
@@ -237,6 +241,12 @@ def saved(path: Path) -> None:
     numbered = [(text, number % 2) for number, (text, _) in enumerate(POS_NEG)]
     splits = {"train": classes(numbered), "validation": classes(numbered[:9]), "test": classes([("test", -1)] * 5)}
     DatasetDict(splits).save_to_disk(path, num_shards={"train": 3, "validation": 1, "test": 1})
+
+
+def arrow_file(path: Path) -> None:
+    content = pa.table({"text": [text for text, _ in POS_NEG], "label": [label for _, label in POS_NEG]})
+    with pa.ipc.new_file(path, content.schema) as file:
+        file.write_table(content, max_chunksize=7)
 
 
 def saved_alone(path: Path) -> None:
@@ -390,6 +400,9 @@ SPLITS = {
         says=("test/data-00000-of-00001.arrow .no labels.",),
     ),
     "save_to_disk of one split": Case({"saved": saved_alone}, {"train": 40}, 40, labels=("negative", "positive")),
+    "an Arrow file": Case({"a.arrow": arrow_file}, {"train": 40}, 40, labels=("neg", "pos")),
+    "an Arrow file cut short": Case({"a.arrow": b"ARROW1\0\0 and no more"}, "a.arrow cannot be read: "),
+    "an Arrow stream of something else": Case({"a.arrow": b"no stream, but words"}, "a.arrow cannot be read: "),
     "aclImdb": Case(
         texts(9, "train/pos", "train/neg", "train/unsup", "test/pos", "test/neg")
         | {"train/urls_pos.txt": "", "imdb.vocab": ""},

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from tuneserve.errors import DataError
+from tuneserve.tables.rows import format_label
 from tuneserve.training.checks import Split, Splits, check, describe
 from tuneserve.training.data import Source
 
@@ -286,3 +287,26 @@ def test_what_is_held_out_mostly_stays_so_when_data_grow_and_never_depends_on_th
     grown = checked({"train": [*numbered({"bad": 100, "good": 20}, "more"), *train]})
     assert len(first["test"] - set(rows(grown, "test"))) <= 0.15 * len(first["test"])
     assert len(set(rows(grown, "test")) & set(train)) >= 0.85 * len(first["test"])
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("1.0", "1"),
+        ("-2.00", "-2"),
+        ("-0.0", "0"),
+        ("0.0", "0"),
+        ("01", "01"),
+        ("01.0", "01.0"),
+        ("1.10", "1.10"),
+        (f"{'9' * 5000}.0", "9" * 5000),
+        (1.0, "1"),
+        (1.5, "1.5"),
+        (True, "True"),
+        (" cafe\u0301\u00a0", "caf\u00e9"),
+        (None, ""),
+        (float("nan"), ""),
+    ],
+)
+def test_a_label_is_written_in_one_way_whatever_its_type(value: Any, label: str) -> None:
+    assert format_label(value) == label

@@ -13,7 +13,7 @@ from tuneserve.errors import DataError
 from tuneserve.tables import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut
 from tuneserve.tables.streams import as_text
 
-QUOTED = re.compile(r'"(?:[^"]|"")*"')
+QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 """A cell in quotes, those within doubled."""
 
 MOST_LINES = 2

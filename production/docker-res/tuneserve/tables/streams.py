@@ -114,7 +114,8 @@ class CheckedUtf8(io.RawIOBase):
             line = self._line + error.object[: error.start].count(b"\n")
             byte = error.object[error.start]
             raise DataError(
-                f"{self._where}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8."
+                f"{self._where}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 "
+                "(iconv -f CP1252 -t UTF-8)."
             ) from None
         self._line += block.count(b"\n")
         buffer[: len(block)] = block

@@ -5,6 +5,8 @@ texts that are also in the validation or test texts. Texts are compared without 
 Refused: a row without a label, a single class, labels that look like numbers to predict, a class with too few texts, a
 test label that training never shows. Rare labels may be left out or joined instead; labels that look alike, joined.
 A test file that is given stays as it is, empties and rare labels aside, so that its figures compare with others'.
+
+The module is long because `check` and all that it counts, mends and refuses read best in one place.
 """
 
 import hashlib

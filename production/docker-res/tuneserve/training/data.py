@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,10 @@ from tuneserve.logs import in_one_line
 from tuneserve.redaction import redact_url
 from tuneserve.settings import SAMPLE
 from tuneserve.tables.formats import (
-    DESCRIPTIONS,
-    OTHERS,
     file_type,
-    is_data,
     is_hidden,
     is_known,
     is_text,
-    known_endings,
 )
 from tuneserve.tables.rows import (
     BATCH_ROWS,
@@ -44,19 +39,12 @@ from tuneserve.tables.rows import (
 )
 from tuneserve.tables.streams import read_text
 from tuneserve.training.base_model import connect_to_hub
+from tuneserve.training.folders import find_files, split_of
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
-STEMS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("valid", "validation", "val", "dev", "eval"), "valid"
-)
 ORDER = ("train", "valid", "test")
-PART = re.compile(r"([a-z]+)(?:-.*|[_ ]?[0-9]+)?")
-"""The name of a split's file or folder: `train`, and of parts `train-2026-11`, `train_2`, `train-00000-of-00002`."""
-
-UNLABELLED = {"unsup", "unsupervised", "unlabeled", "unlabelled"}
-"""Folders beside those of the classes whose texts have no label."""
 
 NO_LABELS = {"", "-1"}
 """What stands for the label where a contest withholds it."""
@@ -96,10 +84,10 @@ def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
         if "://" in dataset:
             shown = redact_url(dataset)
             fetched, left_out = _fetch(dataset, shown, cache / "downloads")
-            files = _find_files(fetched, shown, left_out)
+            files = find_files(fetched, shown, left_out)
         elif os.path.exists(path):  # noqa: PTH110  (Path.exists() raises when the name is too long)
             left_out, shown = [], ""
-            files = _find_files(path, str(path), left_out)
+            files = find_files(path, str(path), left_out)
         elif dataset.startswith(("/", ".", "~")) or is_known(path.name):
             raise DataError(f"DATASET={redact_url(dataset)}: there is no such file or folder.")
         else:
@@ -216,104 +204,6 @@ def _fetch(url: str, shown: str, folder: Path) -> tuple[Path, list[str]]:
     return (local if is_folder else next(local.iterdir())), left_out
 
 
-def _find_files(path: Path, shown: str, left_out: list[str]) -> dict[str, list[Path]]:
-    """The files of each split, or folders that hold the texts of one class each; the rest is added to `left_out`.
-
-    A split is a file, `train.csv` say, parts such as `train-1.csv` and whatever comes later, or a folder `train`. A
-    folder without any is the training split if it holds one file of data or a folder for each class.
-    """
-    if path.is_file():
-        return {"train": [path]}
-    listed = _list(path, shown)
-    found: dict[str, list[Path]] = {}
-    entries: dict[str, list[Path]] = {}
-    for entry in listed:
-        split = _split_of(entry.name)
-        parts = _parts(entry, shown, left_out) if split else []
-        if split is None or not parts:
-            left_out += [] if entry.name in DESCRIPTIONS else [entry.name]
-            continue
-        stem = _stem(entry.name)
-        for other in entries.setdefault(split, []):
-            name = _stem(other.name)
-            if name == stem or _base(name) != _base(stem):
-                raise DataError(f"{shown}: {other.name} and {entry.name} are both the {split} split; keep one.")
-        entries[split].append(entry)
-        found.setdefault(split, []).extend(parts)
-    if "train" in found:
-        return found
-    folders = [entry for entry in listed if entry.is_dir()]
-    data = [entry for entry in listed if entry.is_file() and is_data(entry.name)]
-    if not found:
-        left_out.clear()
-        parts = data if len(data) == 1 else [] if data else _class_folders(listed, left_out)
-        if parts:
-            left_out += [entry.name for entry in listed if entry not in parts and entry.name not in left_out]
-            return {"train": parts}
-        inner = [entry for entry in folders if entry.name == "data"] or folders
-        inner = [entry for entry in inner if not _split_of(entry.name)]
-        if not data and len(inner) == 1:  # as a hub's repository or an unpacked archive has it
-            left_out += [entry.name for entry in listed if entry not in inner]
-            return _find_files(inner[0], f"{shown}/{inner[0].name}", left_out)
-    names = enumerate_some([shorten(entry.name) for entry in listed], 8) or "nothing"
-    ways = [f"{shorten(one.name)}: {OTHERS[one.suffix.lower()]}" for one in listed if one.suffix.lower() in OTHERS]
-    raise DataError(
-        f"DATASET={shown} is a folder without a train file (train with one of {known_endings()}); it holds {names}. "
-        f"{ways[0] if ways else 'Rename a file, or name a file or folder in DATASET'}."
-    )
-
-
-def _list(path: Path, shown: str) -> list[Path]:
-    """What a folder holds, sorted, without hidden files."""
-    try:
-        return sorted(entry for entry in path.iterdir() if not is_hidden(entry.name))
-    except OSError as error:
-        raise DataError(f"{shown} cannot be read: {error.strerror}") from error
-
-
-def _stem(name: str) -> str:
-    return name.split(".")[0].casefold()
-
-
-def _base(stem: str) -> str:
-    match = PART.fullmatch(stem)
-    return match[1] if match else stem
-
-
-def _split_of(name: str) -> str | None:
-    return STEMS.get(_base(_stem(name)))
-
-
-def _parts(entry: Path, shown: str, left_out: list[str]) -> list[Path]:
-    """The files of data that a split's file or folder is made of, or its folders of texts; empty if it has none."""
-    if entry.is_file():
-        return [entry] if is_data(entry.name) else []
-    listed = _list(entry, shown)
-    data = [file for file in listed if file.is_file() and is_data(file.name)]
-    parts = data or _class_folders(listed, left_out)
-    left_out += [f"{entry.name}/{one.name}" for one in listed if parts and not _is_read(one, parts)]
-    return parts
-
-
-def _is_read(entry: Path, parts: list[Path]) -> bool:
-    """Whether an entry of a folder is one of its parts, or only describes them."""
-    return entry in parts or entry.name in DESCRIPTIONS
-
-
-def _class_folders(listed: Sequence[Path], left_out: list[str]) -> list[Path]:
-    """The folders that hold the texts of one class each; empty if there are not two."""
-    held = {
-        entry: _list(entry, entry.name)
-        for entry in listed
-        if entry.is_dir() and entry.name.casefold() not in UNLABELLED
-    }
-    folders = [entry for entry, files in held.items() if any(file.is_file() and is_text(file.name) for file in files)]
-    if len(folders) < 2:
-        return []
-    left_out += [f"{one.name}/{file.name}" for one in folders for file in held[one] if not is_text(file.name)]
-    return folders
-
-
 def _read_class(folder: Path, where: str) -> Iterator[Row]:
     """The texts of a folder, which its name labels; their rows are counted in the order of the files' names."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and is_text(file.name)]
@@ -340,7 +230,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     left_out = []
     for split, data in sorted(found.items(), key=lambda item: item[0] != "train"):
-        kind, where = _split_of(split), f"{dataset}, split {split}"
+        kind, where = split_of(split), f"{dataset}, split {split}"
         if kind is None or kind in sources or (kind != "train" and "train" not in sources):
             left_out.append(split)
             continue

@@ -13,7 +13,7 @@ from tuneserve.tables.rows import MOST_NORMALIZED, enumerate_some, shorten
 OTHER = "other"
 """The label that rare ones are joined as."""
 
-NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+NUMBER = re.compile(r"[+-]?[0-9]{1,14}(\.[0-9]{1,14})?")
 MISSING = {"nan", "null", "none", "na", "n/a", "<na>", "nat", "#n/a", "\\n"}
 """Words, casefolded, that programs write where a value is missing."""
 
@@ -46,6 +46,8 @@ def _number(name: str) -> float:
 
 def fold(name: str) -> str:
     """Equal for names that differ only in case, spaces, Unicode form or the format of a number."""
+    if len(name) > MOST_NORMALIZED:
+        return name
     if len(name) > MOST_NORMALIZED:
         return name
     visible = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
