@@ -269,6 +269,10 @@ EXCHANGES = {
     "garbage": ask("plain", b"no HTTP at all\r\n\r\n"),
     "greeting of TLS": ask("plain", b"\x16\x03\x01\x02\x00\x01\x00"),
     "length that is no number": ask("plain", head("POST", "/inference", "Content-Length: some") + BODY),
+    "content encoding that is not read": ask("plain", post(BODY, "Content-Encoding: br")),
+    "transfer coding that is not read": ask(
+        "plain", head("POST", "/inference", "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n"
+    ),
     "two lengths": ask("plain", post(BODY, "Content-Length: 3")),
     "length and chunks": ask("plain", post(BODY, CHUNKED)),
     "header without a colon": ask("plain", get("/livez", "no header")),

@@ -235,7 +235,7 @@ def training_routes(trainer: Trainer, *, keyed: bool) -> APIRouter:
         """The trainings that this store's servers have started, newest first."""
         return [shown(job) for job in trainer.jobs()]
 
-    @routes.get("/jobs/{name}")
+    @routes.get("/jobs/{name}", responses={404: {"model": Problem, "description": "There is no job of this name."}})
     def one_job(name: str) -> dict[str, Any]:
         """One training: how far it is, or how it ended."""
         job = trainer.job(name)
