@@ -21,6 +21,7 @@ from conftest import Disk
 from loop import free_port
 from wire import Client, wait_until, write
 
+from tuneserve.artifact import sha256_of
 from tuneserve.settings import PROJECT
 
 FOLDER = PROJECT / "production" / "docker-res"
@@ -234,13 +235,31 @@ def test_torn_weights_end_the_server_instead_of_leaving_a_zombie(
     assert "is damaged" in output
 
 
-def test_weights_with_a_flipped_bit_are_found_out_by_the_golden_answers(
+@pytest.mark.parametrize("damage", ["a bit", "zeroes"])
+def test_weights_that_are_not_those_that_were_saved_never_answer(
+    start: Start, environment: dict[str, str], copied: Path, damage: str
+) -> None:
+    weights = copied / "engine" / "model.bin"
+    content = bytearray(weights.read_bytes())
+    middle = len(content) // 2
+    content[middle:] = bytes([content[middle] ^ 1]) + content[middle + 1 :] if damage == "a bit" else bytes(middle)
+    weights.write_bytes(content)
+    server = start(environment)
+    output = server.output()
+    assert server.process.returncode == 6, output
+    assert "engine/model.bin is not" in output
+
+
+def test_weights_that_compute_something_else_are_found_out_by_the_golden_answers(
     start: Start, environment: dict[str, str], copied: Path
 ) -> None:
     weights = copied / "engine" / "model.bin"
     content = np.frombuffer(weights.read_bytes(), dtype=np.float32).copy()
     content[(abs(content) > 1e-4) & (abs(content) < 10)] *= -1  # the weights, and not the numbers of the shapes
     weights.write_bytes(content.tobytes())
+    metadata = json.loads((copied / "metadata.json").read_text())
+    metadata["sha256"]["engine/model.bin"] = sha256_of(weights)
+    (copied / "metadata.json").write_text(json.dumps(metadata))
     server = start(environment)
     output = server.output()
     assert server.process.returncode == 6, output
@@ -253,7 +272,8 @@ def test_a_version_without_a_graph_is_served_by_torch(
     metadata_file = copied / "metadata.json"
     metadata = json.loads(metadata_file.read_text())
     shutil.rmtree(copied / "engine")
-    metadata["files"] = {name: size for name, size in metadata["files"].items() if not name.startswith("engine/")}
+    for kept in ("files", "sha256"):
+        metadata[kept] = {name: one for name, one in metadata[kept].items() if not name.startswith("engine/")}
     metadata_file.write_text(json.dumps(metadata | {"engine": None}))
     texts = ["a great film", "awful food", "the film was not bad and the food was very very warm"]
     answers = []
