@@ -45,7 +45,7 @@ def test_a_folder_that_holds_no_model_is_said_plainly(tmp_path: Path) -> None:
     with pytest.raises(NoModelError, match="no model in"):
         tuneserve.load(tmp_path)
     (tmp_path / "metadata.json").write_text("{}")
-    with pytest.raises(StoreError, match="has no labels"):
+    with pytest.raises(StoreError, match="labels: Field required"):
         tuneserve.load(tmp_path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tuneserve.artifact import GOLDEN_INT8, Version, read_golden, read_version
+from tuneserve.artifact import GOLDEN_INT8, Version, describe_files, read_golden, read_version
 from tuneserve.files import write_json
 from tuneserve.settings import Settings
 from tuneserve.tasks.classifier import Classifier, load_classifier
@@ -45,8 +45,8 @@ def copied(with_int8: Version, tmp_path: Path) -> Callable[[Callable[[Path], Non
         shutil.copytree(with_int8.folder, folder)
         change(folder)
         metadata = json.loads((folder / "metadata.json").read_text())
-        metadata["files"] = {name: (folder / name).stat().st_size for name in metadata["files"]}
-        write_json(folder / "metadata.json", metadata)
+        (folder / "metadata.json").unlink()
+        write_json(folder / "metadata.json", metadata | describe_files(folder))
         return read_version(folder)
 
     return copy
