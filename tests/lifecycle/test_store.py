@@ -242,6 +242,15 @@ def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "models").prepare()
 
 
+def test_a_store_that_may_not_be_written_to_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tuneserve.lifecycle.store.replace_file", refuse)
+    with pytest.raises(StoreError, match=r"MODEL_PATH=.* cannot be written to: .*Permission denied"):
+        store.prepare()
+
+
 def test_a_read_only_disk_is_a_clear_error_and_can_still_be_read(disk: Any) -> None:
     store = Store(disk.path)
     store.prepare()
@@ -357,7 +366,7 @@ def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.L
     assert "two is promoted, although: too slow" in caplog.text
     decision = read_decision(refused)
     assert decision is not None
-    assert (decision.by, decision.stands, store.champion_id()) == ("person", True, "two")
+    assert (decision.by, decision.stands, decision.champion, store.champion_id()) == ("person", True, "one", "two")
     assert "too slow" in decision.sentence
     store.rollback()
     store.promote("two")
