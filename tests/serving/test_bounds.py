@@ -19,7 +19,8 @@ from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import CHUNK_BATCHES, CHUNKS, TOKENIZERS, Classifier
+from tuneserve.tasks.classifier import Classifier
+from tuneserve.tasks.encoder import CHUNK_BATCHES, CHUNKS, TOKENIZERS
 from tuneserve.text import Tokens
 
 READ_BYTES = 256 << 10
