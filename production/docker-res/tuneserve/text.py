@@ -122,11 +122,11 @@ class TextEncoder:
         return cls(tokenizer, max_tokens=max_tokens, windows=windows, clean=clean)
 
     @classmethod
-    def from_json(cls, tokenizer: str, *, max_tokens: int) -> "TextEncoder":
+    def from_json(cls, tokenizer: str, *, max_tokens: int, clean: Callable[[str], str] = plain) -> "TextEncoder":
         """Read the content of a `tokenizer.json`."""
         from tokenizers import Tokenizer
 
-        return cls(Tokenizer.from_str(tokenizer), max_tokens=max_tokens)
+        return cls(Tokenizer.from_str(tokenizer), max_tokens=max_tokens, clean=clean)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of each text, in order; the library encodes in several threads."""
