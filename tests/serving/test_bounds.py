@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from array import array
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -25,14 +24,6 @@ from tuneserve.text import Tokens
 
 READ_BYTES = 256 << 10
 """Most that the event loop reads of a connection at once."""
-
-
-@pytest.fixture
-def slot(classifier: Classifier) -> Iterator[Slot]:
-    slot = Slot()
-    slot.take(classifier)
-    yield slot
-    slot.close()
 
 
 @pytest.fixture
