@@ -230,6 +230,27 @@ def test_a_full_queue_says_when_there_is_room(make: Callable[..., Any], held: He
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    ("wait_s", "coming", "refused"), [(15.5, 0, False), (14.5, 0, True), (15.5, 2, True), (16.5, 2, False)]
+)
+def test_who_cannot_be_answered_in_time_is_refused_at_once(
+    make: Callable[..., Any], held: Held, wait_s: float, coming: int, refused: bool
+) -> None:
+    batcher, _ = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        second = batcher.submit([text(30)], deadline=FAR)
+        batcher.tokens_per_s = 2
+        assert batcher.tokens_waiting == 30
+        assert (batcher.refusal(wait_s, coming=coming) is not None) == refused
+        held.free()
+        await asyncio.gather(first, second)
+
+    asyncio.run(ask())
+
+
 def test_out_of_memory_halves_the_batches_and_goes_on(make: Callable[..., Any]) -> None:
     def scarce(engine: Any) -> None:
         if sum(map(len, engine.running)) > 20:
