@@ -1,5 +1,6 @@
 """Checkpoints on disk: whole ones, torn ones, and what a killed process leaves."""
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -162,13 +163,26 @@ def test_one_is_due_when_its_time_has_passed_since_the_last(
         save(checkpoints, optimizer, step=saved)
 
 
+class Follower(World):
+    """A process whose leader has found a checkpoint of step 3, with 3 in all tensors."""
+
+    def broadcast_text(self, text: str) -> str:
+        assert text == "{}"
+        return json.dumps({"step": 3})
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        tensor.fill_(3)
+
+
 def test_only_the_leading_process_reads_and_writes(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
     save(checkpoints, optimizer, step=1)
     (checkpoints.folder / ".what another process writes now").touch()
     whole = files(checkpoints)
-    follower = World(rank=1)  # whose leader sends it nothing
+    follower = Follower(rank=1)
     other = Checkpoints(checkpoints.folder, every_minutes=10)
-    assert other.restore(optimizer, follower) == Position()
+    assert other.restore(optimizer, follower) == Position(step=3)
+    assert all((tensor == 3).all() for tensor in optimizer.tensors().values())
+    assert (optimizer.weights == 3).all()
     other.save(Position(step=2), optimizer, follower)
     other.save_best(optimizer, follower)
     other.load_best(optimizer, follower)
@@ -182,16 +196,16 @@ def test_a_position_counts_what_its_steps_have_seen() -> None:
     position = Position()
     assert position.best is None
     position.count_step(4, Step(tokens=40, padded_tokens=50, loss=2.0), seconds=0.5)
-    position.count_step(2, Step(tokens=10, padded_tokens=30, loss=1.0), seconds=0.2504)
+    position.count_step(2, Step(tokens=10, padded_tokens=33, loss=1.0), seconds=0.2504)
     assert position.smooth_loss == pytest.approx(1.95)
-    counted = Position(step=2, texts=6, tokens=50, padded_tokens=80, fit_s=0.7504, loss_sum=10.0, first_loss=2.0)
+    counted = Position(step=2, texts=6, tokens=50, padded_tokens=83, fit_s=0.7504, loss_sum=10.0, first_loss=2.0)
     assert replace(position, smooth_loss=0.0) == counted
     assert position.record() == {
         "history": [],
         "best_epoch": 0,
         "fit_s": 0.75,
         "tokens_per_s": 66.6,
-        "padding_share": 0.375,
+        "padding_share": 0.3976,
     }
 
 
