@@ -138,7 +138,8 @@ def test_where_the_pointer_cannot_be_read_the_last_good_version_is_champion(
     assert gate.admit(store, store.version("a"), settings) == read_decision(store.version("a"))
     assert store.champion_id() == "a"
     (store.version("a").folder / "decision.json").unlink()
-    assert gate.admit(store, store.version("a"), settings).sentence == "was never judged"
+    unknown = gate.admit(store, store.version("a"), settings)
+    assert (unknown.version, unknown.sentence) == ("a", "was never judged")
     store.pointer.write_bytes(b"\xff")
     admit(store, monkeypatch, "b")  # with nobody to compare with
     assert store.champion_id() == "b"
@@ -151,12 +152,14 @@ def test_where_the_pointer_cannot_be_read_the_last_good_version_is_champion(
 
 @pytest.mark.parametrize(
     ("program", "timeout_s", "ended"),
-    [("json.tool", 60, ""), ("no_such_module", 60, "ended with exit code 1"), ("json.tool", 0, "took more than 0 s")],
+    [("repeat", 60, ""), ("no_such_module", 60, "ended with exit code 1"), ("repeat", 0, "took more than 0 s")],
 )
 def test_a_trial_is_a_process_of_its_own_that_is_asked_and_answers_by_files(
     store: Store, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float, ended: str
 ) -> None:
-    monkeypatch.setattr(gate, "TRIAL", program)  # the one that answers repeats the question
+    (store.root / "repeat.py").write_text("import shutil, sys; shutil.copy(*sys.argv[1:])")
+    monkeypatch.setattr(gate, "PROGRAM", store.root)
+    monkeypatch.setattr(gate, "TRIAL", program)
     monkeypatch.setattr(gate, "TRIAL_TIMEOUT_S", timeout_s)
     settings = Settings.from_environ({"MODEL_PATH": str(store.root), "LONG_TEXT": "error", "API_KEY": "open"})
     one, two = (candidate(store, name) for name in "ab")
