@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tuneserve.lifecycle import feedback as module
 from tuneserve.lifecycle import feedback_database as database
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.feedback_database import FILE, labelled_texts, open_database
+from tuneserve.lifecycle.secret import pseudonym, read_secret
 from tuneserve.lifecycle.statistics import wilson
 
 CHILD = """
@@ -309,6 +312,9 @@ def test_what_strangers_say_is_kept_apart(tmp_path: Path) -> None:
         found = mine.accuracy("v1")
         assert found is not None
         assert found.right == right
+    found = open_feedback(tmp_path).accuracy("v1")
+    assert found is not None
+    assert found.right == 0  # whatever strangers have said since
 
 
 def test_the_owner_counts_lists_trusts_and_removes(tmp_path: Path) -> None:
@@ -392,9 +398,58 @@ def test_texts_that_wait_are_bounded_in_characters(tmp_path: Path, monkeypatch: 
     for number in range(5):
         remember(feedback, str(number))  # nine characters
     assert (len(feedback._pending), feedback.dropped) == (3, 2)
-    feedback._write()
-    remember(feedback, "5")
+    for number in range(5, 8):  # each time there is room again for three
+        feedback._write()
+        remember(feedback, str(number))
     assert feedback.dropped == 2
+    feedback._write()
+    for number in range(8, 12):
+        remember(feedback, str(number))
+    assert (len(feedback._pending), feedback.dropped) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "wanted"),
+    [
+        ({"text": "a text"}, "label_text", ("a text", "good")),
+        ({"request": "one", "index": 2}, "label_answer", ("one", 2, "good")),
+    ],
+)
+def test_a_label_is_kept_on_another_thread_with_its_client_and_what_is_left_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], name: str, wanted: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 1000.0)
+    feedback = open_feedback(tmp_path)
+
+    def label(*values: object, client: str, wait_s: float) -> bool:
+        assert (values, client) == (wanted, "10.1.2.3")
+        assert 900 < wait_s <= 1000
+        assert threading.current_thread() is not threading.main_thread()
+        return False
+
+    monkeypatch.setattr(feedback, name, label)
+    assert asyncio.run(feedback.keep("good", client="10.1.2.3", **said)) is False
+    assert feedback._waiting == 0
+    feedback.close()
+
+
+def test_both_kinds_of_labels_bear_their_clients_mark_and_without_a_secret_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "datetime", SimpleNamespace(now={UTC: datetime(2026, 3, 2, 23, 59)}.get))
+    feedback = open_feedback(tmp_path)
+    remember(feedback, "one")
+    feedback.label_answer("one", 0, "good", client="10.1.2.3")
+    feedback.label_text("a text", "good", client="10.1.2.3")
+    feedback.label_text("another text", "good")
+    [[first], [second], [third]] = rows(tmp_path, "SELECT client FROM labels ORDER BY id")
+    assert first == second == pseudonym(read_secret(tmp_path), "10.1.2.3", "2026-03-02")
+    assert third is None
+    (tmp_path / "secret").write_bytes(b"short")
+    for number in range(2):
+        assert feedback.label_text(f"text {number}", "good", client="10.1.2.3")
+    assert rows(tmp_path, "SELECT client FROM labels WHERE id > 3") == [(None,), (None,)]
+    assert len(caplog.records) == 1
 
 
 def test_figures_are_looked_up_and_no_row_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
