@@ -344,9 +344,21 @@ def test_the_rate_the_stages_and_the_counters_say_what_happened(
         assert float(figures[f"tuneserve_{name}"]) == value, name
 
 
-def test_texts_beyond_the_window_are_not_looked_at(make: Callable[..., Any], held: Held) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [
+        ([30, 10, 20, 64], [[10, 20, 30], [64]]),  # the shorter ones are nearer
+        ([28, 24, 32], [[28, 32], [24]]),  # of two that are as near the longer one goes first
+        ([40, 30, 50], [[40], [30], [50]]),  # what is nearest has no room
+        ([30, 4, 34, 4], [[30, 34], [4, 4]]),  # exactly as many tokens as there is room for
+        ([16, 60, 60, 60, 60, 16], [[16], [60], [60], [60], [60], [16]]),  # the last lies behind the window
+        ([16, 60, 60, 60, 16, 60], [[16, 16], [60], [60], [60], [60]]),
+    ],
+)
+def test_the_texts_nearest_in_length_to_the_oldest_go_with_it(
+    make: Callable[..., Any], held: Held, sizes: list[int], batches: list[list[int]]
+) -> None:
     batcher, engine = make(held)
-    sizes = [16, 60, 60, 60, 60, 16]  # the window is four batches of 64 tokens: the last one lies behind it
 
     async def ask() -> None:
         first = batcher.submit([text(3)], deadline=FAR)
@@ -356,7 +368,7 @@ def test_texts_beyond_the_window_are_not_looked_at(make: Callable[..., Any], hel
         await asyncio.gather(first, *rest)
 
     asyncio.run(ask())
-    assert engine.batches == [[3], [16], *[[60]] * 4, [16]]
+    assert engine.batches == [[3], *batches]
 
 
 def test_a_text_that_breaks_the_engine_fails_alone(make: Callable[..., Any]) -> None:
