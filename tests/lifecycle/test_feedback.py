@@ -82,6 +82,28 @@ def test_no_label_falls_between_the_queue_and_the_disk(tmp_path: Path, monkeypat
     assert rows(tmp_path, "SELECT count(*) FROM answers") == [(300,)]
 
 
+def test_answers_are_written_as_time_goes_by_and_labels_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITE_EVERY_S", 0.001)
+    feedback = open_feedback(tmp_path)
+    written = threading.Event()
+    monkeypatch.setattr(feedback, "_write", written.set)
+    feedback.start()
+    assert written.wait(30)
+    assert feedback._thread.daemon  # a process that dies does not wait for it
+
+    async def give_without_waiting() -> None:
+        labels = [asyncio.ensure_future(feedback.keep("good", text=f"text {number}")) for number in range(5)]
+        await asyncio.sleep(0)
+        feedback.close()
+        assert rows(tmp_path, "SELECT count(*) FROM labels") == [(5,)]
+        await asyncio.gather(*labels)
+
+    asyncio.run(give_without_waiting())
+    assert not feedback._thread.is_alive()
+
+
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_an_id_that_two_answers_share_names_neither_and_the_first_one_stays(tmp_path: Path, written: int) -> None:
     feedback = open_feedback(tmp_path)

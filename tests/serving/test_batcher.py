@@ -286,7 +286,8 @@ def test_only_what_is_said_of_memory_makes_batches_smaller(
     batcher, _ = make(fail_once)
 
     async def ask() -> list[Any]:
-        return await batcher.submit([text(6) for _ in range(5)], deadline=FAR)
+        found = await batcher.submit([text(6) for _ in range(5)], deadline=FAR)
+        return found + await batcher.submit([text(6)], deadline=FAR)
 
     assert all(isinstance(one, np.ndarray) for one in asyncio.run(ask()))
     assert batcher.max_batch_tokens == tokens
