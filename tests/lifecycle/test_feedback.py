@@ -351,6 +351,14 @@ def test_the_owner_counts_lists_trusts_and_removes(tmp_path: Path) -> None:
         ("4", today, "anonymous", "good"),
     ]
     assert listed[0][2] != listed[1][2]
+    table = [line.split(maxsplit=3) for line in database.counts_table(path).splitlines()]
+    assert table[0] == ["day", "origin", "labels", "use"]
+    assert sorted((day, origin[:10], count, use) for day, origin, count, use in table[1:]) == [
+        (today, "anonymous/", "1", "kept apart"),
+        (today, "anonymous/", "1", "kept apart"),
+        (today, "key", "1", "trained on, or tested with"),
+        (today, f"key/{listed[0][2].split('/')[1]}"[:10], "1", "trained on, or tested with"),
+    ]
     assert database.remove(path, listed[0][2]) == 1
     assert database.trust(path, "4") == 1
     assert dict(labelled_texts(path, pytest.fail)) == {"a text": "good", "another text": "good"}
@@ -401,6 +409,32 @@ def test_the_file_stays_within_its_bytes_and_strangers_push_out_no_label_that_co
     smaller = open_feedback(tmp_path, max_bytes=1 << 19)
     smaller.label_text("one more", "good")
     assert (tmp_path / FILE).stat().st_size <= 1 << 19
+
+
+def test_for_bytes_the_oldest_of_what_takes_most_among_strangers_labels_and_answers_goes_first(tmp_path: Path) -> None:
+    for keyed, count, size in ((True, 2, 90_000), (False, 3, 50_000)):
+        for number in range(count):
+            open_feedback(tmp_path, keyed=keyed).label_text(f"{number} ".ljust(size, "."), "good")
+    feedback = open_feedback(tmp_path, keep_texts=True)
+    for number in range(40):
+        remember(feedback, str(number))
+    feedback.close()
+    left = "SELECT origin, substr(text, 1, 1) FROM labels ORDER BY id"
+    with open_database(tmp_path / FILE) as opened:
+
+        def bound(max_bytes: int) -> tuple[list[Any], int]:
+            opened.execute("BEGIN IMMEDIATE")
+            database.bound(opened, max_rows=1000, max_bytes=max_bytes)
+            opened.execute("COMMIT")
+            return opened.execute(left).fetchall(), opened.execute("SELECT count(*) FROM answers").fetchone()[0]
+
+        used = database._used_bytes(opened)
+        owners = [("key", "0"), ("key", "1")]
+        assert bound(used) == ([*owners, *(("anonymous", str(number)) for number in range(3))], 40)
+        assert bound(used - 1) == ([*owners, ("anonymous", "1"), ("anonymous", "2")], 40)
+        assert bound(used - 150_000) == ([*owners, ("anonymous", "2")], 40)
+        assert bound(250_000) == ([("key", "1")], 0)  # only when nothing else is left
+        assert bound(0) == ([], 0)
 
 
 def test_a_text_is_cut_to_what_a_model_may_read_of_it(tmp_path: Path) -> None:
