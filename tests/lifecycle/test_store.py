@@ -398,6 +398,8 @@ def test_old_versions_go_but_never_the_champion_or_the_one_before(store: Store) 
     accept(store, "a", "b", "c", "d", "e")
     store.promote("b")
     (store.evidence_folder / "a").mkdir(parents=True)
+    for keep in (5, 6, 10):
+        assert store.forget_old(keep) == []
     assert store.forget_old(3) == ["a", "c"]
     assert [version.id for version in store.versions()] == ["b", "d", "e"]
     assert not (store.evidence_folder / "a").exists()
