@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole ones, torn ones, and what a killed process leaves."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,14 @@ def test_a_disk_that_has_become_read_only_is_said(optimizer: Optimizer, disk: An
 def test_one_is_due_when_its_time_has_passed(tmp_path: Path, optimizer: Optimizer) -> None:
     assert not Checkpoints(tmp_path, every_minutes=10).due()
     assert Checkpoints(tmp_path, every_minutes=0).due()
+
+
+def test_of_other_unfinished_runs_the_newest_two_are_kept(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    save(checkpoints, optimizer, step=1)
+    os.utime(checkpoints.folder, (0, 0))
+    for day, name in enumerate(("c", "a", "d", "b"), 1):
+        (folder := checkpoints.folder.with_name(name)).mkdir()
+        os.utime(folder, (day, day))
+    checkpoints.forget_others()
+    assert {path.name for path in checkpoints.folder.parent.iterdir()} == {checkpoints.folder.name, "b", "d"}
+    assert files(checkpoints)
