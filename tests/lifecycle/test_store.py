@@ -219,6 +219,7 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
     version = add(store, "one")
     store.set_champion(version)
     (store.checkpoints_folder / "run").mkdir()
+    (store.root / "jobs").mkdir()
     before = content(store.root)
     assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "versions"]
     store.set_challenger(None)  # there is none
@@ -226,14 +227,20 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
         leftover = folder / ".unfinished-two-01234567"
         (leftover / "report").mkdir(parents=True)
         os.utime(leftover, (0, 0))
+    for name in (".champion-01234567", ".schedule.json-89abcdef", "jobs/.job.json-01234567"):
+        leftover = store.root / name
+        leftover.write_text("one\n")
+        os.utime(leftover, (0, 0))
     store.prepare()
     assert content(store.root) == before
 
 
 def test_what_another_run_is_writing_now_is_left_alone(store: Store) -> None:
     (store.versions_folder / ".unfinished-two-01234567").mkdir()
+    (store.root / ".champion-01234567").write_text("one\n")
     store.prepare()
     assert [path.name for path in store.versions_folder.iterdir()] == [".unfinished-two-01234567"]
+    assert (store.root / ".champion-01234567").exists()
 
 
 def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
