@@ -151,7 +151,7 @@ class _Reader:
 
 def _report(sources: dict[str, Source], columns: Columns | None, left_out: Sequence[str]) -> dict[str, Source]:
     """Say in one line what is read and what is left out, and leave out splits whose labels are withheld."""
-    train = set(sources["train"].rows.unique("label"))
+    train = set(sources["train"].rows.unique("label")) - {""}
     withheld = [
         split
         for split, source in sources.items()
