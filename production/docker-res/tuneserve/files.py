@@ -216,7 +216,7 @@ TEMPORARY = re.compile(r"\..*-[0-9a-f]{8}|\.[0-9a-f]{32}")
 def remove_leftovers(*folders: Path, older_than_s: float = 0) -> None:
     """Remove what killed processes left half written in these folders; of any age only where nobody else writes now."""
     for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
-        if TEMPORARY.fullmatch(path.name) and _age_s(path) >= older_than_s:
+        if TEMPORARY.fullmatch(path.name) and (not older_than_s or _age_s(path) >= older_than_s):
             logger.info("removing %s, which a process that was killed left half written", path)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
