@@ -67,6 +67,15 @@ def classifier(version: Version, engine: EchoEngine) -> Iterator[Classifier]:
     classifier.close()
 
 
+@pytest.fixture
+def slot(classifier: Classifier) -> Iterator[Slot]:
+    """A slot in which an echo answers."""
+    slot = Slot()
+    slot.take(classifier)
+    yield slot
+    slot.close()
+
+
 @pytest.fixture(scope="session")
 def make_engine() -> Callable[..., EchoEngine]:
     """An echo engine whose `result` first does something else; what that returns, if anything, is the result."""

@@ -27,11 +27,6 @@ def filled(classifier: Classifier, **options: Any) -> Slot:
 
 
 @pytest.fixture
-def slot(classifier: Classifier) -> Slot:
-    return filled(classifier)
-
-
-@pytest.fixture
 def client(settings: Settings, slot: Slot) -> Iterator[TestClient]:
     with TestClient(app_of(settings, slot), raise_server_exceptions=False) as client:
         yield client

@@ -34,6 +34,20 @@ def test_a_refusal_says_why_and_when_to_come_back_in_the_shape_of_every_error(fi
         assert "tokens are waiting" in json.loads(body)["detail"]
 
 
+def test_a_deadline_that_cannot_be_met_is_refused_though_the_queue_has_room(fill: Callable[..., Full]) -> None:
+    full = fill()
+    full.batcher._max_queue_tokens = 10_000
+    client = full.connect()
+    full.batcher.tokens_per_s = full.batcher.tokens_waiting / 40  # and a request may wait for 30 s
+    status, headers, _ = client.ask(write())
+    assert (status, headers["retry-after"]) == (429, "20")
+    full.batcher.tokens_per_s = full.batcher.tokens_waiting / 20
+    client.send(write())
+    wait_until(lambda: full.batcher.tokens_waiting > 6)
+    full.make_room()
+    assert client.read()[0] == 200
+
+
 def test_a_refused_client_may_ask_again_at_once_on_the_same_connection_and_is_answered_when_there_is_room(
     fill: Callable[..., Full],
 ) -> None:

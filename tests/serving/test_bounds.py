@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from array import array
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -19,19 +18,12 @@ from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import CHUNK_BATCHES, CHUNKS, TOKENIZERS, Classifier
+from tuneserve.tasks.classifier import Classifier
+from tuneserve.tasks.encoder import CHUNK_BATCHES, CHUNKS, TOKENIZERS
 from tuneserve.text import Tokens
 
 READ_BYTES = 256 << 10
 """Most that the event loop reads of a connection at once."""
-
-
-@pytest.fixture
-def slot(classifier: Classifier) -> Iterator[Slot]:
-    slot = Slot()
-    slot.take(classifier)
-    yield slot
-    slot.close()
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tuneserve.serving.http.front import OPEN_PATHS
 from tuneserve.serving.http.viewer import PATHS
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import Classifier
 
 KEY = "the-key"
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "20")
@@ -28,10 +27,8 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 @pytest.fixture
-def port(settings: Settings, classifier: Classifier, tmp_path: Path) -> Iterator[int]:
+def port(settings: Settings, slot: Slot, tmp_path: Path) -> Iterator[int]:
     """A server with every route there is; what it is asked to train sleeps."""
-    slot = Slot()
-    slot.take(classifier)
     store = Store(settings.model_path)
     store.prepare()
     trainer = Trainer([sys.executable, "-c", "import time; time.sleep(600)"], store, serves=lambda: False)
@@ -40,7 +37,6 @@ def port(settings: Settings, classifier: Classifier, tmp_path: Path) -> Iterator
     with served(changed, slot, feedback=feedback, trainer=trainer) as port:
         yield port
     trainer.close()
-    slot.close()
 
 
 def get(path: str) -> bytes:

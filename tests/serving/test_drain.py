@@ -14,12 +14,9 @@ from tuneserve.serving.http import front
 from tuneserve.serving.http.protocol import UNREAD_BYTES
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import Classifier
 
 
-def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, classifier: Classifier) -> None:
-    slot = Slot()
-    slot.take(classifier)
+def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, slot: Slot) -> None:
     with served(settings.model_copy(update={"request_timeout_s": 0.3}), slot) as port:
         client = Client(port)
         status, headers, body = client.ask(write(BODY)[:-3])
@@ -30,17 +27,13 @@ def test_a_body_that_does_not_come_ends_its_request_in_time(settings: Settings, 
         assert large.ask(write(b" " * 5000))[0] == 413
         large.close()
     assert counts(slot).keys() == {("/inference", "408"), ("/inference", "413")}
-    slot.close()
 
 
 @pytest.fixture
-def served_port(settings: Settings, classifier: Classifier) -> Iterator[int]:
+def served_port(settings: Settings, slot: Slot) -> Iterator[int]:
     """The port of a server with a model."""
-    slot = Slot()
-    slot.take(classifier)
     with served(settings, slot) as port:
         yield port
-    slot.close()
 
 
 @pytest.fixture
@@ -86,9 +79,7 @@ def test_a_head_is_answered_as_get_is_without_the_body(client: Client) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /inference HTTP/1.1\r\nX-A", LIVEZ + b"GET /li"])
-def test_headers_that_do_not_come_close_the_connection(settings: Settings, classifier: Classifier, sent: bytes) -> None:
-    slot = Slot()
-    slot.take(classifier)
+def test_headers_that_do_not_come_close_the_connection(settings: Settings, slot: Slot, sent: bytes) -> None:
     with served(settings.model_copy(update={"request_timeout_s": 0.5}), slot, timeout_keep_alive=60) as port:
         client = Client(port)
         client.send(sent)
@@ -101,7 +92,6 @@ def test_headers_that_do_not_come_close_the_connection(settings: Settings, class
         assert kept.ask(LIVEZ)[0] == 200
         client.close()
         kept.close()
-    slot.close()
 
 
 def test_a_body_that_nobody_wants_is_read_up_to_a_limit(client: Client) -> None:

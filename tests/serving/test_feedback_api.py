@@ -1,7 +1,7 @@
 """What people say about answers, over HTTP."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from tuneserve.lifecycle.feedback_database import FILE, labelled_texts, open_dat
 from tuneserve.serving import service
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import Classifier
 
 Open = Callable[..., TestClient]
 
@@ -28,17 +27,14 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def open_client(settings: Settings, classifier: Classifier, path: Path) -> Iterator[Open]:
-    slot = Slot()
-    slot.take(classifier)
+def open_client(settings: Settings, slot: Slot, path: Path) -> Open:
 
     def open_(*, keep_texts: bool = False, keyed: bool = True, **changed: Any) -> TestClient:
         feedback = Feedback(path, max_rows=100, keep_texts=keep_texts, keyed=keyed)
         app = app_of(settings.model_copy(update=changed), slot, feedback=feedback)
         return TestClient(app, raise_server_exceptions=False)
 
-    yield open_
-    slot.close()
+    return open_
 
 
 def figures(client: TestClient) -> dict[str, float]:

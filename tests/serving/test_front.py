@@ -79,10 +79,8 @@ def test_the_table_of_handlers_and_fastapis_router_give_the_same_answers(
 
 
 def test_requests_to_the_engine_do_not_pass_fastapis_router(
-    settings: Settings, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slot = Slot()
-    slot.take(classifier)
     monkeypatch.setattr(Direct, "get_route_handler", lambda route: None)
     with served(settings, slot, lifespan="off") as port:
         client = Client(port)
@@ -91,36 +89,27 @@ def test_requests_to_the_engine_do_not_pass_fastapis_router(
             assert status == 200, answer
             assert headers["x-request-id"] == "mine"
         client.close()
-    slot.close()
 
 
 @pytest.mark.parametrize("path", ["/inference", "/feedback", "/nothing"])
-def test_the_key_is_asked_for_before_the_body_is_read(settings: Settings, classifier: Classifier, path: str) -> None:
-    slot = Slot()
-    slot.take(classifier)
+def test_the_key_is_asked_for_before_the_body_is_read(settings: Settings, slot: Slot, path: str) -> None:
     with served(settings.model_copy(update={"api_key": SecretStr("secret")}), slot) as port:
         client = Client(port)
         client.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n".encode())
         assert client.read()[0] == 401  # and not 413, nor 408 later
         client.close()
-    slot.close()
 
 
-def test_who_asks_before_the_body_is_sent_is_told_to_go_on(settings: Settings, classifier: Classifier) -> None:
-    slot = Slot()
-    slot.take(classifier)
+def test_who_asks_before_the_body_is_sent_is_told_to_go_on(settings: Settings, slot: Slot) -> None:
     with served(settings, slot) as port:
         client = Client(port)
         head, _, body = write(BODY, "Expect: 100-continue").partition(b"\r\n\r\n")
         assert client.ask(head + b"\r\n\r\n")[0] == 100
         assert client.ask(body)[0] == 200
         client.close()
-    slot.close()
 
 
-def test_a_body_may_come_in_pieces(settings: Settings, classifier: Classifier) -> None:
-    slot = Slot()
-    slot.take(classifier)
+def test_a_body_may_come_in_pieces(settings: Settings, slot: Slot) -> None:
     with served(settings, slot) as port:
         client = Client(port)
         request = write()
@@ -131,7 +120,6 @@ def test_a_body_may_come_in_pieces(settings: Settings, classifier: Classifier) -
         client.send(write() + LIVEZ + write())
         assert [client.read()[0] for _ in range(3)] == [200, 200, 200]
         client.close()
-    slot.close()
 
 
 def test_work_whose_client_hung_up_is_dropped_and_is_nobodys_failure(
@@ -176,13 +164,11 @@ def test_a_client_that_disconnects_behind_pipelined_requests_leaves_no_error(
 
 
 def test_what_nobody_foresaw_is_a_500_and_the_connection_goes_on(
-    settings: Settings, classifier: Classifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: Settings, slot: Slot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(prediction: Any) -> None:
         raise ZeroDivisionError("".join(["priv", "ate"]))
 
-    slot = Slot()
-    slot.take(classifier)
     with served(settings, slot) as port:
         client = Client(port)
         with monkeypatch.context() as patch:
@@ -195,7 +181,6 @@ def test_what_nobody_foresaw_is_a_500_and_the_connection_goes_on(
     assert "request mine failed: ZeroDivisionError" in caplog.text
     assert "private" not in caplog.text
     assert counted(slot, "500") == 1
-    slot.close()
 
 
 def test_a_request_that_takes_too_long_is_504_and_the_connection_goes_on(

@@ -12,18 +12,9 @@ from wire import BODY, Client, served, write
 from tuneserve.errors import SettingsError
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import Classifier
 
 GZIP = "Content-Encoding: gzip"
 PAGE = "https://reviews.example"
-
-
-@pytest.fixture
-def slot(classifier: Classifier) -> Iterator[Slot]:
-    slot = Slot()
-    slot.take(classifier)
-    yield slot
-    slot.close()
 
 
 @pytest.fixture

@@ -10,23 +10,14 @@ import pytest
 from pydantic import SecretStr
 from wire import BODY, LIVEZ, Client, batcher_of, counts, served, write
 
-from tuneserve.serving.http.protocol import MAX_HEADERS
+from tuneserve.serving.http.protocol import MAX_HEADERS, SLICE_BYTES
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import Classifier
 
 HEAD = b"POST /inference HTTP/1.1\r\nHost: a\r\nX-API-Key: secret\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 WHOLE = b"10\r\n" + BODY + b"\r\n0\r\n"
 WAIT_S = 0.5
-
-
-@pytest.fixture
-def slot(classifier: Classifier) -> Iterator[Slot]:
-    slot = Slot()
-    slot.take(classifier)
-    yield slot
-    slot.close()
 
 
 @pytest.fixture
@@ -75,8 +66,16 @@ def test_headers_without_end_are_not_read(connect: Callable[[], Client], begin: 
 
 def test_headers_up_to_the_limit_are_read(connect: Callable[[], Client]) -> None:
     client = connect()
-    status, _, _ = client.ask(write(BODY, "X-API-Key: secret", *["X-A: " + "b" * 1000] * 30))
+    status, _, _ = client.ask(write(BODY, "X-API-Key: secret", *["X-A: " + "b" * 1000] * 60))
     assert status == 200
+
+
+@pytest.mark.parametrize("begin", [HEAD, b"GET /livez HTTP/1.1\r\n"])
+def test_headers_beyond_the_limit_are_refused(connect: Callable[[], Client], begin: bytes) -> None:
+    client = connect()
+    client.send((begin + b"X-A: ").ljust((64 << 10) + SLICE_BYTES + 1, b"b"))  # the slice it begins in is not counted
+    assert client.read()[0] == 431
+    assert client.read()[0] == 0
 
 
 @pytest.mark.parametrize("end", [b"", b"\r\n", b"Content-Length: 16\r\n\r\n" + BODY], ids=["no end", "a head", "whole"])

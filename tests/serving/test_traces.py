@@ -62,12 +62,10 @@ def spans(posts: list[tuple[str, bytes]]) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def test_a_request_is_a_span_with_its_stages_in_the_clients_trace_and_without_its_text(
-    settings: Settings, classifier: Classifier, version: Version, collector: tuple[str, list[tuple[str, bytes]]]
+    settings: Settings, slot: Slot, version: Version, collector: tuple[str, list[tuple[str, bytes]]]
 ) -> None:
     address, posts = collector
     traces = Traces(address)
-    slot = Slot()
-    slot.take(classifier)
     with TestClient(app_of(settings, slot, telemetry=traces.telemetry)) as client:
         parent = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         assert client.post("/inference", json={"text": "a private film"}, headers=parent).status_code == 200
@@ -107,12 +105,8 @@ def test_without_an_endpoint_there_is_nothing(settings: Settings, classifier: Cl
     assert not [thread for thread in threading.enumerate() if "OtelBatch" in thread.name]
 
 
-def test_a_collector_that_is_not_there_holds_up_nobody(
-    settings: Settings, classifier: Classifier, unreachable: str
-) -> None:
+def test_a_collector_that_is_not_there_holds_up_nobody(settings: Settings, slot: Slot, unreachable: str) -> None:
     traces = Traces(unreachable)
-    slot = Slot()
-    slot.take(classifier)
     with TestClient(app_of(settings, slot, telemetry=traces.telemetry)) as client:
         assert client.post("/inference", json={"text": "film"}).status_code == 200
     closing = threading.Thread(target=traces.close)

@@ -53,6 +53,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    task: Literal["text-classification", "feature-extraction"] = "text-classification"
+    """What the model does, by Hugging Face's name. Classifiers are trained here; others are served as MODEL is, or from
+    a store into which `import` has put them."""
+
+    model: str = ""
+    """A model that `serve` answers with instead of the champion: a Hugging Face folder, or a name on the hub."""
+
+    model_revision: str = ""
+    """Commit, tag or branch of MODEL on the hub. Empty: the newest; the commit taken is recorded."""
+
     dataset: str = SAMPLE
     """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`), a folder with `train.*` and optionally `valid.*` and `test.*`, a URL such

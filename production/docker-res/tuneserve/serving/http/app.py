@@ -59,6 +59,8 @@ COMMON: dict[int | str, dict[str, Any]] = {
 }
 """What any request may be answered."""
 
+SUMMARIES = {"text-classification": "A text classifier, fine-tuned and served by one container."}
+
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: NO_MODEL,
     504: {"model": Problem, "description": "There was no answer in time."},
@@ -104,7 +106,7 @@ def create_app(
     app = FastAPI(
         title="tuneserve",
         version=tuneserve.__version__,
-        summary="A text classifier, fine-tuned and served by one container.",
+        summary=SUMMARIES.get(task.name, f"A model for {task.name}, served by one container."),
         lifespan=lifespan,
         responses=COMMON,
         docs_url=None,
@@ -117,8 +119,9 @@ def create_app(
         *(adapter(service) for adapter in adapters),
         model_routes(service),
         viewer_routes(),
-        drift_routes(service),
     ]
+    if task.labels:
+        routers.append(drift_routes(service))
     if service.feedback is not None:
         routers.append(feedback_routes(service))
     if trainer is not None:
