@@ -121,6 +121,8 @@ def test_a_folder_without_metadata_is_no_version(store: Store) -> None:
     assert [version.id for version in store.versions()] == ["one"]
     with pytest.raises(StoreError, match=f"two holds no finished model: there is no {METADATA}"):
         read_version(store.versions_folder / "two")
+    with pytest.raises(StoreError, match=r"no version 'three' in .*; run\.py versions lists them"):
+        store.promote("three")
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"labels": ["bad"', b"\xff\xfe", b"null", b"[]", b'"labels"'])
