@@ -223,7 +223,7 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
     (store.checkpoints_folder / "run").mkdir()
     (store.root / "jobs").mkdir()
     before = content(store.root)
-    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "versions"]
+    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "jobs", "versions"]
     store.set_challenger(None)  # there is none
     for folder in (store.versions_folder, store.checkpoints_folder):
         leftover = folder / ".unfinished-two-01234567"
