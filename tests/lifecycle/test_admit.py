@@ -1,5 +1,7 @@
 """Admission by the gate: who may ask it, what becomes of versions, and a trial that crashes."""
 
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,25 @@ def test_a_trial_that_crashes_is_tried_again_without_the_champion_who_may_be_the
     assert decision.stands == (error is None)
 
 
+def test_a_trial_puts_no_file_where_a_kill_would_leave_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    seen = []
+
+    def run(command: list[str], **options: Any) -> None:
+        seen.append(list(folder.iterdir()))
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
+    found = gate.run_trial(candidate(store, "a"), None, EVIDENCE, settings)
+    assert found["candidate"] is not None
+    assert "took more than" in found["candidate"]["error"]
+    assert seen == [[]]
+
+
 def test_an_old_version_is_out_of_sight_before_it_is_removed_and_its_evidence_after_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,3 +283,11 @@ def test_who_lost_the_lock_does_not_ask_the_gate(store: Store, monkeypatch: pyte
         store.lock.unlink()
         with pytest.raises(StoreError, match="removed or replaced"):
             job.judge(settings, store, add(store, "a"), None, lock, Status(None))  # type: ignore[arg-type]
+
+
+def test_evidence_goes_with_its_version_though_a_process_was_killed_between_the_two(store: Store) -> None:
+    accept(store, "a", "b", "c")
+    for name in ("a", "b", "gone", ".being-written-01234567"):
+        (store.evidence_folder / name).mkdir(parents=True)
+    assert store.forget_old(2) == ["a"]
+    assert {path.name for path in store.evidence_folder.iterdir()} == {"b", ".being-written-01234567"}

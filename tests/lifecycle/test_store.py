@@ -121,6 +121,8 @@ def test_a_folder_without_metadata_is_no_version(store: Store) -> None:
     assert [version.id for version in store.versions()] == ["one"]
     with pytest.raises(StoreError, match=f"two holds no finished model: there is no {METADATA}"):
         read_version(store.versions_folder / "two")
+    with pytest.raises(StoreError, match=r"no version 'three' in .*; run\.py versions lists them"):
+        store.promote("three")
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"labels": ["bad"', b"\xff\xfe", b"null", b"[]", b'"labels"'])
@@ -219,12 +221,17 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
     version = add(store, "one")
     store.set_champion(version)
     (store.checkpoints_folder / "run").mkdir()
+    (store.root / "jobs").mkdir()
     before = content(store.root)
-    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "versions"]
+    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "jobs", "versions"]
     store.set_challenger(None)  # there is none
     for folder in (store.versions_folder, store.checkpoints_folder):
         leftover = folder / ".unfinished-two-01234567"
         (leftover / "report").mkdir(parents=True)
+        os.utime(leftover, (0, 0))
+    for name in (".champion-01234567", ".schedule.json-89abcdef", "jobs/.job.json-01234567"):
+        leftover = store.root / name
+        leftover.write_text("one\n")
         os.utime(leftover, (0, 0))
     store.prepare()
     assert content(store.root) == before
@@ -232,8 +239,10 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
 
 def test_what_another_run_is_writing_now_is_left_alone(store: Store) -> None:
     (store.versions_folder / ".unfinished-two-01234567").mkdir()
+    (store.root / ".champion-01234567").write_text("one\n")
     store.prepare()
     assert [path.name for path in store.versions_folder.iterdir()] == [".unfinished-two-01234567"]
+    assert (store.root / ".champion-01234567").exists()
 
 
 def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -234,3 +235,14 @@ def test_a_training_ends_after_its_epochs_or_where_its_patience_does(
     assert position == Position(
         epoch=len(losses), best_epoch=best, idle_epochs=idle, finished=finished, history=history
     )
+
+
+def test_of_other_unfinished_runs_the_newest_two_are_kept(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    save(checkpoints, optimizer, step=1)
+    os.utime(checkpoints.folder, (0, 0))
+    for day, name in enumerate(("c", "a", "d", "b"), 1):
+        (folder := checkpoints.folder.with_name(name)).mkdir()
+        os.utime(folder, (day, day))
+    checkpoints.forget_others()
+    assert {path.name for path in checkpoints.folder.parent.iterdir()} == {checkpoints.folder.name, "b", "d"}
+    assert files(checkpoints)
