@@ -1,5 +1,6 @@
 """What may be shown of URLs and texts; `processes/test_secrets.py` has the whole job."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -92,6 +93,12 @@ def test_what_the_environment_holds_is_known_however_it_is_spelt() -> None:
     said = redact(f"{secrets}; short everything /home/me/.aws")
     assert "hunter" not in said
     assert said.endswith("; short everything /home/me/.aws")
+
+
+def test_a_secret_that_is_not_utf8_is_known_too() -> None:
+    secret = os.fsdecode(b"hunter\xe92")  # as Latin-1 wrote it, and as os.environ gives it
+    remember({"SMTP_PASSWORD": secret, "DATASET": f"ftp://me:{secret}@host/x"})
+    assert "hunter" not in redact(f"said {secret} and hunter%E92")
 
 
 @pytest.mark.parametrize("piece", ["a", "://", "aa:/", "?", "@", "?=", "aa://b:", "aa://b:c ", "aa://b:c@ ", "a:a://'"])

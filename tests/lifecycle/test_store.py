@@ -121,6 +121,8 @@ def test_a_folder_without_metadata_is_no_version(store: Store) -> None:
     assert [version.id for version in store.versions()] == ["one"]
     with pytest.raises(StoreError, match=f"two holds no finished model: there is no {METADATA}"):
         read_version(store.versions_folder / "two")
+    with pytest.raises(StoreError, match=r"no version 'three' in .*; run\.py versions lists them"):
+        store.promote("three")
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"labels": ["bad"', b"\xff\xfe", b"null", b"[]", b'"labels"'])
@@ -221,7 +223,7 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
     (store.checkpoints_folder / "run").mkdir()
     (store.root / "jobs").mkdir()
     before = content(store.root)
-    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "versions"]
+    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "jobs", "versions"]
     store.set_challenger(None)  # there is none
     for folder in (store.versions_folder, store.checkpoints_folder):
         leftover = folder / ".unfinished-two-01234567"

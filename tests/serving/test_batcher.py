@@ -286,7 +286,8 @@ def test_only_what_is_said_of_memory_makes_batches_smaller(
     batcher, _ = make(fail_once)
 
     async def ask() -> list[Any]:
-        return await batcher.submit([text(6) for _ in range(5)], deadline=FAR)
+        found = await batcher.submit([text(6) for _ in range(5)], deadline=FAR)
+        return found + await batcher.submit([text(6)], deadline=FAR)
 
     assert all(isinstance(one, np.ndarray) for one in asyncio.run(ask()))
     assert batcher.max_batch_tokens == tokens
@@ -309,11 +310,13 @@ def test_the_rate_the_stages_and_the_counters_say_what_happened(
 ) -> None:
     monkeypatch.setattr(module, "time", clock := Clock())
 
-    def take_two_seconds(engine: Any) -> Any:
+    def compute(engine: Any) -> Any:
+        if len(engine.running) == 1:
+            return None  # in no time, as a coarse clock sees it
         clock.now += 2
-        return np.array([[np.nan, 0], [0, 1], [np.inf, 0]]) if len(engine.running) == 3 else None
+        return np.array([[np.nan, 0], [0, 1], [np.inf, 0]])
 
-    batcher, _ = make(take_two_seconds)
+    batcher, _ = make(compute)
     stages = Stages()
 
     async def ask() -> list[Any]:
@@ -324,10 +327,10 @@ def test_the_rate_the_stages_and_the_counters_say_what_happened(
 
     outcomes = asyncio.run(ask())
     assert [isinstance(one, EngineError) for one in outcomes] == [True, False, True]
-    assert (stages.queued_at, stages.taken_at, stages.answered_at) == (100, 100, 104)
+    assert (stages.queued_at, stages.taken_at, stages.answered_at) == (100, 100, 102)
     rates = [module.FIRST_RATE]
-    for tokens in (15, 9):
-        rates.append(0.9 * rates[-1] + 0.1 * tokens / 2)
+    for tokens, seconds in ((15, 2), (9, 1e-6)):
+        rates.append(0.9 * rates[-1] + 0.1 * tokens / seconds)
     assert batcher.tokens_per_s == pytest.approx(rates[-1])
     figures = dict(line.split() for line in batcher.metrics.render().decode().splitlines() if line[0] != "#")
     for name, value in {
@@ -339,14 +342,26 @@ def test_the_rate_the_stages_and_the_counters_say_what_happened(
         'stage_seconds_count{stage="queue"}': 2,
         'stage_seconds_sum{stage="queue"}': 0,
         'stage_seconds_count{stage="infer"}': 2,
-        'stage_seconds_sum{stage="infer"}': 4,
+        'stage_seconds_sum{stage="infer"}': 2,
     }.items():
         assert float(figures[f"tuneserve_{name}"]) == value, name
 
 
-def test_texts_beyond_the_window_are_not_looked_at(make: Callable[..., Any], held: Held) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [
+        ([30, 10, 20, 64], [[10, 20, 30], [64]]),  # the shorter ones are nearer
+        ([28, 24, 32], [[28, 32], [24]]),  # of two that are as near the longer one goes first
+        ([40, 30, 50], [[40], [30], [50]]),  # what is nearest has no room
+        ([30, 4, 34, 4], [[30, 34], [4, 4]]),  # exactly as many tokens as there is room for
+        ([16, 60, 60, 60, 60, 16], [[16], [60], [60], [60], [60], [16]]),  # the last lies behind the window
+        ([16, 60, 60, 60, 16, 60], [[16, 16], [60], [60], [60], [60]]),
+    ],
+)
+def test_the_texts_nearest_in_length_to_the_oldest_go_with_it(
+    make: Callable[..., Any], held: Held, sizes: list[int], batches: list[list[int]]
+) -> None:
     batcher, engine = make(held)
-    sizes = [16, 60, 60, 60, 60, 16]  # the window is four batches of 64 tokens: the last one lies behind it
 
     async def ask() -> None:
         first = batcher.submit([text(3)], deadline=FAR)
@@ -356,7 +371,7 @@ def test_texts_beyond_the_window_are_not_looked_at(make: Callable[..., Any], hel
         await asyncio.gather(first, *rest)
 
     asyncio.run(ask())
-    assert engine.batches == [[3], [16], *[[60]] * 4, [16]]
+    assert engine.batches == [[3], *batches]
 
 
 def test_a_text_that_breaks_the_engine_fails_alone(make: Callable[..., Any]) -> None:

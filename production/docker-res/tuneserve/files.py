@@ -158,14 +158,14 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
 
 
-def read_record(path: Path, shape: TypeAdapter[Record]) -> Record:
-    """What a JSON file of the store holds, if it has this shape.
+def read_record(path: Path, shape: TypeAdapter[Record], *, max_bytes: int = MAX_JSON_BYTES) -> Record:
+    """What a JSON file of the store holds, if it has this shape and no more bytes.
 
     Raises:
         OSError: it is not there, or cannot be read.
         ValueError: it is something else, with what is wrong and where.
     """
-    return as_record(read_json(path), shape)
+    return as_record(parse_json(read_bytes(path, max_bytes=max_bytes)), shape)
 
 
 def as_record(content: Any, shape: TypeAdapter[Record]) -> Record:

@@ -4,6 +4,7 @@ A password is not always quoted as it should be: it may hold `/`, `@`, `?` or sp
 Where two guesses are possible, the one that shows less is taken. All of it takes time linear in the text.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from urllib.parse import quote, quote_plus, unquote
@@ -29,7 +30,9 @@ def remember(environ: Mapping[str, str]) -> None:
         found.update(_secrets_of(value))
         if NAMES.search(name) and "/" not in value[:1]:  # a path is the name of a secret
             found.update(value.split(","))
-    spelt = {form for one in found for form in (one, unquote(one), quote(one), quote(one, safe=""), quote_plus(one))}
+    quoted = {one: os.fsencode(one) for one in found}  # a variable may hold any bytes, as halves of surrogate pairs
+    spelt = {form for one, raw in quoted.items() for form in (one, unquote(one), quote(raw), quote(raw, ""))}
+    spelt |= {quote_plus(raw) for raw in quoted.values()}
     words = sorted((re.escape(one) for one in spelt if len(one) >= SHORTEST), key=len, reverse=True)
     _known = re.compile("|".join(words)) if words else None
 

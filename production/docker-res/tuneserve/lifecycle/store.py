@@ -240,6 +240,8 @@ class Store:
         """
         if not _is_id(name):
             raise StoreError(f"{name!r} is no version's id; run.py versions lists them.")
+        if not (self.versions_folder / name).is_dir():
+            raise StoreError(f"There is no version {name!r} in MODEL_PATH={self.root}; run.py versions lists them.")
         return read_version(self.versions_folder / name)
 
     def forget_old(self, keep: int) -> list[str]:

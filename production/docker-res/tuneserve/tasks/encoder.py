@@ -1,6 +1,7 @@
 """An encoder as a Model: texts to token ids, these through the queue and the engine, and what comes out to answers.
 
-What its answers are is its task's to say: see `classifier.py` and `embedder.py`.
+What its answers are is its task's to say: see `classifier.py` and `embedder.py`. How large requests share the queue is
+here with the rest of their way, which makes the module a little long.
 """
 
 import asyncio
@@ -78,7 +79,7 @@ class Encoder(Model):
         self._encoder = TextEncoder.from_folder(
             version.folder, max_tokens=version.max_tokens, windows=long_text == "window", clean=clean
         )
-        self._coming = 0
+        self._coming = self._unanswered = 0
         self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
         self._tokenizing = ThreadPoolExecutor(TOKENIZERS, "tokenize")
         self._metrics = Metrics()
@@ -192,14 +193,21 @@ class Encoder(Model):
         if tokens > chunk_tokens:
             turns = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CHUNKS))
             coming = min(tokens, CHUNKS * chunk_tokens)
+            self._require_time(tokens, deadline)
+        left = tokens if coming else 0
         self._coming += coming
+        self._unanswered += left
         found: dict[int, Outcome] = {}
         waiting: deque[tuple[list[int], asyncio.Future[list[Outcome]]]] = deque()
 
         async def collect() -> None:
+            nonlocal left
             indices, future = waiting[0]
             found.update(zip(indices, await future, strict=True))
             waiting.popleft()
+            if left:
+                done = sum(len(ids[index]) for index in indices)
+                self._unanswered, left = self._unanswered - done, left - done
 
         try:
             for chunk in split_by_tokens([len(ids[index]) for index in order], chunk_tokens):
@@ -221,9 +229,22 @@ class Encoder(Model):
                 await collect()
         finally:
             self._coming -= coming
+            self._unanswered -= left
             for _, future in waiting:
                 future.cancel()  # nobody waits any more: what has not begun is dropped
         return [found[index] for index in range(len(ids))]
+
+    def _require_time(self, tokens: int, deadline: float) -> None:
+        """Refuse a large request to which those before it leave no time: it would only make them late as well.
+
+        Raises:
+            OverloadedError: that is so.
+        """
+        expected_s = (self._unanswered + tokens) / self.batcher.tokens_per_s
+        if self._unanswered and 0 < deadline - time.monotonic() < expected_s:
+            again_s = max(1, math.ceil(self._unanswered / self.batcher.tokens_per_s / 2))
+            words = f"Large requests of {self._unanswered} tokens are being answered; try again in {again_s} s."
+            raise OverloadedError(words, retry_after_s=again_s)
 
     def _conclude(self, reading: Tokens | TextError, outcomes: Sequence[Outcome]) -> Answer | TuneserveError:
         """The answer that follows from the outcome of each of a text's windows."""
