@@ -122,6 +122,7 @@ class Tree:
             "BASE_MODEL": str(tiny.make_base_model(folder / "base")),
             "N_EPOCHS": "1",
             "MAX_ACCURACY_DROP": "1",
+            "MAX_LATENCY_INCREASE": "100",
             "DEVICE": "cpu",
             "PRECISION": "fp32",
         }

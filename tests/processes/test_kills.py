@@ -172,18 +172,14 @@ def test_whoever_is_killed_whenever_the_store_is_whole_and_the_next_start_goes_o
 
     damaged, counts, labels, rows, starts = list[str](), Counter[str](), 0, 160, [round_s]
     for kill in range(1, KILLS + 1):
-        if changed := chance.random() < 0.6:
+        named = bool(starts[-1]) and chance.random() < 0.5
+        if changed := named or chance.random() < 0.5:
             rows += 8
             opposite = {"good": "bad", "bad": "good"} if chance.random() < 0.2 else {}
             loop.write_rows(data / "train.csv", [(text, opposite.get(of, of)) for text, of in tiny.sentences(rows)])
-        name, often, victim = (
-            chance.choice(POINTS),
-            chance.choice([1, 1, 2, 3]),
-            chance.choice(["server", "child", "group"]),
-        )
-        number, named, delay_s = chance.choice(SIGNALS), chance.random() < 0.5, chance.uniform(0, round_s)
-        late = bool(starts and not starts[-1]) or kill % 4 != 0  # nobody may have asked since the kill before
-        named &= bool(starts[-1])
+        name, often = chance.choice(POINTS), chance.choice([1, 1, 1, 2])
+        victim, number = chance.choice(["server", "child", "group"]), chance.choice(SIGNALS)
+        delay_s, late = chance.uniform(0, round_s), not starts[-1] or kill % 4 != 0  # late: after it was asked
         life = Life(environment, log, (name, often, victim, number) if named else None)
         try:
             starts.append(life.ready() if late else 0.0)
@@ -197,9 +193,8 @@ def test_whoever_is_killed_whenever_the_store_is_whole_and_the_next_start_goes_o
             if not named or not life.was_hit():
                 named, victim = False, life.hit(victim if not named else "server", number)
             counts.update(["point" if named else "moment", victim, signal.Signals(number).name])
-            print(
-                kill, signal.Signals(number).name, victim, name if named else f"{delay_s:.1f} s", f"{changed=} {late=}"
-            )
+            where = name if named else f"{delay_s:.1f} s"
+            print(kill, signal.Signals(number).name, victim, where, f"{changed=} {late=}", flush=True)
             if victim == "child":
                 life.wait(life.trained)
                 starts[-1] = starts[-1] or life.ready()
