@@ -498,6 +498,7 @@ def test_both_kinds_of_labels_bear_their_clients_mark_and_without_a_secret_none(
     feedback.label_answer("one", 0, "good", client="10.1.2.3")
     feedback.label_text("a text", "good", client="10.1.2.3")
     feedback.label_text("another text", "good")
+    assert "None" not in database.labels_table(tmp_path / FILE, "1")  # whose text was not kept
     [[first], [second], [third]] = rows(tmp_path, "SELECT client FROM labels ORDER BY id")
     assert first == second == pseudonym(read_secret(tmp_path), "10.1.2.3", "2026-03-02")
     assert third is None
