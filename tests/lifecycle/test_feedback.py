@@ -375,6 +375,26 @@ def test_the_file_stays_within_its_bytes_and_strangers_push_out_no_label_that_co
     assert (tmp_path / FILE).stat().st_size <= 1 << 19
 
 
+@pytest.mark.parametrize("anonymous_characters", [1_000, 10_000])
+def test_for_bytes_anonymous_labels_go_before_keyed_ones_though_those_are_older_and_take_more(
+    tmp_path: Path, anonymous_characters: int
+) -> None:
+    sizes = {True: 20_000, False: anonymous_characters}
+    for keyed, characters in sizes.items():
+        feedback = open_feedback(tmp_path, keyed=keyed)
+        for number in range(20):
+            feedback.label_text(f"{number} ".ljust(characters, "x"), "good")
+    counts = "SELECT origin, count(*) FROM labels GROUP BY origin ORDER BY origin"
+    assert rows(tmp_path, counts) == [("anonymous", 20), ("key", 20)]
+    with open_database(tmp_path / FILE) as opened:
+        used = database._used_bytes(opened)
+        opened.execute("BEGIN IMMEDIATE")
+        database.bound(opened, max_rows=1000, max_bytes=used - 8 * anonymous_characters)
+        opened.execute("COMMIT")
+    [(_, anonymous), (_, keyed_left)] = rows(tmp_path, counts)
+    assert (anonymous < 20, keyed_left) == (True, 20)
+
+
 def test_a_text_is_cut_to_what_a_model_may_read_of_it(tmp_path: Path) -> None:
     feedback = open_feedback(tmp_path, max_characters=10, keep_texts=True)
     assert feedback.label_text("0123456789 and more", "good")
