@@ -195,7 +195,7 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    fast = {f"tuneserve.network.{name}" for name in ("attention", "forward", "head", "optimizer")}
+    fast = {f"tuneserve.network.{name}" for name in ("attention", "embedding", "forward", "head", "optimizer")}
     assert apart == {*fast, "tuneserve.serving.engines.torch_engine"}
     askers = {
         (name, other)
@@ -205,6 +205,7 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
     }
     assert askers == {
         ("tuneserve.network.forward", "tuneserve.network.attention"),
+        ("tuneserve.network.head", "tuneserve.network.embedding"),
         ("tuneserve.network.optimizer", "tuneserve.network.forward"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.attention"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.forward"),

@@ -1,5 +1,6 @@
 """What may be shown of URLs and texts; `processes/test_secrets.py` has the whole job."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://host/x.csv#token=hunter2", "https://host/x.csv"),
         ("https:/me:hunter2@host/x", "https:/host/x"),
         ("me:hunter2@host/x", "host/x"),
+        ("//me:hun/ter2@host/x", "//host/x"),
         ("https://me:hun?ter2@host/x", "https://…"),
         ("https://host:80/x?mail=a@b&sig=hunter2", "https://…"),
         ("https://host/x?mail=a@b&sig=hunter2", "https://host/x"),
@@ -49,6 +51,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
                 "owner/name:configuration",
                 "/data/what?.csv",
                 "C:/x",
+                "//share/a@b.csv",
             )
         ],
     ],
@@ -78,15 +81,24 @@ def test_what_the_environment_holds_is_known_however_it_is_spelt() -> None:
         {
             "DATASET": "ftp://me:a b/hunter2@host/x?sig=s%2Fhunter3",
             "HF_TOKEN": "hf_hunter4",
+            "BASE_MODEL": "me:hunter5-long@host/x",
+            "INPUT": "//me:hunter6-long@host/x",
             "API_KEY": "short",
             "API_KEY_GUARDS": "everything",
             "AWS_SHARED_CREDENTIALS_FILE": "/home/me/.aws",
         }
     )
-    secrets = "a b/hunter2, a%20b/hunter2, a+b%2Fhunter2, s/hunter3, s%2Fhunter3, hf_hunter4"
+    secrets = "a b/hunter2, a%20b/hunter2, a+b%2Fhunter2, s/hunter3, s%2Fhunter3, hf_hunter4, hunter5-long"
+    secrets += ", hunter6-long"
     said = redact(f"{secrets}; short everything /home/me/.aws")
     assert "hunter" not in said
     assert said.endswith("; short everything /home/me/.aws")
+
+
+def test_a_secret_that_is_not_utf8_is_known_too() -> None:
+    secret = os.fsdecode(b"hunter\xe92")  # as Latin-1 wrote it, and as os.environ gives it
+    remember({"SMTP_PASSWORD": secret, "DATASET": f"ftp://me:{secret}@host/x"})
+    assert "hunter" not in redact(f"said {secret} and hunter%E92")
 
 
 @pytest.mark.parametrize("piece", ["a", "://", "aa:/", "?", "@", "?=", "aa://b:", "aa://b:c ", "aa://b:c@ ", "a:a://'"])
@@ -129,3 +141,13 @@ def test_a_crash_that_nobody_foresaw_repeats_no_secret(python: Python, tmp_path:
     assert "FileNotFoundError" in done.stderr
     assert "http://host/x" in done.stderr
     assert "hunter" not in done.stderr.replace(crash, "")
+
+
+def test_no_line_repeats_the_secret_of_a_url_whose_scheme_was_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(data, "connect_to_hub", lambda: False)
+    with pytest.raises(TuneserveError), caplog.at_level("INFO"):
+        data.read("me:hunter2@host/name", Columns("", ""), cache=tmp_path)
+    assert "reading host/name from" in caplog.text
+    assert "hunter" not in caplog.text

@@ -1,5 +1,6 @@
 """The environment: what is read from it, what is refused, and the two files that tell of it."""
 
+import json
 import math
 import resource
 import shutil
@@ -35,6 +36,9 @@ BAD = {
     "OMP_NUM_THREADS": ("many", "a whole number, at least 1 and at most 1024 or `auto`"),
     "PORT": ("65536", "at most 65535"),
     "SEED": ("4294967296", "below 4294967296"),
+    "CORS_ORIGINS": ("https://a.example,b.example", "`*`, or origins"),
+    "RETRAIN_SCHEDULE": ("0 3 * *", "five fields"),
+    "RETRAIN_TIME_ZONE": ("Mars", "the name of a time zone"),
 }
 
 
@@ -77,6 +81,10 @@ def test_an_empty_value_means_the_default(blank: str) -> None:
         ("TEXT_COLUMN", "the text", "the text"),
         ("MODEL_PATH", "~/models", Path.home() / "models"),
         ("MODEL_PATH", "models", Path.cwd() / "models"),
+        ("CORS_ORIGINS", "https://a.example:8443 , ,http://b.example", "https://a.example:8443,http://b.example"),
+        ("CORS_ORIGINS", "*", "*"),
+        ("RETRAIN_SCHEDULE", "0 3 * * 1", "0 3 * * 1"),
+        ("RETRAIN_TIME_ZONE", "Europe/Berlin", "Europe/Berlin"),
     ],
 )
 def test_a_value_is_read_for_what_it_means(name: str, value: str, meant: object) -> None:
@@ -291,6 +299,19 @@ def test_a_password_in_a_url_is_not_shown() -> None:
     settings = Settings.from_environ({"DATASET": "ftp://me:secret@host/reviews.csv"})
     assert settings.dataset == "ftp://me:secret@host/reviews.csv"
     assert settings.public()["dataset"] == "ftp://host/reviews.csv"
+
+
+@pytest.mark.parametrize("name", ["dataset", "base_model", "host", "mlflow_experiment_name"])
+def test_no_name_is_empty(name: str) -> None:
+    assert getattr(Settings.model_validate({name: "a"}), name) == "a"
+    with pytest.raises(ValidationError, match=name):
+        Settings.model_validate({name: ""})
+
+
+def test_what_is_shown_of_the_settings_is_json() -> None:
+    shown = Settings.from_environ({"MODEL_PATH": "/models", "OMP_NUM_THREADS": "4"}).public()
+    assert json.loads(json.dumps(shown)) == shown
+    assert (shown["model_path"], shown["omp_num_threads"], shown["lr"]) == ("/models", 4, 1e-4)
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:

@@ -2,17 +2,19 @@
 
 train-serve   open the port, train on DATASET in a child process, serve what passed, retrain when told to (the default)
 train         train, judge, save, stop
-serve         serve the champion of the store, and each later champion
+serve         serve the champion of the store, and each later champion; or MODEL, without a store
 predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
-import        make a version of a classifier that was fine-tuned elsewhere: import <its Hugging Face folder>
+import        make a version of a model that was trained elsewhere, for TASK: import <its Hugging Face folder or name>
 feedback      count the labels people have sent by day and origin; with `list`, `trust` or `remove` and an id, a day, an
               origin or one client of it: show them, let them be trained on, take them out
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import re
@@ -21,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuneserve.signals import Stop, end_with_parent
 
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
     parser.add_argument(
-        "arguments", nargs="*", help="promote: a version; import: a folder; feedback: [list|trust|remove] which"
+        "arguments", nargs="*", help="promote: a version; import: a model; feedback: [list|trust|remove] which"
     )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
@@ -95,6 +97,7 @@ def train(settings: "Settings", stop: Stop, threads: int) -> None:
     """Train a version and publish it, in this process or in several."""
     from tuneserve.training import launch
 
+    require_trainable(settings)
     if launch.is_asked_for(settings, os.environ):
         launch.run(settings, stop, os.environ, threads=threads)
         return
@@ -104,10 +107,41 @@ def train(settings: "Settings", stop: Stop, threads: int) -> None:
 
 
 def serve(settings: "Settings", stop: Stop, threads: int) -> None:
-    """Answer requests until a signal arrives."""
+    """Answer requests until a signal arrives, with the champion of the store, or with MODEL, imported in a child."""
     from tuneserve.serving.http import server
 
-    server.serve(settings, threads=threads)
+    if not settings.model:
+        server.serve(settings, threads=threads)
+        return
+    named = json.dumps([settings.task, settings.model, settings.model_revision])
+    folder = settings.data_path / "served" / hashlib.sha256(named.encode()).hexdigest()[:16]
+    settings = settings.model_copy(update={"model_path": folder})
+    server.serve(settings, threads=threads, **child(settings, "import", settings.model))
+
+
+def child(settings: "Settings", *arguments: str) -> dict[str, Any]:
+    """What makes a server's versions: this program with other arguments, and its environment."""
+    environ = {
+        **os.environ,
+        "MODEL_PATH": str(settings.model_path),
+        # As the user set it (`auto`): set_threads has put a number into the same variable.
+        "OMP_NUM_THREADS": str(settings.omp_num_threads),
+    }
+    return {"training": [sys.executable, str(Path(__file__).resolve()), *arguments, "--child"], "environ": environ}
+
+
+def require_trainable(settings: "Settings") -> None:
+    """Refuse to train what is only served.
+
+    Raises:
+        SettingsError: TASK is not classification, or MODEL is set, which is served as it is.
+    """
+    from tuneserve.errors import SettingsError
+
+    if settings.task != "text-classification":
+        raise SettingsError(f"TASK={settings.task} is not trained here: name a model in MODEL, and `serve` it.")
+    if settings.model:
+        raise SettingsError("MODEL is what `serve` answers with as it is; a model to fine-tune is named in BASE_MODEL.")
 
 
 def predict(settings: "Settings", stop: Stop, threads: int) -> None:
@@ -117,11 +151,11 @@ def predict(settings: "Settings", stop: Stop, threads: int) -> None:
     job.score(settings, threads=threads, environ=os.environ)
 
 
-def bring_in(settings: "Settings", stop: Stop, threads: int, folder: str) -> None:
-    """Make a version of a fine-tuned classifier, without training."""
+def bring_in(settings: "Settings", stop: Stop, threads: int, model: str) -> None:
+    """Make a version of a model that was trained elsewhere."""
     from tuneserve.training import imported
 
-    imported.bring_in(folder, settings, threads=threads)
+    imported.bring_in(model, settings, threads=threads)
 
 
 def check_arguments(parser: argparse.ArgumentParser, verb: str, arguments: list[str]) -> None:
@@ -139,10 +173,11 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Serve the champion at once, train in a child process, and serve what passes the gate."""
     from tuneserve.serving.http import server
 
-    command = [sys.executable, str(Path(__file__).resolve()), "train", "--child"]
-    # As the user set it (`auto`): set_threads has put a number into the same variable.
-    environ = {**os.environ, "OMP_NUM_THREADS": str(settings.omp_num_threads)}
-    server.serve(settings, threads=threads, training=command, environ=environ)
+    if settings.model and settings.task != "text-classification":  # which there is nothing to train for
+        serve(settings, stop, threads)
+        return
+    require_trainable(settings)
+    server.serve(settings, threads=threads, **child(settings, "train"))
 
 
 def versions(settings: "Settings") -> None:
@@ -199,7 +234,7 @@ STORE_VERBS: dict[str, Callable[..., None]] = {
 
 TAKES = {
     "promote": "a version's id; `versions` lists them",
-    "import": "the folder of a fine-tuned Hugging Face classifier",
+    "import": "a model's Hugging Face folder, or its name on the hub",
     "feedback": "nothing, or list, trust or remove, and which labels: an id, a day, an origin or one client of it",
 }
 """The arguments of the verbs that have some."""

@@ -1,5 +1,7 @@
 """Admission by the gate: who may ask it, what becomes of versions, and a trial that crashes."""
 
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from lifecycle.test_store import accept, add
 from tuneserve.artifact import Version
 from tuneserve.errors import RefusedError, StoreError
 from tuneserve.lifecycle import gate
-from tuneserve.lifecycle.decision import read_decision
+from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, write_evidence
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
@@ -33,9 +35,15 @@ def candidate(store: Store, name: str, wrong: int = 0) -> Version:
 
 def admit(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, wrong: int = 0, **changed: str) -> None:
     version = candidate(store, name, wrong)
-    found = {"candidate": trial(wrong), "champion": trial()}
-    monkeypatch.setattr(gate, "run_trial", lambda *about: found)
-    gate.admit(store, version, Settings.from_environ({"MODEL_PATH": str(store.root), **changed}))
+    champion = gate._champion(store)
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root), **changed})
+
+    def run_trial(*about: object) -> dict[str, Any]:
+        assert about == (version, champion, EVIDENCE, settings)
+        return {"candidate": trial(wrong), "champion": trial() if champion else None}
+
+    monkeypatch.setattr(gate, "run_trial", run_trial)
+    gate.admit(store, version, settings)
 
 
 def ids(store: Store) -> list[str]:
@@ -73,6 +81,100 @@ def test_a_version_that_passed_shadows_the_champion_first_and_is_not_removed_mea
     assert store.champion_id() == "f"
 
 
+def decide(store: Store, name: str, **changed: Any) -> Decision:
+    decision = Decision(
+        name, **{"verdict": "accepted", "by": "gate", "sentence": "it is good", "champion": None} | changed
+    )
+    write_decision(candidate(store, name), decision)
+    return decision
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "known", "chosen", "said"),
+    [
+        ("a", None, {}, {}, "it is good"),
+        ("a", None, {"verdict": "refused"}, {}, "it is good"),  # people promoted it
+        (None, None, {"verdict": "refused"}, {}, "may not serve: it is good. Change"),
+        (None, None, {"withdrawn_at": "2026-03-02T13:00:00+00:00"}, {}, "may not serve: people rolled it back. Change"),
+        ("b", "a", {}, {}, "it is good"),
+        ("b", "c", {}, {}, "judged"),
+        ("b", None, {}, {"by": "person", "at": "2026-03-02T13:00:00+00:00"}, "it is good"),
+        ("b", None, {}, {"by": "person", "at": "2026-03-02T11:00:00+00:00"}, "judged"),
+        ("b", None, {}, {"at": "2026-03-02T13:00:00+00:00"}, "judged"),
+        (None, None, {}, {}, "judged"),
+    ],
+)
+def test_a_version_that_was_decided_on_is_judged_again_only_where_nothing_else_was_said_since(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    champion: str | None,
+    challenger: str | None,
+    known: dict[str, Any],
+    chosen: dict[str, Any],
+    said: str,
+) -> None:
+    before = decide(store, "a", at="2026-03-02T12:00:00+00:00", **known)
+    decide(store, "b", **chosen)
+    if champion:
+        store.set_champion(store.version(champion))
+    if challenger:
+        store.set_challenger(candidate(store, challenger) if challenger == "c" else store.version(challenger))
+    judged = Decision("a", "accepted", "gate", "judged", champion)
+    monkeypatch.setattr(gate, "run_trial", lambda *about: {})
+    monkeypatch.setattr(gate, "judge", lambda *about: judged)
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
+    if "may not serve" in said:
+        with pytest.raises(RefusedError, match=said):
+            gate.admit(store, store.version("a"), settings)
+    else:
+        assert gate.admit(store, store.version("a"), settings) == (judged if said == "judged" else before)
+        assert store.champion_id() == ("a" if said == "judged" else champion)
+
+
+def test_where_the_pointer_cannot_be_read_the_last_good_version_is_champion(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a")
+    store.pointer.write_bytes(b"\xff")
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
+    assert gate.admit(store, store.version("a"), settings) == read_decision(store.version("a"))
+    assert store.champion_id() == "a"
+    (store.version("a").folder / "decision.json").unlink()
+    unknown = gate.admit(store, store.version("a"), settings)
+    assert (unknown.version, unknown.sentence) == ("a", "was never judged")
+    store.pointer.write_bytes(b"\xff")
+    admit(store, monkeypatch, "b")  # with nobody to compare with
+    assert store.champion_id() == "b"
+    store.pointer.write_bytes(b"\xff")
+    admit(store, monkeypatch, "c")
+    decision = read_decision(store.version("c"))
+    assert decision is not None
+    assert decision.champion == "b"
+
+
+@pytest.mark.parametrize(
+    ("program", "timeout_s", "ended"),
+    [("repeat", 60, ""), ("no_such_module", 60, "ended with exit code 1"), ("repeat", 0, "took more than 0 s")],
+)
+def test_a_trial_is_a_process_of_its_own_that_is_asked_and_answers_by_files(
+    store: Store, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float, ended: str
+) -> None:
+    (store.root / "repeat.py").write_text("import shutil, sys; shutil.copy(*sys.argv[1:])")
+    monkeypatch.setattr(gate, "PROGRAM", store.root)
+    monkeypatch.setattr(gate, "TRIAL", program)
+    monkeypatch.setattr(gate, "TRIAL_TIMEOUT_S", timeout_s)
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root), "LONG_TEXT": "error", "API_KEY": "open"})
+    one, two = (candidate(store, name) for name in "ab")
+    asked, found = gate._in_fresh_process([one, two], EVIDENCE, settings)
+    assert found == ended
+    expected: Any = {
+        "versions": [str(one.folder), str(two.folder)],
+        "texts": EVIDENCE.texts,
+        "settings": settings.public() | {"long_text": "truncate"},
+    }
+    assert asked == (None if ended else expected)
+
+
 def test_without_a_champion_there_is_nobody_to_shadow(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     admit(store, monkeypatch, "a", SHADOW_REQUESTS="5")
     assert (store.champion_id(), store.challenger_id()) == ("a", None)
@@ -98,6 +200,7 @@ def test_a_trial_that_crashes_is_tried_again_without_the_champion_who_may_be_the
     seen = []
 
     def run(versions: list[Version], *about: object) -> tuple[Trials, str]:
+        assert about == (EVIDENCE, settings)
         seen.append(len(versions))
         return answers[len(seen) - 1], "ended with exit code -11"
 
@@ -114,6 +217,25 @@ def test_a_trial_that_crashes_is_tried_again_without_the_champion_who_may_be_the
     assert decision.stands == (error is None)
 
 
+def test_a_trial_puts_no_file_where_a_kill_would_leave_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    seen = []
+
+    def run(command: list[str], **options: Any) -> None:
+        seen.append(list(folder.iterdir()))
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
+    found = gate.run_trial(candidate(store, "a"), None, EVIDENCE, settings)
+    assert found["candidate"] is not None
+    assert "took more than" in found["candidate"]["error"]
+    assert seen == [[]]
+
+
 def test_an_old_version_is_out_of_sight_before_it_is_removed_and_its_evidence_after_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +243,8 @@ def test_an_old_version_is_out_of_sight_before_it_is_removed_and_its_evidence_af
     (store.evidence_folder / "a").mkdir(parents=True)
     seen: list[tuple[str, bool]] = []
 
-    def remove(path: Path, **options: object) -> None:
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        assert ignore_errors  # what cannot be removed now is removed at the next start
         seen.append((path.name, (store.versions_folder / "a").exists()))
 
     monkeypatch.setattr("tuneserve.lifecycle.store.shutil.rmtree", remove)
@@ -160,3 +283,11 @@ def test_who_lost_the_lock_does_not_ask_the_gate(store: Store, monkeypatch: pyte
         store.lock.unlink()
         with pytest.raises(StoreError, match="removed or replaced"):
             job.judge(settings, store, add(store, "a"), None, lock, Status(None))  # type: ignore[arg-type]
+
+
+def test_evidence_goes_with_its_version_though_a_process_was_killed_between_the_two(store: Store) -> None:
+    accept(store, "a", "b", "c")
+    for name in ("a", "b", "gone", ".being-written-01234567"):
+        (store.evidence_folder / name).mkdir(parents=True)
+    assert store.forget_old(2) == ["a"]
+    assert {path.name for path in store.evidence_folder.iterdir()} == {"b", ".being-written-01234567"}

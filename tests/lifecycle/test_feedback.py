@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tuneserve.lifecycle import feedback as module
 from tuneserve.lifecycle import feedback_database as database
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.feedback_database import FILE, labelled_texts, open_database
+from tuneserve.lifecycle.secret import pseudonym, read_secret
 from tuneserve.lifecycle.statistics import wilson
 
 CHILD = """
@@ -77,6 +80,28 @@ def test_no_label_falls_between_the_queue_and_the_disk(tmp_path: Path, monkeypat
         assert feedback.label_answer(str(number), 0, "good")
     feedback.close()
     assert rows(tmp_path, "SELECT count(*) FROM answers") == [(300,)]
+
+
+def test_answers_are_written_as_time_goes_by_and_labels_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITE_EVERY_S", 0.001)
+    feedback = open_feedback(tmp_path)
+    written = threading.Event()
+    monkeypatch.setattr(feedback, "_write", written.set)
+    feedback.start()
+    assert written.wait(30)
+    assert feedback._thread.daemon  # a process that dies does not wait for it
+
+    async def give_without_waiting() -> None:
+        labels = [asyncio.ensure_future(feedback.keep("good", text=f"text {number}")) for number in range(5)]
+        await asyncio.sleep(0)
+        feedback.close()
+        assert rows(tmp_path, "SELECT count(*) FROM labels") == [(5,)]
+        await asyncio.gather(*labels)
+
+    asyncio.run(give_without_waiting())
+    assert not feedback._thread.is_alive()
 
 
 @pytest.mark.parametrize("written", [0, 1, 2])
@@ -309,6 +334,9 @@ def test_what_strangers_say_is_kept_apart(tmp_path: Path) -> None:
         found = mine.accuracy("v1")
         assert found is not None
         assert found.right == right
+    found = open_feedback(tmp_path).accuracy("v1")
+    assert found is not None
+    assert found.right == 0  # whatever strangers have said since
 
 
 def test_the_owner_counts_lists_trusts_and_removes(tmp_path: Path) -> None:
@@ -323,6 +351,14 @@ def test_the_owner_counts_lists_trusts_and_removes(tmp_path: Path) -> None:
         ("4", today, "anonymous", "good"),
     ]
     assert listed[0][2] != listed[1][2]
+    table = [line.split(maxsplit=3) for line in database.counts_table(path).splitlines()]
+    assert table[0] == ["day", "origin", "labels", "use"]
+    assert sorted((day, origin[:10], count, use) for day, origin, count, use in table[1:]) == [
+        (today, "anonymous/", "1", "kept apart"),
+        (today, "anonymous/", "1", "kept apart"),
+        (today, "key", "1", "trained on, or tested with"),
+        (today, f"key/{listed[0][2].split('/')[1]}"[:10], "1", "trained on, or tested with"),
+    ]
     assert database.remove(path, listed[0][2]) == 1
     assert database.trust(path, "4") == 1
     assert dict(labelled_texts(path, pytest.fail)) == {"a text": "good", "another text": "good"}
@@ -375,24 +411,30 @@ def test_the_file_stays_within_its_bytes_and_strangers_push_out_no_label_that_co
     assert (tmp_path / FILE).stat().st_size <= 1 << 19
 
 
-@pytest.mark.parametrize("anonymous_characters", [1_000, 10_000])
-def test_for_bytes_anonymous_labels_go_before_keyed_ones_though_those_are_older_and_take_more(
-    tmp_path: Path, anonymous_characters: int
-) -> None:
-    sizes = {True: 20_000, False: anonymous_characters}
-    for keyed, characters in sizes.items():
-        feedback = open_feedback(tmp_path, keyed=keyed)
-        for number in range(20):
-            feedback.label_text(f"{number} ".ljust(characters, "x"), "good")
-    counts = "SELECT origin, count(*) FROM labels GROUP BY origin ORDER BY origin"
-    assert rows(tmp_path, counts) == [("anonymous", 20), ("key", 20)]
+def test_for_bytes_the_oldest_of_what_takes_most_among_strangers_labels_and_answers_goes_first(tmp_path: Path) -> None:
+    for keyed, count, size in ((True, 2, 90_000), (False, 3, 50_000)):
+        for number in range(count):
+            open_feedback(tmp_path, keyed=keyed).label_text(f"{number} ".ljust(size, "."), "good")
+    feedback = open_feedback(tmp_path, keep_texts=True)
+    for number in range(40):
+        remember(feedback, str(number))
+    feedback.close()
+    left = "SELECT origin, substr(text, 1, 1) FROM labels ORDER BY id"
     with open_database(tmp_path / FILE) as opened:
+
+        def bound(max_bytes: int) -> tuple[list[Any], int]:
+            opened.execute("BEGIN IMMEDIATE")
+            database.bound(opened, max_rows=1000, max_bytes=max_bytes)
+            opened.execute("COMMIT")
+            return opened.execute(left).fetchall(), opened.execute("SELECT count(*) FROM answers").fetchone()[0]
+
         used = database._used_bytes(opened)
-        opened.execute("BEGIN IMMEDIATE")
-        database.bound(opened, max_rows=1000, max_bytes=used - 8 * anonymous_characters)
-        opened.execute("COMMIT")
-    [(_, anonymous), (_, keyed_left)] = rows(tmp_path, counts)
-    assert (anonymous < 20, keyed_left) == (True, 20)
+        owners = [("key", "0"), ("key", "1")]
+        assert bound(used) == ([*owners, *(("anonymous", str(number)) for number in range(3))], 40)
+        assert bound(used - 1) == ([*owners, ("anonymous", "1"), ("anonymous", "2")], 40)
+        assert bound(used - 150_000) == ([*owners, ("anonymous", "2")], 40)
+        assert bound(250_000) == ([("key", "1")], 0)  # only when nothing else is left
+        assert bound(0) == ([], 0)
 
 
 def test_a_text_is_cut_to_what_a_model_may_read_of_it(tmp_path: Path) -> None:
@@ -412,9 +454,58 @@ def test_texts_that_wait_are_bounded_in_characters(tmp_path: Path, monkeypatch: 
     for number in range(5):
         remember(feedback, str(number))  # nine characters
     assert (len(feedback._pending), feedback.dropped) == (3, 2)
-    feedback._write()
-    remember(feedback, "5")
+    for number in range(5, 8):  # each time there is room again for three
+        feedback._write()
+        remember(feedback, str(number))
     assert feedback.dropped == 2
+    feedback._write()
+    for number in range(8, 12):
+        remember(feedback, str(number))
+    assert (len(feedback._pending), feedback.dropped) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "wanted"),
+    [
+        ({"text": "a text"}, "label_text", ("a text", "good")),
+        ({"request": "one", "index": 2}, "label_answer", ("one", 2, "good")),
+    ],
+)
+def test_a_label_is_kept_on_another_thread_with_its_client_and_what_is_left_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], name: str, wanted: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 1000.0)
+    feedback = open_feedback(tmp_path)
+
+    def label(*values: object, client: str, wait_s: float) -> bool:
+        assert (values, client) == (wanted, "10.1.2.3")
+        assert 900 < wait_s <= 1000
+        assert threading.current_thread() is not threading.main_thread()
+        return False
+
+    monkeypatch.setattr(feedback, name, label)
+    assert asyncio.run(feedback.keep("good", client="10.1.2.3", **said)) is False
+    assert feedback._waiting == 0
+    feedback.close()
+
+
+def test_both_kinds_of_labels_bear_their_clients_mark_and_without_a_secret_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "datetime", SimpleNamespace(now={UTC: datetime(2026, 3, 2, 23, 59)}.get))
+    feedback = open_feedback(tmp_path)
+    remember(feedback, "one")
+    feedback.label_answer("one", 0, "good", client="10.1.2.3")
+    feedback.label_text("a text", "good", client="10.1.2.3")
+    feedback.label_text("another text", "good")
+    [[first], [second], [third]] = rows(tmp_path, "SELECT client FROM labels ORDER BY id")
+    assert first == second == pseudonym(read_secret(tmp_path), "10.1.2.3", "2026-03-02")
+    assert third is None
+    (tmp_path / "secret").write_bytes(b"short")
+    for number in range(2):
+        assert feedback.label_text(f"text {number}", "good", client="10.1.2.3")
+    assert rows(tmp_path, "SELECT client FROM labels WHERE id > 3") == [(None,), (None,)]
+    assert len(caplog.records) == 1
 
 
 def test_figures_are_looked_up_and_no_row_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

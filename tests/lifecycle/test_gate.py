@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tuneserve.artifact import Version
-from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
+from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, key_of, read_evidence, unseen, write_evidence
 from tuneserve.lifecycle.gate import Bounds, judge
 
@@ -58,8 +58,16 @@ def test_the_first_candidate_needs_no_champion() -> None:
 
 
 def test_a_candidate_that_cannot_be_loaded_is_refused_in_its_own_words() -> None:
-    decision = decide({"error": "the weights are torn", "predicted": []})
-    assert (decision.verdict, decision.sentence) == ("refused", "the weights are torn")
+    decision = decide({"error": "the weights are torn", "predicted": []}, trial([]))
+    assert (decision.verdict, decision.sentence, decision.champion) == ("refused", "the weights are torn", "old")
+    assert decision.checks == [Check("loads", False, None, None, "the weights are torn")]
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metrics": {"test": {"accuracy": None}}}, {"metrics": None}])
+def test_a_candidate_that_does_not_say_how_good_torch_was_is_refused(metadata: dict[str, Any]) -> None:
+    one = Version(Path("/nowhere/new"), {"labels": ["bad", "good"], **metadata})
+    decision = judge(one, None, EVIDENCE, {"candidate": trial([]), "champion": None}, None, BOUNDS)
+    assert [check.name for check in decision.checks if not check.passed] == ["engine"]
 
 
 def test_an_engine_that_answers_otherwise_than_torch_is_refused() -> None:
@@ -91,7 +99,9 @@ def test_the_floors_hold_for_all_and_for_each_label() -> None:
     candidate = trial(range(0, 120, 2))  # 60 of 200 bad ones wrong
     assert decide(candidate, bounds=bounds(min_accuracy=0.85, min_recall=0.7)).stands
     assert "is below MIN_ACCURACY=0.86" in decide(candidate, bounds=bounds(min_accuracy=0.86)).sentence
-    assert "70.00% of 'bad', is below MIN_RECALL=0.71" in decide(candidate, bounds=bounds(min_recall=0.71)).sentence
+    for one, label in ((candidate, "bad"), (trial(range(1, 121, 2)), "good")):
+        sentence = decide(one, bounds=bounds(min_recall=0.71)).sentence
+        assert sentence == f"the lowest recall, 70.00% of {label!r}, is below MIN_RECALL=0.71"
 
 
 def test_a_worse_candidate_is_refused_and_a_better_one_taken() -> None:
@@ -153,6 +163,8 @@ def with_feedback(
         (4, 4, 0, True),
         (5, 5, 0, False),  # 0.031
         (350, 6, 0, True),  # significant, and within the allowed two points
+        (350, 7, 0, True),  # exactly two points
+        (350, 8, 0, False),
         (100, 0, 9, True),
     ],
 )
@@ -166,6 +178,71 @@ def test_on_feedback_what_is_shown_to_be_worse_is_refused_and_few_texts_show_lit
     assert (figures["texts"], figures["clean_texts"]) == (count, count)
     assert decision.figures["texts"] == TEXTS - count
     assert decision.figures["accuracy"] == 1
+
+
+def test_a_decision_tells_each_figure_and_its_bound() -> None:
+    evidence = Evidence(EVIDENCE.texts, EVIDENCE.labels, own=300)
+    found = {
+        "candidate": trial([*range(0, 30, 2), *range(300, 305)], latency_ms=2.5),
+        "champion": trial([*range(20), *range(305, 315)], bytes=90_000_000),
+    }
+    clean = np.arange(TEXTS) % 10 > 0  # the champion knows every tenth
+    decision = judge(version("new", 0.96), version("old"), evidence, found, clean, bounds(min_accuracy=0.9))
+    low, high = (decision.figures["champion"].pop(name) for name in ("low", "high"))  # drawn by lot
+    assert -0.02 < low < 0.022222 < high < 0.06
+    assert [(one.name, one.passed, one.value, one.bound) for one in decision.checks] == [
+        ("loads", True, None, None),
+        ("engine", True, 0.01, 0.043941),
+        ("accuracy", True, 0.95, 0.9),
+        ("recall", True, 0.9, 0),
+        ("comparison", True, low, -0.02),
+        ("feedback", True, 0.055556, -0.02),
+        ("latency", True, 2.5, 3.0),
+        ("size", True, 100.0, 135.0),
+    ]
+    assert decision.figures == {
+        "texts": 300,
+        "accuracy": 0.95,
+        "recall": {"bad": 0.9, "good": 1.0},
+        "latency_ms": 2.5,
+        "bytes": 100_000_000,
+        "champion": {
+            "version": "old",
+            "accuracy": 0.933333,
+            "latency_ms": 2.0,
+            "bytes": 90_000_000,
+            "texts_it_learned_from": 30,
+            "clean_texts": 270,
+            "difference": 0.022222,
+        },
+        "feedback": {
+            "texts": 100,
+            "accuracy": 0.95,
+            "champion_accuracy": 0.9,
+            "clean_texts": 90,
+            "difference": 0.055556,
+            "p_value": 0.953857,
+        },
+    }
+    better = judge(
+        version("new", 1), version("old"), evidence, found | {"candidate": trial([])}, clean, BOUNDS
+    ).sentence
+    assert "not worse than the champion: +" in better
+    assert "; on feedback not shown to be worse than the champion: +" in better
+    assert "left out" not in decide(trial([]), trial([])).sentence
+    assert "on feedback worse than the champion: -50.00 points" in with_feedback(100, lost=50).sentence
+
+
+def test_feedback_that_nobody_is_compared_on_is_told_too() -> None:
+    assert with_feedback(100, lost=90, compared=False).checks[-1] == Check(
+        "feedback", True, 0.1, None, "feedback: 10.00% of 100 texts right, with no champion to compare with"
+    )
+    evidence = Evidence(EVIDENCE.texts, EVIDENCE.labels, own=300)
+    found = {"candidate": trial([]), "champion": trial([])}
+    for clean, names in ((np.arange(TEXTS) < 300, ["feedback"]), (np.arange(TEXTS) >= 300, ["comparison"])):
+        checks = judge(version("new", 1), version("old"), evidence, found, clean, BOUNDS).checks
+        assert [one.name for one in checks if "has learned from all" in one.sentence] == names
+        assert all(one.passed for one in checks)
 
 
 def test_no_feedback_makes_up_for_a_loss_on_the_owners_own_test() -> None:

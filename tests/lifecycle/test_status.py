@@ -227,7 +227,17 @@ def test_a_lock_that_is_no_file_is_a_clear_error(path: Path, odd: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"[" * 200_000, b'{"phase": 3}', b'{"phase": "resting"}', b'{"eta_s": 1e999}', b'["phase"]', b"\xff"]
+    "content",
+    [
+        b"[" * 200_000,
+        b'{"phase": 3}',
+        b'{"phase": "resting"}',
+        b'{"eta_s": 1e999}',
+        b'["phase"]',
+        b"\xff",
+        b'{"phase": "failed"}'.ljust(100_000),  # read for each /readyz, so that a large one would hold up everybody
+    ],
+    ids=lambda content: content[:20],
 )
 def test_a_status_that_is_none_is_empty(path: Path, content: bytes) -> None:
     path.write_bytes(content)

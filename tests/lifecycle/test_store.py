@@ -121,6 +121,8 @@ def test_a_folder_without_metadata_is_no_version(store: Store) -> None:
     assert [version.id for version in store.versions()] == ["one"]
     with pytest.raises(StoreError, match=f"two holds no finished model: there is no {METADATA}"):
         read_version(store.versions_folder / "two")
+    with pytest.raises(StoreError, match=r"no version 'three' in .*; run\.py versions lists them"):
+        store.promote("three")
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"labels": ["bad"', b"\xff\xfe", b"null", b"[]", b'"labels"'])
@@ -219,10 +221,17 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
     version = add(store, "one")
     store.set_champion(version)
     (store.checkpoints_folder / "run").mkdir()
+    (store.root / "jobs").mkdir()
     before = content(store.root)
+    assert [name for name in before if "/" not in name] == ["champion", "checkpoints", "jobs", "versions"]
+    store.set_challenger(None)  # there is none
     for folder in (store.versions_folder, store.checkpoints_folder):
         leftover = folder / ".unfinished-two-01234567"
         (leftover / "report").mkdir(parents=True)
+        os.utime(leftover, (0, 0))
+    for name in (".champion-01234567", ".schedule.json-89abcdef", "jobs/.job.json-01234567"):
+        leftover = store.root / name
+        leftover.write_text("one\n")
         os.utime(leftover, (0, 0))
     store.prepare()
     assert content(store.root) == before
@@ -230,14 +239,25 @@ def test_prepare_clears_leftovers_and_nothing_else(store: Store) -> None:
 
 def test_what_another_run_is_writing_now_is_left_alone(store: Store) -> None:
     (store.versions_folder / ".unfinished-two-01234567").mkdir()
+    (store.root / ".champion-01234567").write_text("one\n")
     store.prepare()
     assert [path.name for path in store.versions_folder.iterdir()] == [".unfinished-two-01234567"]
+    assert (store.root / ".champion-01234567").exists()
 
 
 def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("")
     with pytest.raises(StoreError, match=r"MODEL_PATH=.* cannot be written to"):
         Store(tmp_path / "models").prepare()
+
+
+def test_a_store_that_may_not_be_written_to_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tuneserve.lifecycle.store.replace_file", refuse)
+    with pytest.raises(StoreError, match=r"MODEL_PATH=.* cannot be written to: .*Permission denied"):
+        store.prepare()
 
 
 def test_a_read_only_disk_is_a_clear_error_and_can_still_be_read(disk: Any) -> None:
@@ -355,7 +375,7 @@ def test_people_may_promote_what_the_gate_refused(store: Store, caplog: pytest.L
     assert "two is promoted, although: too slow" in caplog.text
     decision = read_decision(refused)
     assert decision is not None
-    assert (decision.by, decision.stands, store.champion_id()) == ("person", True, "two")
+    assert (decision.by, decision.stands, decision.champion, store.champion_id()) == ("person", True, "one", "two")
     assert "too slow" in decision.sentence
     store.rollback()
     store.promote("two")
@@ -394,12 +414,45 @@ def test_old_versions_go_but_never_the_champion_or_the_one_before(store: Store) 
     assert (store.champion_id(), store.previous()) == ("b", store.version("e"))
 
 
-def test_the_last_good_versions_come_when_the_champion_cannot(store: Store) -> None:
-    accept(store, "one", "two", "three")
+@pytest.mark.parametrize(
+    ("pointer", "previous", "names"),
+    [
+        (b"three", b"one", ["one", "two", "three"]),
+        (b"three", b"three", ["two", "three", "one"]),  # the champion is none before itself
+        (None, b"one", ["one", "two", "three"]),
+        (b"", b"one", ["three", "one", "two"]),  # as they were decided on, newest first
+        (b"gone", b"undecided", ["three", "one", "two", "undecided"]),
+        (b"", b"gone", ["three", "one", "two"]),
+        (b"", None, ["three", "one", "two"]),
+    ],
+)
+def test_the_last_good_versions_come_when_the_champion_cannot(
+    store: Store, pointer: bytes | None, previous: bytes | None, names: list[str]
+) -> None:
+    for name, hour in (("one", 14), ("two", 12), ("three", 14)):
+        decision = Decision(name, "accepted", "gate", "passed", None, at=f"2026-03-02T{hour}:00:00+00:00")
+        write_decision(add(store, name), decision)
     write_decision(add(store, "four"), Decision("four", "refused", "gate", "worse", "three"))
-    add(store, "five")
-    store.pointer.write_bytes(b"")
-    assert [version.id for version in store.last_good()] == ["two", "three", "one"]
+    add(store, "undecided")
+    for path, content in ((store.pointer, pointer), (store.previous_pointer, previous)):
+        if content is not None:
+            path.write_bytes(content)
+    assert [version.id for version in store.last_good()] == names
+
+
+def test_a_name_that_is_taken_gets_a_number(store: Store) -> None:
+    for name in ("one", "one-2", "one-3"):
+        folder = store.free_folder("one")
+        assert folder == store.versions_folder / name
+        folder.mkdir()
+
+
+def test_a_store_that_is_a_model_says_how_to_serve_it_unless_it_has_a_champion(store: Store) -> None:
+    (store.root / "config.json").write_text("{}")
+    with pytest.raises(NoModelError, match=f"run.py import {store.root}; to fine-tune it, name it in BASE_MODEL"):
+        store.champion()
+    store.set_champion(add(store, "one"))
+    assert store.champion().id == "one"
 
 
 def test_the_table_shows_each_version_with_its_decision(store: Store) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from forked import run_job
+from forked import fork, run_job
 
 from tuneserve.code import code_hash
 from tuneserve.settings import PROJECT
@@ -112,8 +111,6 @@ class Tree:
             PROJECT / "production" / "docker-res", self.folder, ignore=shutil.ignore_patterns("__pycache__")
         )
         self.models, self.data, self.log = folder / "MODEL", folder / "DATA", folder / "log"
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["tuneserve.training.job"])  # for torch and its kin; the rest goes
         self.texts = folder / "texts"
         for first, name in enumerate(("train", "valid", "test")):  # split by hand: cleaning does not move a text
             tiny.write_csv(self.texts / f"{name}.csv", tiny.sentences(80, first=80 * first))
@@ -138,10 +135,7 @@ class Tree:
     def train(self) -> tuple[set[Path], set[Path]]:
         """The versions and the cached tokens that this run has made."""
         before = self.made()
-        process = self.processes.Process(
-            target=run_job, args=(self.environment, self.log, self.folder), kwargs={"anew": True}
-        )
-        process.start()
+        process = fork(run_job, self.environment, self.log, self.folder, anew=True)
         process.join()
         said = self.log.read_text()
         assert process.exitcode == 0, said

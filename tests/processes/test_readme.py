@@ -30,7 +30,9 @@ README, DOCS = PROJECT / "README.md", PROJECT / "docs"
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```sh\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```(?P<language>\S*)\n.*?^```$", re.MULTILINE | re.DOTALL)
-NEEDS = re.compile(r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store)")
+NEEDS = re.compile(
+    r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store|a model of one's own|a server|that server)"
+)
 SHORTER = {"make run": {"N_EPOCHS": "1"}, "TRAIN_BODY=0": {"NUM_TRAIN": "200", "NUM_TEST": "100"}}
 """How blocks begin that train for long, and the variables that make them shorter here."""
 OTHERS = {"sh", "text", "json", "yaml", "ini", "python", "mermaid"}
@@ -213,6 +215,18 @@ def test_the_blocks_on_a_store_do_what_they_say(
     assert f"{second} is the champion; servers" in versions
     assert "1 labels count as yours" in labels
     assert "1 labels removed" in labels
+
+
+def test_the_blocks_with_a_server_of_their_own_do_what_they_say(
+    clone: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    environment = os.environ | {"PORT": str(free_port()), "HOST": "127.0.0.1"}
+    [begin] = [code for mark, code in BLOCKS if mark == "needs a server"]
+    [ask] = [code for mark, code in BLOCKS if mark == "needs that server"]
+    wait_until_ready(environment["PORT"], start(begin, environment))
+    asking = start(ask, environment, stdout=subprocess.PIPE)
+    assert asking.stdout is not None
+    assert [len(vector) for vector in json.loads(asking.stdout.read())] == [384, 384]
 
 
 @pytest.mark.parametrize("code", [code for mark, code in BLOCKS if mark], ids=lambda code: code.splitlines()[0][:60])

@@ -1,17 +1,15 @@
 """A run that is hit again and again, as a real process: it ends with the weights of one that was left alone."""
 
-import multiprocessing
-import multiprocessing.context
 import os
 import random
 import signal
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-from forked import run_job, run_job_until
+from forked import fork, run_job, run_job_until
 from transformers import AutoModelForSequenceClassification
 from wire import wait_until
 
@@ -19,15 +17,6 @@ from tuneserve.lifecycle.store import Store
 
 HITS = 20
 CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
-
-
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Where processes of their own come from, forked from one that has loaded torch and done nothing with it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tuneserve.training.job"])
-    return context
 
 
 def weights(environment: dict[str, str]) -> bytes:
@@ -47,15 +36,12 @@ def long_run(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_twenty_random_signals_change_no_bit_of_the_weights(
-    long_run: dict[str, str], tmp_path: Path, processes: multiprocessing.context.ForkServerContext
-) -> None:
+def test_twenty_random_signals_change_no_bit_of_the_weights(long_run: dict[str, str], tmp_path: Path) -> None:
     log = tmp_path / "log"
 
-    def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerProcess:
+    def start(environment: dict[str, str]) -> ForkServerProcess:
         log.write_text("")
-        process = processes.Process(target=run_job, args=(environment, log))
-        process.start()
+        process = fork(run_job, environment, log)
         wait_until(lambda: "texts cut at" in log.read_text() or not process.is_alive())  # now the training begins
         return process
 
@@ -82,13 +68,10 @@ def test_twenty_random_signals_change_no_bit_of_the_weights(
 
 
 @pytest.fixture(scope="module")
-def weights_of_a_whole_run(
-    tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, processes: Any
-) -> bytes:
+def weights_of_a_whole_run(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("whole")
     environment = short_run(folder, tiny_bert, tiny_data)
-    process = processes.Process(target=run_job, args=(environment, folder / "log"))
-    process.start()
+    process = fork(run_job, environment, folder / "log")
     process.join(120)
     assert process.exitcode == 0, (folder / "log").read_text()
     return weights(environment)
@@ -119,19 +102,17 @@ def short_run(folder: Path, base_model: Path, dataset: Path) -> dict[str, str]:
     ],
 )
 def test_a_kill_at_any_point_of_the_publication_leaves_whole_versions_and_the_next_start_goes_on(
-    point: str, tiny_bert: Path, tiny_data: Path, tmp_path: Path, weights_of_a_whole_run: bytes, processes: Any
+    point: str, tiny_bert: Path, tiny_data: Path, tmp_path: Path, weights_of_a_whole_run: bytes
 ) -> None:
     environment, log = short_run(tmp_path, tiny_bert, tiny_data), tmp_path / "log"
-    killed = processes.Process(target=run_job_until, args=(environment, log, point))
-    killed.start()
+    killed = fork(run_job_until, environment, log, point)
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL, log.read_text()
     store = Store(Path(environment["MODEL_PATH"]))
     assert not store.pointer.exists()
     for version in store.versions():
         AutoModelForSequenceClassification.from_pretrained(version.folder)
-    again = processes.Process(target=run_job, args=(environment, log))
-    again.start()
+    again = fork(run_job, environment, log)
     again.join(120)
     assert again.exitcode == 0, log.read_text()
     assert weights(environment) == weights_of_a_whole_run

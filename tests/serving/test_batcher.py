@@ -1,6 +1,7 @@
 """The queue before the engine: what goes together, who is told what, and what happens when things break."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from tuneserve.errors import EngineError, NoModelError, TimeoutExceededError
-from tuneserve.serving.batcher import Batcher
+from tuneserve.serving import batcher as module
+from tuneserve.serving.batcher import Batcher, Stages
 from tuneserve.serving.metrics import Metrics
 
 FAR = time.monotonic() + 3600
@@ -263,6 +265,113 @@ def test_out_of_memory_halves_the_batches_and_goes_on(make: Callable[..., Any]) 
     assert all(isinstance(one, np.ndarray) for one in outcomes)
     assert max(sum(batch) for batch in engine.batches) <= 20
     assert batcher.max_batch_tokens <= 30
+
+
+@pytest.mark.parametrize(
+    ("error", "tokens"),
+    [
+        (MemoryError(), 15),
+        (RuntimeError("out of memory"), 15),
+        (RuntimeError("alloc failed"), 15),
+        (OSError("odd"), 64),
+    ],
+)
+def test_only_what_is_said_of_memory_makes_batches_smaller(
+    make: Callable[..., Any], error: Exception, tokens: int
+) -> None:
+    def fail_once(engine: Any) -> None:
+        if len(engine.running) == 5:
+            raise error
+
+    batcher, _ = make(fail_once)
+
+    async def ask() -> list[Any]:
+        found = await batcher.submit([text(6) for _ in range(5)], deadline=FAR)
+        return found + await batcher.submit([text(6)], deadline=FAR)
+
+    assert all(isinstance(one, np.ndarray) for one in asyncio.run(ask()))
+    assert batcher.max_batch_tokens == tokens
+
+
+class Clock:
+    """Stands for `time`: it goes on when it is told to, by halves so that sums are exact."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+def test_the_rate_the_stages_and_the_counters_say_what_happened(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "time", clock := Clock())
+
+    def compute(engine: Any) -> Any:
+        if len(engine.running) == 1:
+            return None  # in no time, as a coarse clock sees it
+        clock.now += 2
+        return np.array([[np.nan, 0], [0, 1], [np.inf, 0]])
+
+    batcher, _ = make(compute)
+    stages = Stages()
+
+    async def ask() -> list[Any]:
+        texts = [text(4), text(5), text(6)]
+        found = await batcher.submit(texts, deadline=math.inf, stages=stages)
+        await batcher.submit([text(9)], deadline=math.inf, stages=stages)
+        return found
+
+    outcomes = asyncio.run(ask())
+    assert [isinstance(one, EngineError) for one in outcomes] == [True, False, True]
+    assert (stages.queued_at, stages.taken_at, stages.answered_at) == (100, 100, 102)
+    rates = [module.FIRST_RATE]
+    for tokens, seconds in ((15, 2), (9, 1e-6)):
+        rates.append(0.9 * rates[-1] + 0.1 * tokens / seconds)
+    assert batcher.tokens_per_s == pytest.approx(rates[-1])
+    figures = dict(line.split() for line in batcher.metrics.render().decode().splitlines() if line[0] != "#")
+    for name, value in {
+        "not_finite_total": 2,
+        "batch_texts_count": 2,
+        "batch_texts_sum": 4,
+        "tokens_total": 24,
+        "places_total": 24,
+        'stage_seconds_count{stage="queue"}': 2,
+        'stage_seconds_sum{stage="queue"}': 0,
+        'stage_seconds_count{stage="infer"}': 2,
+        'stage_seconds_sum{stage="infer"}': 2,
+    }.items():
+        assert float(figures[f"tuneserve_{name}"]) == value, name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [
+        ([30, 10, 20, 64], [[10, 20, 30], [64]]),  # the shorter ones are nearer
+        ([28, 24, 32], [[28, 32], [24]]),  # of two that are as near the longer one goes first
+        ([40, 30, 50], [[40], [30], [50]]),  # what is nearest has no room
+        ([30, 4, 34, 4], [[30, 34], [4, 4]]),  # exactly as many tokens as there is room for
+        ([16, 60, 60, 60, 60, 16], [[16], [60], [60], [60], [60], [16]]),  # the last lies behind the window
+        ([16, 60, 60, 60, 16, 60], [[16, 16], [60], [60], [60], [60]]),
+    ],
+)
+def test_the_texts_nearest_in_length_to_the_oldest_go_with_it(
+    make: Callable[..., Any], held: Held, sizes: list[int], batches: list[list[int]]
+) -> None:
+    batcher, engine = make(held)
+
+    async def ask() -> None:
+        first = batcher.submit([text(3)], deadline=FAR)
+        assert await asyncio.to_thread(held.began.wait, 5)
+        rest = [batcher.submit([text(size)], deadline=FAR) for size in sizes]
+        held.free()
+        await asyncio.gather(first, *rest)
+
+    asyncio.run(ask())
+    assert engine.batches == [[3], *batches]
 
 
 def test_a_text_that_breaks_the_engine_fails_alone(make: Callable[..., Any]) -> None:

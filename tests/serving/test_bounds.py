@@ -25,7 +25,8 @@ from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.classifier import CHUNK_BATCHES, CHUNKS, TOKENIZERS, Classifier
+from tuneserve.tasks.classifier import Classifier
+from tuneserve.tasks.encoder import CHUNK_BATCHES, CHUNKS, TOKENIZERS
 from tuneserve.text import Tokens
 
 READ_BYTES = 256 << 10
@@ -246,6 +247,35 @@ def test_a_small_request_waits_for_few_chunks_of_large_ones(
     answers = asyncio.run(ask())
     assert [len(one) for one in answers] == [1] + [500] * 9
     assert (classifier._coming, batcher.tokens_waiting) == (0, 0)
+
+
+def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answered(
+    held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot, go = held
+    classifier = slot.model()
+    assert isinstance(classifier, Classifier)
+    texts = ["film good"] * 500  # four tokens each
+    monkeypatch.setattr(classifier.batcher, "_max_queue_tokens", 100_000)
+    classifier.batcher.tokens_per_s = 100.0  # 20 s a request; two are answered in time
+
+    async def ask() -> list[Any]:
+        deadline = time.monotonic() + 50
+        accepted = [asyncio.create_task(classifier.answer(texts, deadline=deadline)) for _ in range(2)]
+        while classifier._unanswered < 4000:
+            await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as refused:
+            await classifier.answer(texts, deadline=deadline)
+        assert refused.value.retry_after_s == 20
+        cancelled = asyncio.create_task(classifier.answer(texts, deadline=deadline + 50))
+        while classifier._unanswered < 6000:
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        go.set()
+        return await asyncio.gather(*accepted)
+
+    assert [len(one) for one in asyncio.run(ask())] == [500, 500]
+    assert classifier._unanswered == 0
 
 
 def test_the_ids_of_a_large_request_take_four_bytes_each(classifier: Classifier) -> None:

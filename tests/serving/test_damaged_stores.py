@@ -34,7 +34,7 @@ from tuneserve.serving.follower import Follower
 from tuneserve.serving.http.schemas import Readiness
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks import classifier as module
+from tuneserve.tasks import encoder as module
 from tuneserve.tasks.classifier import Classifier, load_classifier
 
 NAMES = ["20260101T000000Z-a", "20260102T000000Z-b", "20260103T000000Z-c"]

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,30 @@ def test_a_model_that_was_replaced_is_dropped_after_a_while(
     wait_until(lambda: not old._thread.is_alive())
     assert not slot.bring_back(version.id)
     assert batcher_of(slot)._thread.is_alive()
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["another model", "brought back"])
+def test_one_model_is_held_however_many_are_replaced(
+    version: Version,
+    slot: Slot,
+    make_engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    back: bool,
+) -> None:
+    monkeypatch.setattr(slots, "SETTLE_S", 0.0)
+    models = []
+    for _ in range(4):
+        slot.take(Classifier(version, make_engine(lambda engine: None)))
+        models.append(weakref.ref(slot.model()))
+    for _ in range(2 * back):
+        assert slot.bring_back(version.id)
+
+    def loaded() -> int:
+        gc.collect()
+        return sum(model() is not None for model in models)
+
+    wait_until(lambda: loaded() == 2)
+    assert sum(thread.is_alive() for thread in slot._leaving) == 1
 
 
 def test_a_held_engine_that_dies_takes_nobody_with_it(

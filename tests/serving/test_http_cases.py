@@ -70,7 +70,9 @@ def test_a_text_without_anything_to_see_is_empty(client: Client, text: str) -> N
 
 def preflight(path: str = "/inference", origin: str = PAGE) -> bytes:
     lines = [f"OPTIONS {path} HTTP/1.1", "Host: a", f"Origin: {origin}", "Access-Control-Request-Method: POST"]
-    return "\r\n".join([*lines, "Access-Control-Request-Headers: content-type, x-api-key", "", ""]).encode()
+    return "\r\n".join(
+        [*lines, "Access-Control-Request-Headers: content-type, content-encoding, x-api-key", "", ""]
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,8 @@ def test_a_browsers_page_may_ask_if_its_origin_may(
         status, headers, _ = client.ask(preflight())
         assert status == (401 if not origins else 200 if allowed else 400)
         assert headers.get("access-control-allow-origin") == allowed
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-request-id"]
         for request, status in ((write(BODY, "X-API-Key: secret", f"Origin: {PAGE}"), 200), (write(BODY), 401)):
             found, headers, _ = client.ask(request)
             assert found == status

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from wire import BODY, LIVEZ, Client, batcher_of, counts, served, write
 
 from tuneserve.serving.http.front import Bodies
-from tuneserve.serving.http.protocol import SLICE_BYTES
+from tuneserve.serving.http.protocol import MAX_HEADERS, SLICE_BYTES
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 
@@ -76,6 +76,15 @@ def test_headers_beyond_the_limit_are_refused(connect: Callable[[], Client], beg
     client.send((begin + b"X-A: ").ljust((64 << 10) + SLICE_BYTES + 1, b"b"))  # the slice it begins in is not counted
     assert client.read()[0] == 431
     assert client.read()[0] == 0
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"Content-Length: 16\r\n\r\n" + BODY], ids=["no end", "a head", "whole"])
+def test_more_headers_than_a_request_may_have_are_refused(connect: Callable[[], Client], end: bytes) -> None:
+    client = connect()
+    client.send(HEAD + b"a:\r\n" * (MAX_HEADERS - 3) + b"Content-Length: 16\r\n\r\n" + BODY)
+    assert client.read()[0] == 200
+    client.send(HEAD + b"a:\r\n" * MAX_HEADERS + end)
+    assert [client.read()[0] for _ in range(2)] == [431, 0]
 
 
 def test_a_body_that_became_too_large_leaves_the_connection_as_it_was(

@@ -1,7 +1,10 @@
 """Checkpoints on disk: whole ones, torn ones, and what a killed process leaves."""
 
+import json
 import logging
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from tuneserve.errors import StoreError
 from tuneserve.lifecycle.status import Status
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.training import checkpoint
-from tuneserve.training.checkpoint import Checkpoints, Position
-from tuneserve.training.world import ALONE
+from tuneserve.training.checkpoint import Checkpoints, Position, Step
+from tuneserve.training.world import ALONE, World
 
 
 @pytest.fixture
@@ -147,6 +150,99 @@ def test_a_disk_that_has_become_read_only_is_said(optimizer: Optimizer, disk: An
             save(checkpoints, optimizer, step=1)
 
 
-def test_one_is_due_when_its_time_has_passed(tmp_path: Path, optimizer: Optimizer) -> None:
-    assert not Checkpoints(tmp_path, every_minutes=10).due()
-    assert Checkpoints(tmp_path, every_minutes=0).due()
+def test_one_is_due_when_its_time_has_passed_since_the_last(
+    tmp_path: Path, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("tuneserve.training.checkpoint.time.monotonic", lambda: now[0])
+    checkpoints = Checkpoints(tmp_path, every_minutes=10)
+    for saved in (1000, 1600):
+        for seconds, due in ((599, False), (600, True), (601, True)):
+            now[0] = saved + seconds
+            assert checkpoints.due() == due
+        now[0] = saved + 600
+        save(checkpoints, optimizer, step=saved)
+
+
+class Follower(World):
+    """A process whose leader has found a checkpoint of step 3, with 3 in all tensors."""
+
+    def broadcast_text(self, text: str) -> str:
+        assert text == "{}"
+        return json.dumps({"step": 3})
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        tensor.fill_(3)
+
+
+def test_only_the_leading_process_reads_and_writes(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    save(checkpoints, optimizer, step=1)
+    (checkpoints.folder / ".what another process writes now").touch()
+    whole = files(checkpoints)
+    follower = Follower(rank=1)
+    other = Checkpoints(checkpoints.folder, every_minutes=10)
+    assert other.restore(optimizer, follower) == Position(step=3)
+    assert all((tensor == 3).all() for tensor in optimizer.tensors().values())
+    assert (optimizer.weights == 3).all()
+    other.save(Position(step=2), optimizer, follower)
+    other.save_best(optimizer, follower)
+    other.load_best(optimizer, follower)
+    assert files(checkpoints) == whole
+    checkpoints.remove()
+    assert not checkpoints.folder.exists()
+    checkpoints.remove()  # again, where there is nothing
+
+
+def test_a_position_counts_what_its_steps_have_seen() -> None:
+    position = Position()
+    assert position.best is None
+    position.count_step(4, Step(tokens=40, padded_tokens=50, loss=2.0), seconds=0.5)
+    position.count_step(2, Step(tokens=10, padded_tokens=33, loss=1.0), seconds=0.2504)
+    assert position.smooth_loss == pytest.approx(1.95)
+    counted = Position(step=2, texts=6, tokens=50, padded_tokens=83, fit_s=0.7504, loss_sum=10.0, first_loss=2.0)
+    assert replace(position, smooth_loss=0.0) == counted
+    assert position.record() == {
+        "history": [],
+        "best_epoch": 0,
+        "fit_s": 0.75,
+        "tokens_per_s": 66.6,
+        "padding_share": 0.3976,
+    }
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "better", "best", "idle", "finished"),
+    [
+        (0, [1.0], [1], 1, 0, False),
+        (0, [1.0, 1.0, 1.0, 1.0], [1, 0, 0, 0], 1, 3, False),
+        (0, [1.0, 1.0, 1.0, 1.0, 1.0], [1, 0, 0, 0, 0], 1, 4, True),  # all of its epochs
+        (2, [1.0, 1.0], [1, 0], 1, 1, False),
+        (2, [1.0, 1.0, 1.1], [1, 0, 0], 1, 2, True),
+        (2, [1.0, 1.0, 0.9], [1, 0, 0], 1, 0, False),  # not the best, but its loss still falls
+        (2, [1.0, 0.8, 0.9, 1.1], [1, 1, 0, 1], 4, 0, False),
+        (1, [1.0, 1.1], [1, 0], 1, 1, True),
+    ],
+)
+def test_a_training_ends_after_its_epochs_or_where_its_patience_does(
+    patience: int, losses: list[float], better: list[int], best: int, idle: int, finished: bool
+) -> None:
+    position = Position(step=7, loss_sum=3.0)
+    for loss, one in zip(losses, better, strict=True):
+        assert not position.finished
+        position.count_epoch({"validation_loss": loss}, better=bool(one), epochs=5, patience=patience)
+    history = [{"validation_loss": loss} for loss in losses]
+    assert position.best == history[best - 1]
+    assert position == Position(
+        epoch=len(losses), best_epoch=best, idle_epochs=idle, finished=finished, history=history
+    )
+
+
+def test_of_other_unfinished_runs_the_newest_two_are_kept(checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    save(checkpoints, optimizer, step=1)
+    os.utime(checkpoints.folder, (0, 0))
+    for day, name in enumerate(("c", "a", "d", "b"), 1):
+        (folder := checkpoints.folder.with_name(name)).mkdir()
+        os.utime(folder, (day, day))
+    checkpoints.forget_others()
+    assert {path.name for path in checkpoints.folder.parent.iterdir()} == {checkpoints.folder.name, "b", "d"}
+    assert files(checkpoints)

@@ -118,6 +118,7 @@ def test_a_given_test_stays_as_it_is() -> None:
 
 def test_the_findings_are_told_in_sentences() -> None:
     train = [*ENOUGH, ENOUGH[0], ("mixed", "bad"), ("mixed", "good"), TEST[0], VALID[0], VALID[1], ("", "bad")]
+    train = [("", ""), *train, (" ", "")]  # as a spreadsheet writes rows that were cleared
     lines = describe(checked({"train": train, "valid": VALID, "test": TEST}).findings)
     assert lines == [
         "train: 80 texts (bad 40, good 40)",
@@ -127,7 +128,7 @@ def test_the_findings_are_told_in_sentences() -> None:
         "2 training texts left out because the same text carries two labels",
         "2 training texts left out because they are also in the validation texts",
         "1 training texts left out because they are also in the test texts",
-        "1 empty texts left out of train",
+        "3 empty texts left out of train",
     ]
     broken = checked({"train": numbered({"a\nb": 40, "c": 40})})
     assert "'a\\nb' " in describe(broken.findings)[0]  # one line all the same
@@ -168,7 +169,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "of 'good' (4); 5 of each class are the least. Left out: contradicted_train_texts: 2, train_",
     ),
     "a class of copies": ({"train": [*numbered({"bad": 40}), *[("same", "good")] * 9]}, "'good' (1)"),
-    "a label that is missing": ({"train": [*ENOUGH, ("text", "")]}, "train.csv, row 82: the label is missing"),
+    "a label that is missing": ({"train": [*ENOUGH, ("text", "")]}, "row 82: the label is missing; write one"),
+    "nothing but empty rows": ({"train": [("", "")] * 9}, "train.csv has no texts: all its rows are empty"),
     "a test label never shown": (
         {"train": ENOUGH, "test": [*TEST, ("text", "mixed")]},
         "test.csv, row 22: no training text has the label 'mixed'",

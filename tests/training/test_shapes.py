@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,10 +59,7 @@ def trial_here(monkeypatch: pytest.MonkeyPatch) -> None:
             "texts": evidence.texts,
             "settings": settings.public() | {"long_text": "truncate"},
         }
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "asked").write_text(json.dumps(asked))
-            asyncio.run(probe(Path(folder, "asked"), Path(folder, "answer")))
-            return json.loads(Path(folder, "answer").read_text()), ""
+        return asyncio.run(probe(asked)), ""
 
     monkeypatch.setattr(gate, "_in_fresh_process", here)
 

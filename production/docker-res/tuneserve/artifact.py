@@ -11,7 +11,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -152,6 +152,32 @@ def read_golden(version: Version, name: str = GOLDEN) -> Golden:
     if not content or any(set(one.scores) != set(version.labels) for one in content):
         raise StoreError(f"{path} cannot be read: it should have texts, with a score for each label.")
     return Golden([one.text for one in content], [one.scores for one in content])
+
+
+class Embedded(Part):
+    """A golden text and its vector."""
+
+    text: str
+    vector: Annotated[list[float], Field(min_length=1)]
+
+
+VECTORS = TypeAdapter(Annotated[list[Embedded], Field(min_length=1)])
+
+
+def read_golden_vectors(version: Version) -> tuple[list[str], list[list[float]]]:
+    """Golden texts and their vectors, of a version that embeds; see `read_golden`."""
+    path = version.folder / GOLDEN
+    try:
+        content = read_record(path, VECTORS)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return [one.text for one in content], [one.vector for one in content]
+
+
+def write_golden_vectors(folder: Path, texts: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
+    """Write them into a version's folder."""
+    pairs = zip(texts, vectors, strict=True)
+    write_json(folder / GOLDEN, [{"text": text, "vector": list(vector)} for text, vector in pairs])
 
 
 def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:

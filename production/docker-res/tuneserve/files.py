@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
@@ -157,14 +158,14 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
 
 
-def read_record(path: Path, shape: TypeAdapter[Record]) -> Record:
-    """What a JSON file of the store holds, if it has this shape.
+def read_record(path: Path, shape: TypeAdapter[Record], *, max_bytes: int = MAX_JSON_BYTES) -> Record:
+    """What a JSON file of the store holds, if it has this shape and no more bytes.
 
     Raises:
         OSError: it is not there, or cannot be read.
         ValueError: it is something else, with what is wrong and where.
     """
-    return as_record(read_json(path), shape)
+    return as_record(parse_json(read_bytes(path, max_bytes=max_bytes)), shape)
 
 
 def as_record(content: Any, shape: TypeAdapter[Record]) -> Record:
@@ -212,16 +213,23 @@ TEMPORARY = re.compile(r"\..*-[0-9a-f]{8}|\.[0-9a-f]{32}")
 """Names of content that is being written, or was when its process was killed."""
 
 
-def remove_leftovers(*folders: Path) -> None:
-    """Remove what killed processes left half written in these folders; only where nobody else writes now."""
+def remove_leftovers(*folders: Path, older_than_s: float = 0) -> None:
+    """Remove what killed processes left half written in these folders; of any age only where nobody else writes now."""
     for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
-        if TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name) and (not older_than_s or _age_s(path) >= older_than_s):
             logger.info("removing %s, which a process that was killed left half written", path)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except OSError:  # it is gone
+        return -1.0
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A password is not always quoted as it should be: it may hold `/`, `@`, `?` or sp
 Where two guesses are possible, the one that shows less is taken. All of it takes time linear in the text.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from urllib.parse import quote, quote_plus, unquote
@@ -29,18 +30,19 @@ def remember(environ: Mapping[str, str]) -> None:
         found.update(_secrets_of(value))
         if NAMES.search(name) and "/" not in value[:1]:  # a path is the name of a secret
             found.update(value.split(","))
-    spelt = {form for one in found for form in (one, unquote(one), quote(one), quote(one, safe=""), quote_plus(one))}
+    quoted = {one: os.fsencode(one) for one in found}  # a variable may hold any bytes, as halves of surrogate pairs
+    spelt = {form for one, raw in quoted.items() for form in (one, unquote(one), quote(raw), quote(raw, ""))}
+    spelt |= {quote_plus(raw) for raw in quoted.values()}
     words = sorted((re.escape(one) for one in spelt if len(one) >= SHORTEST), key=len, reverse=True)
     _known = re.compile("|".join(words)) if words else None
 
 
 def redact_url(url: str) -> str:
     """A path or URL as it may be shown: `https://me:secret@host/data.csv?sig=1` as `https://host/data.csv`."""
-    scheme = SCHEME.search(url)
-    if scheme is None:
-        user, colon, rest = url.partition(":")
-        return rest.rpartition("@")[2] if colon and "@" in rest and "/" not in user else url
-    return url[: scheme.end()] + _shown(url[scheme.end() :])
+    before, rest = _split(url)
+    if before:
+        return before + _shown(rest)
+    return rest.rpartition("@")[2] if _begins_with_user(rest) else url
 
 
 def redact(text: str) -> str:
@@ -56,6 +58,19 @@ def redact(text: str) -> str:
             parts += [text[begin:behind], _without_credentials(text[behind:end])]
         text = "".join(parts)
     return TOKEN.sub(_without_query, text) if "?" in text else text
+
+
+def _split(url: str) -> tuple[str, str]:
+    """What stands up to a URL's `//`, and what follows it; the first is empty if this is none."""
+    scheme = SCHEME.search(url)
+    end = scheme.end() if scheme else 2 * (url.startswith("//") and _begins_with_user(url[2:]))
+    return url[:end], url[end:]
+
+
+def _begins_with_user(rest: str) -> bool:
+    """Whether `user:password@` stands before a host; where no scheme is, a path may hold these characters too."""
+    user, colon, behind = rest.partition(":")
+    return bool(colon) and "@" in behind and "/" not in user
 
 
 def _shown(rest: str) -> str:
@@ -91,10 +106,9 @@ def _without_query(token: re.Match[str]) -> str:
 
 
 def _secrets_of(url: str) -> list[str]:
-    scheme = SCHEME.search(url)
-    if scheme is None:
+    scheme, rest = _split(url)
+    if not scheme and not _begins_with_user(rest):
         return []
-    rest = url[scheme.end() :]
     before, at, after = rest.rpartition("@")
     found = [before, before.partition(":")[2]] if at else []
     for mark in "?#":

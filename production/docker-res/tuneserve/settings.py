@@ -53,7 +53,17 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    dataset: str = SAMPLE
+    task: Literal["text-classification", "feature-extraction"] = "text-classification"
+    """What the model does, by Hugging Face's name. Classifiers are trained here; others are served as MODEL is, or from
+    a store into which `import` has put them."""
+
+    model: str = ""
+    """A model that `serve` answers with instead of the champion: a Hugging Face folder, or a name on the hub."""
+
+    model_revision: str = ""
+    """Commit, tag or branch of MODEL on the hub. Empty: the newest; the commit taken is recorded."""
+
+    dataset: str = Field(default=SAMPLE, min_length=1)
     """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`), a folder with `train.*` and optionally `valid.*` and `test.*`, a URL such
     as `s3://bucket/reviews.csv`, or a name on the Hugging Face hub (`owner/name` or `owner/name:configuration`)."""
@@ -282,13 +292,6 @@ class Settings(BaseModel):
     shards: int = Field(default=1, ge=1)
     """Processes that score one INPUT together, each its share of the rows; with several, OUTPUT is a folder."""
 
-    @field_validator("dataset")
-    @classmethod
-    def _dataset_is_named(cls, value: str) -> str:
-        if not value:
-            raise ValueError("should name a data set")
-        return value
-
     @field_validator("cors_origins")
     @classmethod
     def _origins_are_origins(cls, value: str) -> str:
@@ -305,9 +308,8 @@ class Settings(BaseModel):
 
             try:
                 CronSim(value if len(value.split()) == 5 else "", datetime(2026, 1, 1, tzinfo=UTC))
-            except CronSimError as error:
-                why = str(error).lower()
-                raise ValueError(f"should be cron's five fields, of times that come ({why})") from None
+            except CronSimError:
+                raise ValueError("should be cron's five fields, of times that come") from None
         return value
 
     @field_validator("retrain_time_zone")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,13 +90,20 @@ class TextEncoder:
 
     Texts are truncated to `max_tokens`, special tokens included, or read in overlapping `windows` of that length;
     nothing is padded here. Before anything else a text is cut to `max_characters`, whatever it consists of, so that
-    time and memory are bounded; what was cut counts as truncated.
+    time and memory are bounded; what was cut counts as truncated. Then it goes through `clean`.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", *, max_tokens: int, windows: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        *,
+        max_tokens: int,
+        windows: bool = False,
+        clean: Callable[[str], str] = plain,
+    ) -> None:
         self.max_tokens = max_tokens
         self.max_characters = max_tokens * CHARACTERS_PER_TOKEN * (MAX_WINDOWS if windows else 1)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._clean = tokenizer, clean
         self._tokenizer.no_padding()
         self._special = tokenizer.num_special_tokens_to_add(is_pair=False)
         self._overlap = int((max_tokens - self._special) * WINDOW_OVERLAP) if windows else 0
@@ -105,25 +112,28 @@ class TextEncoder:
         self._tokenizer.enable_truncation(max_tokens, stride=self._overlap)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_tokens: int, windows: bool = False) -> "TextEncoder":
+    def from_folder(
+        cls, folder: Path, *, max_tokens: int, windows: bool = False, clean: Callable[[str], str] = plain
+    ) -> "TextEncoder":
         """Read `tokenizer.json` from a model's folder."""
         from tokenizers import Tokenizer
 
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens=max_tokens, windows=windows)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return cls(tokenizer, max_tokens=max_tokens, windows=windows, clean=clean)
 
     @classmethod
-    def from_json(cls, tokenizer: str, *, max_tokens: int) -> "TextEncoder":
+    def from_json(cls, tokenizer: str, *, max_tokens: int, clean: Callable[[str], str] = plain) -> "TextEncoder":
         """Read the content of a `tokenizer.json`."""
         from tokenizers import Tokenizer
 
-        return cls(Tokenizer.from_str(tokenizer), max_tokens=max_tokens)
+        return cls(Tokenizer.from_str(tokenizer), max_tokens=max_tokens, clean=clean)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of each text, in order; the library encodes in several threads."""
         cut = [text[: self.max_characters] for text in texts]
         found: list[Tokens] = []
         for part in split_by_tokens(list(map(len, cut)), ENCODE_CHARACTERS):
-            encodings = self._tokenizer.encode_batch_fast([plain(text) for text in cut[part]])
+            encodings = self._tokenizer.encode_batch_fast([self._clean(text) for text in cut[part]])
             found += map(self._read, encodings, [len(text) > self.max_characters for text in texts[part]])
         return found
 

@@ -148,17 +148,20 @@ def _in_fresh_process(
         "texts": evidence.texts,
         "settings": settings.public() | {"long_text": "truncate"},
     }
-    with tempfile.TemporaryDirectory(prefix="trial-") as folder:
-        question, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
-        question.write_text(json.dumps(asked), encoding="utf-8")
-        command = [sys.executable, "-m", TRIAL, str(question), str(answer)]
+    with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as answer:  # nameless: a kill leaves nothing
+        question.write(json.dumps(asked).encode())
+        question.seek(0)
+        command = [sys.executable, "-m", TRIAL]
         try:
-            code = subprocess.run(command, cwd=PROGRAM, timeout=TRIAL_TIMEOUT_S, check=False).returncode
+            code = subprocess.run(
+                command, stdin=question, stdout=answer, cwd=PROGRAM, timeout=TRIAL_TIMEOUT_S, check=False
+            ).returncode
         except subprocess.TimeoutExpired:
             return None, f"took more than {TRIAL_TIMEOUT_S:.0f} s"
-        if code or not answer.exists():
+        if code:
             return None, f"ended with exit code {code}"
-        return json.loads(answer.read_text(encoding="utf-8")), ""
+        answer.seek(0)
+        return json.loads(answer.read()), ""
 
 
 def judge(

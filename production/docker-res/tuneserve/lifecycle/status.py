@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 REFUSALS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `flock` fails with on a file system that has no locks."""
 
+MAX_BYTES = 64 << 10
+"""Of the status file: servers read it on their event loop."""
+
 EVERY_S = 1.0
 """Seconds between two writings."""
 
@@ -209,7 +212,7 @@ SHAPE = TypeAdapter(Content)
 def read_status(path: Path) -> dict[str, Any]:
     """The status of the newest training; empty if it cannot be read."""
     try:
-        content = read_record(path, SHAPE)
+        content = read_record(path, SHAPE, max_bytes=MAX_BYTES)
         return {**content}
     except (OSError, ValueError):
         return {}

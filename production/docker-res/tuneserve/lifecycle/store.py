@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tuneserve.artifact import METADATA, UNFINISHED, Version, is_whole, read_version, require_whole
 from tuneserve.errors import NoModelError, StoreError
-from tuneserve.files import read_bytes, replace_file
+from tuneserve.files import read_bytes, remove_leftovers, replace_file
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ MEND = "Choose one with run.py promote <version>; run.py versions lists them."
 COLUMNS = ("version", "created", "test accuracy", "serves", "decision")
 POINTER_BYTES = 4096
 ABANDONED_S = 3600
-"""Age at which an unfinished version is taken for that of a killed run."""
+"""Age at which something unfinished is taken for that of a killed run."""
 
 
 class Store:
@@ -62,6 +62,7 @@ class Store:
                         leftover.unlink()
                     elif time.time() - leftover.stat().st_mtime > ABANDONED_S:
                         shutil.rmtree(leftover)
+            remove_leftovers(self.root, self.root / "jobs", older_than_s=ABANDONED_S)  # others may write there now
             replace_file(self.root / ".writable", b"")
             (self.root / ".writable").unlink(missing_ok=True)
         except OSError as error:
@@ -239,6 +240,8 @@ class Store:
         """
         if not _is_id(name):
             raise StoreError(f"{name!r} is no version's id; run.py versions lists them.")
+        if not (self.versions_folder / name).is_dir():
+            raise StoreError(f"There is no version {name!r} in MODEL_PATH={self.root}; run.py versions lists them.")
         return read_version(self.versions_folder / name)
 
     def forget_old(self, keep: int) -> list[str]:
@@ -255,7 +258,9 @@ class Store:
             gone = version.folder.with_name(f"{UNFINISHED}{version.id}")
             version.folder.rename(gone)  # atomic: no reader finds half a version
             shutil.rmtree(gone, ignore_errors=True)
-            shutil.rmtree(self.evidence_folder / version.id, ignore_errors=True)
+        for evidence in self.evidence_folder.glob("[!.]*"):  # also of those that went when a process was killed here
+            if not (self.versions_folder / evidence.name).exists():
+                shutil.rmtree(evidence, ignore_errors=True)
         return [version.id for version in surplus]
 
     def table(self) -> str:

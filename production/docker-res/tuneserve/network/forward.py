@@ -105,9 +105,9 @@ class Packed:
         self._spans: Layout | None = None
         self._mean = getattr(model.config, "classifier_pooling", "cls") == "mean"
         body = model.base_model
-        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-        layers: list[Any] = _bert_layers(body) if like_bert else [None]
-        self._layers, self._tail = layers[:-1], layers[-1]
+        self._takes_types = "token_type_ids" in inspect.signature(body.forward).parameters
+        self._layers = _bert_layers(body) if like_bert else []
+        self._tail = self._layers.pop() if self._layers and not self._mean else None
         self._hooks = [body.register_forward_hook(self._pool_output)]
         if self._tail is not None:
             self._hooks.append(self._tail.attention.output.register_forward_pre_hook(self._keep_first_tokens))
@@ -151,7 +151,7 @@ class Packed:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        for layer in [*self._layers, self._tail] if self._tail is not None else []:
+        for layer in [*self._layers, *([self._tail] if self._tail is not None else [])]:
             layer.attention.self.__dict__.pop("forward", None)
 
     def _attend(self, module: Any, hidden_states: torch.Tensor, **arguments: Any) -> Any:

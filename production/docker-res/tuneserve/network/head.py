@@ -9,4 +9,11 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification
 
+from tuneserve.network.embedding import EmbeddingModel
+
 NETWORK: Any = AutoModelForSequenceClassification
+
+
+def network_of(task: str) -> Any:
+    """The class that loads a version of this task; an empty name is classification's."""
+    return EmbeddingModel if task == "feature-extraction" else NETWORK

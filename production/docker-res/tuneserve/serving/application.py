@@ -28,8 +28,7 @@ from tuneserve.serving.service import Service
 from tuneserve.serving.shadow import Shadowing
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
-from tuneserve.tasks.catalog import task_of
-from tuneserve.tasks.classification import CLASSIFICATION
+from tuneserve.tasks.catalog import TASKS, task_of
 from tuneserve.tasks.task import Task
 from tuneserve.text import CHARACTERS_PER_TOKEN
 
@@ -75,17 +74,21 @@ class Application:
         self._settings, self._threads = settings, threads
         self._traces = Traces(settings.otel_exporter_otlp_endpoint)
         self._store = store = Store(settings.model_path)
-        self._only_task, self._task = task, task or _first_task(store)
+        self._only_task, self._task = task, task or _first_task(store, TASKS[settings.task])
         self.slot = slot = Slot(
             new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours)
         )
-        self._feedback = Feedback(
-            settings.model_path / FILE,
-            max_rows=settings.feedback_max_rows,
-            max_bytes=settings.feedback_max_mb << 20,
-            max_characters=CHARACTERS_PER_TOKEN * settings.num_max_positions,
-            keep_texts=settings.keep_texts,
-            keyed=bool(settings.api_key.get_secret_value()),
+        self._feedback = (
+            None
+            if not self._task.labels
+            else Feedback(
+                settings.model_path / FILE,
+                max_rows=settings.feedback_max_rows,
+                max_bytes=settings.feedback_max_mb << 20,
+                max_characters=CHARACTERS_PER_TOKEN * settings.num_max_positions,
+                keep_texts=settings.keep_texts,
+                keyed=bool(settings.api_key.get_secret_value()),
+            )
         )
         self.trainer = self.retraining = None
         if training:
@@ -117,13 +120,14 @@ class Application:
 
     def start(self) -> None:
         """Train, if that is wanted, and load the model; neither is waited for."""
-        for line in what_is_open(self._settings, trains=self.trainer is not None):
+        for line in what_is_open(self._settings, trains=self.trainer is not None, labels=self._task.labels):
             logger.warning("%s", line)
         if self.trainer is not None and self.retraining is not None:
             self._train_first(self.trainer)
             self.retraining.start()
         self._follower.start()
-        self._feedback.start()
+        if self._feedback is not None:
+            self._feedback.start()
 
     def close(self) -> None:
         """Answer what waits, let a training write its checkpoint, and end the threads; a second time does nothing."""
@@ -137,7 +141,8 @@ class Application:
             if self.trainer is not None:
                 self.trainer.close()
             self.slot.close()
-            self._feedback.close()
+            if self._feedback is not None:
+                self._feedback.close()
             self._traces.close()
 
     @asynccontextmanager
@@ -182,15 +187,20 @@ class Application:
         trainer.start("the container's start")
 
 
-def what_is_open(settings: Settings, *, trains: bool) -> list[str]:
+def what_is_open(settings: Settings, *, trains: bool, labels: bool = True) -> list[str]:
     """What anybody who reaches the port may do, in sentences; none if there is a key."""
     if settings.api_key.get_secret_value():
         return []
     lines = [
-        "API_KEY is not set: whoever reaches the port may ask for predictions, /model, /drift and the labels' figures",
-        "API_KEY is not set: labels sent to /feedback are anonymous, kept apart, and never trained on nor tested with "
-        "(run.py feedback shows them)",
+        "API_KEY is not set: whoever reaches the port may ask for predictions, /model, /drift and the labels' figures"
     ]
+    if labels:
+        lines.append(
+            "API_KEY is not set: labels sent to /feedback are anonymous, kept apart, and never trained on nor tested "
+            "with (run.py feedback shows them)"
+        )
+    else:
+        lines = ["API_KEY is not set: whoever reaches the port may ask for answers and /model"]
     if trains:
         lines.append("API_KEY is not set: POST /retrain is refused, /jobs is open; promote and rollback want the store")
     return lines
@@ -206,8 +216,8 @@ def prepare(store: Store) -> None:
         logger.error("%s; nothing can be trained, and what is in the store answers", error)
 
 
-def _first_task(store: Store) -> Task:
-    """The task of the champion or, if that cannot answer, of what may instead; a store without a model will train one.
+def _first_task(store: Store, otherwise: Task) -> Task:
+    """The task of the champion or, if that cannot answer, of what may instead; a store without a model will get one.
 
     What is wrong with the champion is the follower's to say, and the task is known once: routes do not change.
     """
@@ -216,7 +226,7 @@ def _first_task(store: Store) -> Task:
     for version in store.last_good():
         with suppress(StoreError):
             return task_of(version)
-    return CLASSIFICATION
+    return otherwise
 
 
 def _schedule(settings: Settings, store: Store) -> Schedule | None:

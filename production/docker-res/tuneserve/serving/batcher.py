@@ -59,7 +59,7 @@ class Job:
     answer: "asyncio.Future[list[Outcome]]"
     queued_at: float
     tokens_waiting: int
-    stages: Stages | None = None
+    stages: Stages | None
     left: int = field(init=False)
 
     def __post_init__(self) -> None:

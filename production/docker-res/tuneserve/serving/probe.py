@@ -1,12 +1,13 @@
-"""Versions put to the test in a process of their own: `python -m tuneserve.serving.probe ASKED ANSWER`.
+"""Versions put to the test in a process of their own: `python -m tuneserve.serving.probe < ASKED > ANSWER`.
 
-ASKED is JSON, `{"versions": [folder], "texts": [text], "settings": {}}`. ANSWER becomes a list with an object for each:
+ASKED is JSON, `{"versions": [folder], "texts": [text], "settings": {}}`. ANSWER is a list with an object for each:
 `error` (a sentence, null if all went well), `predicted` (a label a text), `latency_ms` (of a single text), `bytes`.
 The gate starts it: what a server would meet, it meets, and a version that crashes takes nobody with it.
 """
 
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,9 +26,8 @@ LATENCY_TEXT = "The parcel came two days late, and the box was torn, but what wa
 ROUNDS = 40
 
 
-async def probe(asked: Path, answer: Path) -> None:
+async def probe(wanted: dict[str, Any]) -> list[dict[str, Any]]:
     """Try each version; what goes wrong with one is part of the answer."""
-    wanted = json.loads(asked.read_text(encoding="utf-8"))
     settings = Settings.model_validate(wanted["settings"])
     threads = set_threads(settings.omp_num_threads)
     found: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ async def probe(asked: Path, answer: Path) -> None:
             found[index]["error"] = str(error)
     for index, milliseconds in zip(loaded, await time_single_text(list(loaded.values())), strict=True):
         found[index]["latency_ms"] = round(milliseconds, 3)
-    answer.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def _label(answer: Answer | TuneserveError) -> str | None:
@@ -65,4 +65,6 @@ async def time_single_text(models: Sequence[Model]) -> list[float]:
 
 
 if __name__ == "__main__":
-    asyncio.run(probe(Path(sys.argv[1]), Path(sys.argv[2])))
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)  # what libraries print is no part of the answer
+        json.dump(asyncio.run(probe(json.load(sys.stdin))), answer)

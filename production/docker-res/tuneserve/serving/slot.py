@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tuneserve.errors import NoModelError, TuneserveError
@@ -32,6 +32,8 @@ class Served:
     monitor: Monitor
     in_flight: int = 0
     """Requests that wait for it."""
+    released: threading.Event = field(default_factory=threading.Event)
+    """Set when it is no longer held: another model is, or it answers again."""
 
 
 class Slot:
@@ -126,6 +128,9 @@ class Slot:
     def close(self) -> None:
         """Answer what waits and end the threads: a library that computes while its process ends would abort it."""
         self._closed.set()
+        for served in (self._now, self._held):
+            if served is not None:
+                served.released.set()
         for thread in self._leaving:
             thread.join()
         for served in (self._now, self._held):
@@ -140,20 +145,27 @@ class Slot:
     def _change_to(self, served: Served) -> None:
         with self._change:
             before, dropped = self._now, self._held
+            for one in (served, dropped):
+                if one is not None:
+                    one.released.set()
             self._now, self._held, self.phase = served, before, "ready"
             self.metrics.swaps.labels("served").inc()
             logger.info("ready: version %s answers", served.model.id)
-            for old, after_s in ((dropped, SETTLE_S), (before, HOLD_S)):
-                if old is not None:
-                    self._leaving = [thread for thread in self._leaving if thread.is_alive()]
-                    self._leaving.append(threading.Thread(target=self._retire, args=[old, after_s], daemon=True))
-                    self._leaving[-1].start()
+            if before is not None:
+                before.released = threading.Event()
+                self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+                self._leaving.append(threading.Thread(target=self._retire, args=[before, before.released], daemon=True))
+                self._leaving[-1].start()
 
-    def _retire(self, served: Served, after_s: float) -> None:
-        """Drop a model that was replaced, once nobody waits for it, unless it is brought back before."""
-        self._closed.wait(after_s)
+    def _retire(self, served: Served, released: threading.Event) -> None:
+        """Drop a model that was replaced, once nobody waits for it, unless it is brought back before.
+
+        It is held for HOLD_S, or until another one is held, and not a moment longer: this thread would keep it.
+        """
+        if released.wait(HOLD_S):
+            self._closed.wait(SETTLE_S)
         with self._change:
-            if served is self._now or self._closed.is_set():
+            if served is self._now or served.released is not released or self._closed.is_set():
                 return
             if served is self._held:
                 self._held = None

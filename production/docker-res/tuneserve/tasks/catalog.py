@@ -5,9 +5,10 @@ from tuneserve.errors import StoreError
 from tuneserve.serving.model import Model
 from tuneserve.settings import Settings
 from tuneserve.tasks.classification import CLASSIFICATION
+from tuneserve.tasks.embedding import FEATURE_EXTRACTION
 from tuneserve.tasks.task import Task
 
-TASKS = {task.name: task for task in [CLASSIFICATION]}
+TASKS = {task.name: task for task in [CLASSIFICATION, FEATURE_EXTRACTION]}
 
 
 def task_of(version: Version) -> Task:

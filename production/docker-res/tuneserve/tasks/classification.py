@@ -126,4 +126,5 @@ CLASSIFICATION = Task(
         ),
     ],
     load=load_classifier,
+    labels=True,
 )

@@ -1,53 +1,24 @@
-"""The classifier as a Model: texts to token ids, these through the queue and the engine, logits to predictions."""
+"""The classifier as a Model: an encoder whose outputs are logits, and its answers labels with their probabilities."""
 
-import asyncio
 import logging
 import math
-import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
-from opentelemetry import trace
-
-from tuneserve.artifact import GOLDEN, Version, read_golden, require_whole
-from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TimeoutExceededError, TuneserveError
+from tuneserve.artifact import GOLDEN, Version, read_golden
+from tuneserve.errors import StoreError, TextError
 from tuneserve.lifecycle.drift import Observation, read_reference
-from tuneserve.serving.batcher import Batcher, Outcome, Stages
-from tuneserve.serving.engines.choice import ENGINES
 from tuneserve.serving.engines.engine import Engine
-from tuneserve.serving.metrics import Metrics
-from tuneserve.serving.model import Answer, Answers, Model, wait_for
+from tuneserve.serving.model import Answer, wait_for
 from tuneserve.settings import Settings
-from tuneserve.text import TextEncoder, Tokens, has_surrogates, is_blank, split_by_tokens
+from tuneserve.tasks.encoder import Array, Encoder, load_encoder
+from tuneserve.text import Tokens
 
 logger = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 GOLDEN_TOLERANCE = 0.05
 """Largest difference of a probability between a golden answer and this engine's; bf16 shows up to 0.02."""
-
-INLINE_CHARACTERS = 4000
-"""Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
-
-TOKENIZERS = 2
-"""Threads that tokenize large requests: the library takes hundreds of bytes for each character while it does."""
-
-READ_AT_ONCE = 256
-"""Texts of a large request that are tokenized together, and answers that the event loop makes by itself."""
-
-CHUNK_BATCHES = 1
-"""Batches' worth of one request that are queued at a time: a large request leaves room for small ones."""
-
-CHUNKS = 2
-"""Chunks of all large requests together that are queued at a time, so that small requests wait for these alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +35,8 @@ class Prediction(Answer):
         return self.label, self.scores[self.label]
 
 
-class Classifier(Model):
-    """Tokenizer, queue, engine and label names of one version.
-
-    Args:
-        version: in the store.
-        engine: which belongs to the queue's thread from now on.
-        long_text: what becomes of a text that is longer than the model reads.
-        max_queue_tokens: that may wait for the engine.
-    """
+class Classifier(Encoder):
+    """An encoder with label names, and with what drift is judged by; see `Encoder`."""
 
     def __init__(
         self,
@@ -82,48 +46,14 @@ class Classifier(Model):
         long_text: Literal["truncate", "error", "window"] = "truncate",
         max_queue_tokens: int = 32768,
     ) -> None:
-        self.version, self.engine = version, engine
-        self.id, self.metadata, self.labels = version.id, version.metadata, version.labels
-        self._long_text = long_text
-        self._encoder = TextEncoder.from_folder(
-            version.folder,
-            max_tokens=version.max_tokens,
-            windows=long_text == "window",
-        )
-        self._coming = 0
-        self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
-        self._tokenizing = ThreadPoolExecutor(TOKENIZERS, "tokenize")
-        self._metrics = Metrics()
-        self.batcher = Batcher(engine, self._metrics, max_queue_tokens=max_queue_tokens)
+        super().__init__(version, engine, long_text=long_text, max_queue_tokens=max_queue_tokens)
+        self.labels = version.labels
         try:
             self.reference = read_reference(version)
         except StoreError as error:
             logger.warning("drift cannot be judged: %s", error)  # which is no reason not to answer
         if self.reference is not None and long_text == "error":
             self.reference = self.reference.whole_texts()
-
-    @property
-    def dead(self) -> bool:
-        """See `Model`."""
-        return self.batcher.dead is not None
-
-    @property
-    def queue_tokens(self) -> int:
-        """See `Model`."""
-        return self.batcher.tokens_waiting
-
-    @property
-    def drain_s(self) -> float:
-        """See `Model`."""
-        return self.batcher.drain_s
-
-    def room(self, wait_s: float = math.inf) -> OverloadedError | None:
-        """See `Model`."""
-        return self.batcher.refusal(wait_s)
-
-    async def answer(self, inputs: Sequence[str], *, deadline: float = math.inf) -> Answers:
-        """The prediction of each text in order, or why there is none; see `Model`."""
-        return await self._answer(inputs, deadline)
 
     def prove(self, golden: str = GOLDEN) -> None:
         """Ask what was stored with the model when it was saved, and compare the answers.
@@ -133,7 +63,7 @@ class Classifier(Model):
         """
         stored = read_golden(self.version, golden)
         # The stored answers are of texts that were cut.
-        found = wait_for(self._answer(stored.texts, math.inf, max_windows=1))
+        found = wait_for(self.read_and_compute(stored.texts, max_windows=1))
         for wanted, prediction in zip(stored.scores, found, strict=True):
             if isinstance(prediction, TextError) and self._long_text == "error":
                 continue
@@ -146,133 +76,12 @@ class Classifier(Model):
                     f"by {difference:.3f}."
                 )
 
-    def warm_up(self) -> None:
-        """See `Model`."""
-        self.engine.warm_up()
-
-    def attach(self, metrics: Metrics, on_death: Callable[[BaseException], None]) -> None:
-        """See `Model`."""
-        self._metrics = self.batcher.metrics = metrics
-        self.batcher.on_death = on_death
-
-    def close(self) -> None:
-        """See `Model`."""
-        self.batcher.close()
-        self._tokenizing.shutdown()
-
-    def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
-        """The tokens of each text, or why it cannot be read."""
-        problems = [self._problem(text) for text in texts]
-        found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
-        return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
-
-    def _read_many(self, texts: Sequence[str]) -> list[Tokens | TextError]:
-        """As `read`, in less memory: the ids of a large request wait for long."""
-        found: list[Tokens | TextError] = []
-        for begin in range(0, len(texts), READ_AT_ONCE):
-            for one in self.read(texts[begin : begin + READ_AT_ONCE]):
-                if isinstance(one, Tokens):
-                    one = replace(one, windows=[array("i", ids) for ids in one.windows])
-                found.append(one)
-        return found
-
-    async def _answer(self, texts: Sequence[str], deadline: float, *, max_windows: int | None = None) -> Answers:
-        """See `answer`; of each text so many windows count."""
-        span = trace.get_current_span()
-        stages = Stages() if span.is_recording() else None
-        began = time.perf_counter()
-        if sum(map(len, texts)) < INLINE_CHARACTERS:
-            readings = self.read(texts)
-        else:
-            readings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._read_many, texts)
-            if refusal := self.batcher.refusal(coming=self._coming):  # others have filled the queue meanwhile
-                raise refusal
-        tokenize_s = time.perf_counter() - began
-        self._metrics.stages["tokenize"].observe(tokenize_s)
-        windows = [one.windows[:max_windows] if isinstance(one, Tokens) else [] for one in readings]
-        ids = [window for of_text in windows for window in of_text]
-        outcomes = iter(await self._compute(ids, deadline, stages))
-        if stages is not None:
-            span.set_attributes(
-                {
-                    "tuneserve.model_version": self.id,
-                    "tuneserve.texts": len(texts),
-                    "tuneserve.tokens": sum(map(len, ids)),
-                    "tuneserve.tokenize_s": tokenize_s,
-                    "tuneserve.queue_s": max(0.0, stages.taken_at - stages.queued_at),
-                    "tuneserve.infer_s": max(0.0, stages.answered_at - stages.taken_at),
-                }
-            )
-
-        def conclude() -> Answers:
-            return [
-                self._conclude(one, [next(outcomes) for _ in of_text])
-                for one, of_text in zip(readings, windows, strict=True)
-            ]
-
-        return conclude() if len(texts) <= READ_AT_ONCE else await asyncio.to_thread(conclude)
-
-    async def _compute(self, ids: Sequence[Sequence[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
-        """Outcomes in order. Texts of like length go together, and few chunks of large requests wait at once."""
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        chunk_tokens = CHUNK_BATCHES * self.batcher.max_batch_tokens
-        tokens = sum(map(len, ids))
-        turns, coming = None, 0
-        if tokens > chunk_tokens:
-            turns = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CHUNKS))
-            coming = min(tokens, CHUNKS * chunk_tokens)
-        self._coming += coming
-        found: dict[int, Outcome] = {}
-        waiting: deque[tuple[list[int], asyncio.Future[list[Outcome]]]] = deque()
-
-        async def collect() -> None:
-            indices, future = waiting[0]
-            found.update(zip(indices, await future, strict=True))
-            waiting.popleft()
-
-        try:
-            for chunk in split_by_tokens([len(ids[index]) for index in order], chunk_tokens):
-                texts = [ids[index] for index in order[chunk]]
-                if turns is not None:
-                    await _acquire(turns, deadline)
-                try:
-                    future = self.batcher.submit(texts, deadline=deadline, stages=stages)
-                except NoModelError:
-                    if turns is not None:
-                        turns.release()
-                    raise
-                if turns is not None:
-                    future.add_done_callback(partial(_release, turns))
-                waiting.append((order[chunk], future))
-                if len(waiting) > 1:
-                    await collect()
-            while waiting:
-                await collect()
-        finally:
-            self._coming -= coming
-            for _, future in waiting:
-                future.cancel()  # nobody waits any more: what has not begun is dropped
-        return [found[index] for index in range(len(ids))]
-
-    def _conclude(self, reading: Tokens | TextError, outcomes: Sequence[Outcome]) -> Prediction | TuneserveError:
-        """The answer that follows from the outcome of each of a text's windows."""
-        if isinstance(reading, TextError):
-            return reading
-        logits: list[Array] = []
-        for outcome in outcomes:
-            if isinstance(outcome, NoModelError):
-                raise NoModelError(str(outcome))  # it is no fault of this text
-            if isinstance(outcome, TuneserveError):
-                return outcome
-            logits.append(outcome)
-        return self.describe(reading, logits)
-
-    def describe(self, tokens: Tokens, logits: Sequence[Array]) -> Prediction:
+    def describe(self, tokens: Tokens, outputs: Sequence[Array]) -> Prediction:
         """The prediction that follows from the logits float [labels] of each of a text's windows."""
         # In lists: what NumPy wants for a handful of figures would be most of the work here.
-        values = _softmax(logits[0])
-        if len(logits) > 1:
-            values = [sum(column) / len(logits) for column in zip(*map(_softmax, logits), strict=True)]
+        values = _softmax(outputs[0])
+        if len(outputs) > 1:
+            values = [sum(column) / len(outputs) for column in zip(*map(_softmax, outputs), strict=True)]
         label_id = values.index(max(values))
         ids, unknown_id = tokens.ids, self._encoder.unknown_id
         return Prediction(
@@ -290,35 +99,6 @@ class Classifier(Model):
             ),
         )
 
-    def _fit(self, tokens: Tokens) -> Tokens | TextError:
-        if tokens.truncated and self._long_text == "error":
-            most, unit = self._encoder.max_tokens, "tokens"
-            if len(tokens.ids) < most:
-                most, unit = self._encoder.max_characters, "characters"
-            return TextError(f"the text has more than {most} {unit}, the most this model reads")
-        return tokens
-
-    def _problem(self, text: str) -> str:
-        """Why a text cannot be read; nothing, if it can."""
-        if is_blank(text[: self._encoder.max_characters]):
-            return "the text is empty"
-        if has_surrogates(text):
-            return "the text holds half a surrogate pair, which is not Unicode text"
-        return ""
-
-
-async def _acquire(turns: asyncio.Semaphore, deadline: float) -> None:
-    """Wait for a turn until the deadline of the monotonic clock."""
-    try:
-        async with asyncio.timeout(deadline - time.monotonic() if deadline < math.inf else None):
-            await turns.acquire()
-    except TimeoutError:
-        raise TimeoutExceededError("There was no answer in time.") from None
-
-
-def _release(turns: asyncio.Semaphore, _: object) -> None:
-    turns.release()
-
 
 def _softmax(logits: Array) -> list[float]:
     values = logits.tolist()
@@ -329,37 +109,10 @@ def _softmax(logits: Array) -> list[float]:
 
 
 def load_classifier(version: Version, settings: Settings, *, threads: int) -> Classifier:
-    """The version with the first engine that it can have here, after it has proved itself.
+    """See `load_encoder`."""
 
-    Raises:
-        StoreError: the version's files are damaged, or it does not answer as it did when it was saved.
-        DeviceError: the device asked for cannot be had.
-    """
-    require_whole(version)
-    for choice in ENGINES:
-        try:
-            engine = choice.load(version, settings, threads=threads)
-            if engine is not None:
-                return _proved(version, engine, settings, choice.golden)
-        except StoreError as error:
-            if not choice.optional:
-                raise
-            logger.warning("%s does not serve, PRECISION=auto does: %s", choice.optional, error)
-    raise StoreError(f"version {version.id} has no engine here.")
+    def make(version: Version, engine: Engine, settings: Settings) -> Classifier:
+        long_text, room = settings.long_text, settings.max_queue_tokens
+        return Classifier(version, engine, long_text=long_text, max_queue_tokens=room)
 
-
-def _proved(version: Version, engine: Engine, settings: Settings, golden: str) -> Classifier:
-    try:
-        classifier = Classifier(
-            version, engine, long_text=settings.long_text, max_queue_tokens=settings.max_queue_tokens
-        )
-    except TuneserveError:
-        raise
-    except Exception as error:  # the tokenizers' library has no exception of its own for a damaged file
-        raise StoreError(f"The tokenizer in {version.folder} cannot be loaded: {error}") from error
-    try:
-        classifier.prove(golden)
-    except BaseException:
-        classifier.close()
-        raise
-    return classifier
+    return load_encoder(make, version, settings, threads=threads)

@@ -1,6 +1,6 @@
 """The Task seam: what a request and an answer of a kind of model look like, and how such a model is loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,11 @@ class Load(Protocol):
         ...
 
 
+def no_headers(answers: Answers) -> Mapping[str, str]:
+    """None."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Route:
     """One path under which a task is asked.
@@ -34,7 +39,8 @@ class Route:
         request: the body, and how the API's description shows it.
         response: what is answered, for the description; `content` is what makes it.
         inputs: the model's inputs of a valid request.
-        content: the JSON of their answers; raises the error where there is none.
+        content: the JSON of their answers, or its bytes; raises the error where there is none.
+        headers: of the response, beside those that all have.
         name: of the operation, for the description and clients that are generated from it.
         doc: a sentence for the description.
     """
@@ -44,17 +50,19 @@ class Route:
     response: type[BaseModel]
     inputs: Callable[[Any], Sequence[Any]]
     content: Callable[[Answers], Any]
+    headers: Callable[[Answers], Mapping[str, str]] = no_headers
     name: str = "answer"
     doc: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of model, by Hugging Face's name for it."""
+    """A kind of model, by Hugging Face's name; `labels` says whether its answers are labels that people may correct."""
 
     name: str
     routes: Sequence[Route]
     load: Load
+    labels: bool = False
 
 
 def only(answers: Answers, field: str) -> Answer:

@@ -44,26 +44,27 @@ class BaseModel:
         return {key: value for key, value in shown.items() if key not in ("folder", "content")}
 
 
-def resolve(name: str, *, revision: str, cache: Path) -> BaseModel:
+def resolve(name: str, *, revision: str, cache: Path, variable: str = "BASE_MODEL") -> BaseModel:
     """Find the base model: a local folder, else the installed package, else the Hugging Face hub.
 
     Args:
         name: a folder's path or a name on the hub.
         revision: commit, tag or branch on the hub; empty for the newest.
         cache: folder for downloads.
+        variable: that names it, for errors.
 
     Raises:
         BaseModelError: it is nowhere, has no safetensors weights, or its weights are not what they should be.
     """
-    local = Path(name).expanduser()
+    local, said = Path(name).expanduser(), f"{variable}={redact_url(name)}"
     if os.path.isdir(local):  # noqa: PTH112  (Path.is_dir() raises when the name is too long)
         folder, source, revision = local.absolute(), "folder", ""
     elif name.startswith(("/", ".", "~")):
-        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: there is no such folder.")
+        raise BaseModelError(f"{said}: there is no such folder.")
     elif name == PACKAGED and revision in ("", PACKAGED_REVISION) and (packaged := _packaged_folder()):
         folder, source, revision = packaged, "package", PACKAGED_REVISION
     else:
-        folder = _download(name, revision=revision, cache=cache)
+        folder = _download(name, said, revision=revision, cache=cache)
         source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
     _require_no_code(folder)
     sha256 = _hash_weights(folder)
@@ -83,7 +84,7 @@ def _packaged_folder() -> Path | None:
     return Path(spec.origin).parent / "model" if spec and spec.origin else None
 
 
-def _download(name: str, *, revision: str, cache: Path) -> Path:
+def _download(name: str, said: str, *, revision: str, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -99,19 +100,17 @@ def _download(name: str, *, revision: str, cache: Path) -> Path:
     try:
         path = snapshot_download(name, revision=revision or None, cache_dir=cache / "hub", allow_patterns=FILES)
     except HFValidationError:
-        raise BaseModelError(
-            f"BASE_MODEL={redact_url(name)}: there is no such folder, and no hub name looks like that."
-        ) from None
+        raise BaseModelError(f"{said}: there is no such folder, and no hub name looks like that.") from None
     except GatedRepoError:
-        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: the hub wants a token for it; set HF_TOKEN.") from None
+        raise BaseModelError(f"{said}: the hub wants a token for it; set HF_TOKEN.") from None
     except RevisionNotFoundError:
-        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: the hub has no revision {revision!r} of it.") from None
+        raise BaseModelError(f"{said}: the hub has no revision {revision!r} of it.") from None
     except RepositoryNotFoundError:
-        raise BaseModelError(f"BASE_MODEL={redact_url(name)}: neither a folder here nor a model on the hub.") from None
+        raise BaseModelError(f"{said}: neither a folder here nor a model on the hub.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BaseModelError(
-            f"BASE_MODEL={redact_url(name)} is not a folder here, and the hub cannot be reached ({reason}). "
+            f"{said} is not a folder here, and the hub cannot be reached ({reason}). "
             "Give a local folder, or use the default, which needs no network."
         ) from error
     return Path(path)

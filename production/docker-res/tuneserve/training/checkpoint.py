@@ -24,6 +24,8 @@ from tuneserve.training.world import World
 
 logger = logging.getLogger(__name__)
 
+OTHER_RUNS = 2
+"""Runs with other settings or data whose checkpoints are kept, so that one may return to them."""
 KEPT = 2
 """Checkpoints kept of one run: the newest, and the one before in case the newest cannot be read."""
 BEST = "best.safetensors"
@@ -193,6 +195,13 @@ class Checkpoints:
             if is_disk_error(error):
                 raise StoreError(f"The checkpoint cannot be written to {self.folder}: {error}") from error
             raise
+
+    def forget_others(self) -> None:
+        """Remove the checkpoints of runs that were left unfinished before the newest `OTHER_RUNS`."""
+        others = [path for path in self.folder.parent.glob("[!.]*") if path != self.folder and path.is_dir()]
+        for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[OTHER_RUNS:]:
+            logger.info("removing %s: the checkpoints of a run that was left unfinished", old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:
         """Forget the run: it is finished."""

@@ -112,6 +112,8 @@ def check(
     vocabulary: dict[str, int] = {}
     rows = {split: _scan(source, vocabulary) for split, source in sources.items()}
     train = rows["train"]
+    if not vocabulary:
+        raise DataError(f"{train.source.where} has no texts: all its rows are empty.")
     held_out = {split: one for split, one in rows.items() if split != "train"}
     findings: dict[str, Any] = {"empty_texts": {split: int((~one.kept).sum()) for split, one in rows.items()}}
     labels = _name_labels(rows, list(vocabulary), findings, merge=merge_labels)
@@ -165,12 +167,13 @@ def _scan(source: Source, vocabulary: dict[str, int]) -> _Rows:
     row = 0
     for chunk in source.rows.data.to_batches(max_chunksize=BATCH_ROWS):
         for text, label in zip(chunk["text"].to_pylist(), chunk["label"].to_pylist(), strict=True):
-            if not label:
-                raise DataError(f"{source.locate(row)}: the label is missing.")
+            blank = is_blank(text)
+            if not label and not blank:  # a row without either is one that a spreadsheet has left behind
+                raise DataError(f"{source.locate(row)}: the label is missing; write one, or remove the row.")
             content.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
             keys[row] = key_of(text)
-            labels[row] = vocabulary.setdefault(label, len(vocabulary))
-            kept[row] = not is_blank(text)
+            labels[row] = vocabulary.setdefault(label, len(vocabulary)) if label else 0
+            kept[row] = not blank
             row += 1
     return _Rows(source, keys, labels, kept, content.hexdigest())
 

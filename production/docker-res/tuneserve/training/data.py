@@ -151,7 +151,7 @@ class _Reader:
 
 def _report(sources: dict[str, Source], columns: Columns | None, left_out: Sequence[str]) -> dict[str, Source]:
     """Say in one line what is read and what is left out, and leave out splits whose labels are withheld."""
-    train = set(sources["train"].rows.unique("label"))
+    train = set(sources["train"].rows.unique("label")) - {""}
     withheld = [
         split
         for split, source in sources.items()
@@ -215,7 +215,8 @@ def _read_class(folder: Path, where: str) -> Iterator[Row]:
 def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
     name, _, configuration = dataset.partition(":")
     reached = connect_to_hub()
-    logger.info("reading %s from the Hugging Face hub%s", dataset, "" if reached else "'s copy on disk")
+    shown = redact_url(dataset)
+    logger.info("reading %s from the Hugging Face hub%s", shown, "" if reached else "'s copy on disk")
     try:
         found = load_dataset(name, configuration or None, cache_dir=str(cache / "arrow"), trust_remote_code=False)
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
@@ -225,12 +226,12 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
             reason = "and the hub has no data set of this name (a private one needs HF_TOKEN)"
         else:
             reason = f"and the hub does not give it: {_root_cause(error)}"
-        raise DataError(f"DATASET={redact_url(dataset)} is not a file or folder here, {reason}.") from error
+        raise DataError(f"DATASET={shown} is not a file or folder here, {reason}.") from error
     reader = _Reader(columns, cache)
     sources: dict[str, Source] = {}
     left_out = []
     for split, data in sorted(found.items(), key=lambda item: item[0] != "train"):
-        kind, where = split_of(split), f"{dataset}, split {split}"
+        kind, where = split_of(split), f"{shown}, split {split}"
         if kind is None or kind in sources or (kind != "train" and "train" not in sources):
             left_out.append(split)
             continue
@@ -240,7 +241,7 @@ def _read_hub(dataset: str, columns: Columns, cache: Path) -> dict[str, Source]:
         except _UnlabelledError as error:
             left_out.append(str(error))
     if "train" not in sources:
-        raise DataError(f"DATASET={redact_url(dataset)} has no train split; it has {', '.join(found)}.")
+        raise DataError(f"DATASET={shown} has no train split; it has {', '.join(found)}.")
     return _report(sources, reader.columns, left_out)
 
 

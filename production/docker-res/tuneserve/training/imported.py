@@ -1,4 +1,4 @@
-"""A classifier that was fine-tuned elsewhere made a version of the store, without training: `run.py import FOLDER`."""
+"""A model that was trained elsewhere made a version of the store, without training: `run.py import MODEL`."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from tuneserve.artifact import Version
@@ -20,7 +21,7 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.logs import in_one_line
 from tuneserve.network import head
 from tuneserve.settings import SAMPLE, Settings
-from tuneserve.training import job
+from tuneserve.training import base_model, embedding, job
 from tuneserve.training.exporters import choose_exporters
 from tuneserve.training.labels import name_labels
 from tuneserve.training.model import rehearse
@@ -29,19 +30,55 @@ from tuneserve.training.publication import publish
 logger = logging.getLogger(__name__)
 
 
-def bring_in(folder: str, settings: Settings, *, threads: int) -> Version:
-    """Publish the classifier in a Hugging Face folder, and let the gate judge it on DATASET's test texts.
+def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
+    """Publish a model, by its Hugging Face folder or its name on the hub, for the task that TASK names.
+
+    Raises:
+        BaseModelError: it is nowhere, or cannot be loaded for this task.
+        TuneserveError: see `_bring_in_classifier`.
+    """
+    settings = settings.model_copy(update={"base_model": name, "base_model_revision": settings.model_revision})
+    if settings.task == "text-classification":
+        return _bring_in_classifier(settings, threads=threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    store = Store(settings.model_path)
+    store.prepare()
+    with hold(store.lock) as lock, Status(store.status_file) as status:
+        champion = store.champion() if store.champion_id() is not None else None
+        if champion is not None and champion.metadata.get("task", "text-classification") != settings.task:
+            raise DataError(f"{store.root} has a champion for another task; give {settings.task} another MODEL_PATH.")
+        base = base_model.resolve(name, revision=settings.model_revision, cache=settings.data_path, variable="MODEL")
+        version = embedding.publish(base, settings, store, threads=threads)
+        lock.require()
+        if champion is None or champion.id != version.id:
+            _accept(store, version, status, "imported by hand; nothing tests it but its own answers")
+        return version
+
+
+def _accept(store: Store, version: Version, status: Status, sentence: str) -> None:
+    before = read_decision(version)
+    decision = Decision(version.id, "accepted", "gate", sentence, None)
+    write_decision(version, decision)
+    store.set_champion(version)
+    status.decided(decision, before=before)
+    logger.warning("version %s is the champion: %s", version.id, sentence)
+
+
+def _bring_in_classifier(settings: Settings, *, threads: int) -> Version:
+    """Publish the classifier that BASE_MODEL names, and let the gate judge it on DATASET's test texts.
 
     Into a store without a champion it comes also where DATASET has other labels than the model: then nothing tests it
     but its own answers.
 
     Raises:
-        BaseModelError: the folder holds no classifier that can be loaded.
+        BaseModelError: it is no classifier that can be loaded.
         DataError: there is a champion to compare with, and DATASET has other labels.
         TuneserveError: as `job.train`.
     """
     began = time.perf_counter()
-    settings = settings.model_copy(update={"base_model": str(Path(folder).expanduser().absolute()), "processes": 1})
+    settings = settings.model_copy(update={"processes": 1})
     exporters = choose_exporters(settings)
     device, precision = job.prepare_device(settings, threads)
     store = Store(settings.model_path)
@@ -53,7 +90,7 @@ def bring_in(folder: str, settings: Settings, *, threads: int) -> Version:
         tested = set(splits.labels) <= set(labels)
         if not tested and (store.champion_id() is not None or settings.dataset != SAMPLE):
             raise DataError(
-                f"DATASET has the labels {name_labels(splits.labels)} and the model in {folder} has "
+                f"DATASET has the labels {name_labels(splits.labels)} and the model in {base.folder} has "
                 f"{name_labels(labels)}: name texts with the model's labels, to test it with."
             )
         ids = np.array([labels.index(label) for label in splits.labels] if tested else [0] * len(splits.labels))
@@ -91,12 +128,7 @@ def bring_in(folder: str, settings: Settings, *, threads: int) -> Version:
             job.judge(settings, store, version, splits, lock, status)
         else:
             said = "imported into a store without a champion; DATASET has other labels, so that nothing tested it"
-            before = read_decision(version)
-            decision = Decision(version.id, "accepted", "gate", said, None)
-            write_decision(version, decision)
-            store.set_champion(version)
-            status.decided(decision, before=before)
-            logger.warning("version %s is the champion: %s", version.id, said)
+            _accept(store, version, status, said)
         return version
 
 

@@ -116,6 +116,8 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         checkpoints = Checkpoints(
             store.checkpoints_folder / fingerprint[:16], every_minutes=settings.checkpoint_minutes
         )
+        if lock and lock.exclusive:
+            checkpoints.forget_others()
         trackers = held.enter_context(_trackers(settings, fingerprint, checkpoints, world))
         trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
         steps = math.ceil(len(splits.train) / settings.batch_size)

@@ -44,6 +44,8 @@ ATTENTION = {"cpu": "eager"}
 fused attention takes twice as long on short texts (docs/decisions/0002-training-defaults.md)."""
 
 
+MOST_TOKENS = 512
+"""Tokens read of a text where nobody has said how many; a model may be able to read more."""
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.tiktoken", "tekken.json")
 """The files of which a tokenizer has at least one."""
 MOST_UNKNOWN, MANY_UNKNOWN = 0.5, 0.05
@@ -51,8 +53,8 @@ MOST_UNKNOWN, MANY_UNKNOWN = 0.5, 0.05
 on Chinese ones, which it does not read."""
 
 
-def load_tokenizer(folder: Path, *, max_tokens: int) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, told to read at most `max_tokens`.
+def load_tokenizer(folder: Path, *, max_tokens: int | None) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, told to read at most `max_tokens`; None: as many as the model can, and MOST_TOKENS.
 
     Raises:
         BaseModelError: it has no fast tokenizer, or reads fewer tokens than asked for.
@@ -73,8 +75,10 @@ def load_tokenizer(folder: Path, *, max_tokens: int) -> PreTrainedTokenizerBase:
         if tokenizer.pad_token is None:
             raise BaseModelError(f"The tokenizer in {folder} has neither a padding token nor one that ends a text.")
     positions = config.get("max_position_embeddings") or config.get("n_positions") or tokenizer.model_max_length
-    _require_positions(max_tokens, min(tokenizer.model_max_length, positions))
-    tokenizer.model_max_length = max_tokens
+    limit = min(tokenizer.model_max_length, positions)
+    if max_tokens is not None:
+        _require_positions(max_tokens, limit)
+    tokenizer.model_max_length = max_tokens or min(limit, MOST_TOKENS)
     return tokenizer
 
 
@@ -165,9 +169,7 @@ def rehearse(model: PreTrainedModel, tokens: Mapping[str, TokenizedSplit], *, ma
     Raises:
         BaseModelError: it cannot read what the tokenizer writes, a text of `max_tokens`, or two texts at once.
     """
-    for module_name, module in model.named_modules():  # RoBERTa's family counts from behind the padding's number
-        if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            _require_positions(max_tokens, int(module.num_embeddings) - int(module.padding_idx) - 1)
+    require_embeddings(model, max_tokens)
     largest = max(int(one.ids.max()) for one in tokens.values())
     words = int(getattr(model.get_input_embeddings(), "num_embeddings", largest + 1))
     if largest >= words:
@@ -194,6 +196,17 @@ def rehearse(model: PreTrainedModel, tokens: Mapping[str, TokenizedSplit], *, ma
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
+
+
+def require_embeddings(model: nn.Module, max_tokens: int) -> None:
+    """Make sure that a model has a position for so many tokens, where the configuration counts some that it has not.
+
+    Raises:
+        BaseModelError: it has fewer.
+    """
+    for name, module in model.named_modules():  # RoBERTa's family counts from behind the padding's number
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            _require_positions(max_tokens, int(module.num_embeddings) - int(module.padding_idx) - 1)
 
 
 def require_reloadable(model: PreTrainedModel) -> None:

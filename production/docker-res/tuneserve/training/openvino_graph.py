@@ -20,6 +20,7 @@ from tuneserve.files import write_json
 from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.logs import unchanged
 from tuneserve.network.attention import MASKED
+from tuneserve.network.embedding import EmbeddingModel
 from tuneserve.network.forward import Packed, choose_forward
 from tuneserve.network.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
 from tuneserve.training.tokens import TokenizedSplit
@@ -32,7 +33,11 @@ COMPARED_TEXTS = 64
 """Validation texts on which the graph is compared with torch."""
 
 EXACT = 1e-3
-"""Largest difference of a probability that the graph in fp32 may show; a right one shows 1e-6."""
+"""Largest difference of a probability, or of a unit vector's value, that the graph in fp32 may show; a right one shows
+1e-6."""
+
+SAME_DIRECTION = 0.999
+"""Smallest cosine between a text's vectors in fp32 and in a coarser number format."""
 
 MOST_ACCURACY_LOST = 0.003
 """Share of the validation texts that a coarser number format may cost."""
@@ -57,8 +62,10 @@ def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threa
     rows = np.unique(np.r_[rows, valid.lengths.argmax()])
     texts = [valid.text_ids(row).tolist() for row in rows]
     forward = choose_forward(model, learns=False)
+    embeds = isinstance(model, EmbeddingModel)
+    shown = _unit if embeds else _probabilities
     try:
-        wanted = _probabilities([_by_torch(model, text) for text in texts])
+        wanted = shown([_by_torch(model, text) for text in texts])
         for layout in ("packed", "padded") if isinstance(forward, Packed) else ("padded",):
             description: dict[str, Any] = {"layout": layout}
             if layout == "padded":  # GPT-2's family looks for the last token that is no padding
@@ -69,13 +76,13 @@ def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threa
                     folder,
                 )
                 write_json(folder / FOLDER / DESCRIPTION, description)
-                found = {one: _by_graph(folder, texts, one, threads) for one in _formats()}
+                found = {one: shown(_by_graph(folder, texts, one, threads)) for one in _formats()}
             except Exception as error:  # the converter raises whatever met it in a model that it does not know
                 logger.debug("no %s graph: %s", layout, error)
                 continue
             differences = {one: float(np.abs(found[one] - wanted).max()) for one in found}
             if differences["fp32"] <= EXACT:
-                description |= _judge(found, wanted, valid.label_ids[rows], differences)
+                description |= _judge(found, wanted, None if embeds else valid.label_ids[rows], differences)
                 write_json(folder / FOLDER / DESCRIPTION, description)
                 return description
             logger.warning("the %s graph differs from torch by %.2g and is not taken", layout, differences["fp32"])
@@ -91,16 +98,22 @@ def _formats() -> list[Precision]:
 
 
 def _judge(
-    found: dict[Precision, Array], wanted: Array, label_ids: Array, differences: dict[Precision, float]
+    found: dict[Precision, Array], wanted: Array, label_ids: Array | None, differences: dict[Precision, float]
 ) -> dict[str, Any]:
-    """Which number formats may serve: bf16 where it was seen to cost no accuracy, or could not be tried here."""
-    right = {one: int((probabilities.argmax(1) == label_ids).sum()) for one, probabilities in found.items()}
-    lost = right["fp32"] - right.get("bf16", right["fp32"])
-    allowed = max(1, MOST_ACCURACY_LOST * len(wanted))
+    """Which number formats may serve: bf16 where it was seen to cost nothing, or could not be tried here.
+
+    Of probabilities, where there are label ids, it may cost hardly an answer; unit vectors must keep their direction.
+    """
+    exact, coarse = found["fp32"], found.get("bf16", found["fp32"])
+    if label_ids is None:
+        keeps = bool(((coarse * exact).sum(1) >= SAME_DIRECTION).all())
+    else:
+        right, still = (int((one.argmax(1) == label_ids).sum()) for one in (exact, coarse))
+        keeps = right - still <= max(1, MOST_ACCURACY_LOST * len(wanted))
     return {
         "texts_compared": len(wanted),
         "largest_difference": {one: round(difference, 6) for one, difference in differences.items()},
-        "formats": ["fp32", "bf16"] if lost <= allowed else ["fp32"],
+        "formats": ["fp32", "bf16"] if keeps else ["fp32"],
     }
 
 
@@ -118,11 +131,17 @@ def _by_graph(folder: Path, texts: list[list[int]], precision: Precision, thread
     for begin in range(0, len(texts), BATCH_TEXTS):
         graph.begin(graph.prepare(texts[begin : begin + BATCH_TEXTS]))
         parts.append(graph.result())
-    return _probabilities(np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def _probabilities(logits: Any) -> Array:
     found: Array = softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    return found
+
+
+def _unit(vectors: Any) -> Array:
+    given = np.asarray(vectors, dtype=np.float64)
+    found: Array = given / np.linalg.norm(given, axis=1, keepdims=True)
     return found
 
 

@@ -42,6 +42,7 @@ class TorchEngine:
         threads: CPU threads to use.
         max_tokens: the longest text.
         max_batch_tokens: tokens that should go through together.
+        task: of the version; empty for classification.
 
     Raises:
         StoreError: the folder's files are damaged.
@@ -49,7 +50,7 @@ class TorchEngine:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, *, threads: int, max_tokens: int, max_batch_tokens: int
+        self, folder: Path, settings: Settings, *, threads: int, max_tokens: int, max_batch_tokens: int, task: str = ""
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -59,7 +60,7 @@ class TorchEngine:
         self._device, _ = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self._device)
         try:
-            model, found = head.NETWORK.from_pretrained(
+            model, found = head.network_of(task).from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
             model.to(self._device).eval()
@@ -178,6 +179,7 @@ def load(version: Version, settings: Settings, *, threads: int) -> TorchEngine:
         threads=threads,
         max_tokens=version.max_tokens,
         max_batch_tokens=settings.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
+        task=version.metadata.get("task", ""),
     )
     logger.info("engine: torch on the %s, %s", "GPU" if on_gpu else "CPU", engine.description)
     return engine

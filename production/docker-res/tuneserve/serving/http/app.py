@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.telemetry import TelemetryConfig
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
@@ -16,9 +17,9 @@ import tuneserve
 from tuneserve.errors import TuneserveError
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.http.backoff import Backoff
-from tuneserve.serving.http.front import OPEN_PATHS, Drain, Front
+from tuneserve.serving.http.front import NOSNIFF, OPEN_PATHS, Drain, Front
 from tuneserve.serving.http.problems import problem
-from tuneserve.serving.http.request_log import RequestLog
+from tuneserve.serving.http.request_log import REQUEST_ID, RequestLog, request_id_of
 from tuneserve.serving.http.routes import (
     INFERENCE,
     NO_MODEL,
@@ -58,10 +59,22 @@ COMMON: dict[int | str, dict[str, Any]] = {
 }
 """What any request may be answered."""
 
+SUMMARIES = {"text-classification": "A text classifier, fine-tuned and served by one container."}
+
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: NO_MODEL,
     504: {"model": Problem, "description": "There was no answer in time."},
 }
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, whose own answers to preflights have what all answers have."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """See Starlette."""
+        response = super().preflight_response(request_headers)
+        response.raw_headers += [NOSNIFF, (REQUEST_ID, request_id_of(request_headers.raw))]
+        return response
 
 
 def create_app(
@@ -93,7 +106,7 @@ def create_app(
     app = FastAPI(
         title="tuneserve",
         version=tuneserve.__version__,
-        summary="A text classifier, fine-tuned and served by one container.",
+        summary=SUMMARIES.get(task.name, f"A model for {task.name}, served by one container."),
         lifespan=lifespan,
         responses=COMMON,
         docs_url=None,
@@ -106,8 +119,9 @@ def create_app(
         *(adapter(service) for adapter in adapters),
         model_routes(service),
         viewer_routes(),
-        drift_routes(service),
     ]
+    if task.labels:
+        routers.append(drift_routes(service))
     if service.feedback is not None:
         routers.append(feedback_routes(service))
     if trainer is not None:
@@ -138,10 +152,17 @@ def create_app(
 
     if settings.cors_origins:  # around the front: a browser's preflight brings no key, and its answer needs none
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.cors_origins.split(","),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "X-Request-Timeout-S"],
+            allow_headers=[
+                "Authorization",
+                "Content-Encoding",
+                "Content-Type",
+                "X-API-Key",
+                "X-Request-Id",
+                "X-Request-Timeout-S",
+            ],
             expose_headers=["Location", "Retry-After", "X-Request-Id"],
         )
 

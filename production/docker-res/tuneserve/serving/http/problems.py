@@ -2,11 +2,15 @@
 
 import logging
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
 from tuneserve.errors import MAX_FAULTS, InvalidInputError, OverloadedError, TuneserveError, UnauthorizedError
+
+NOT_JSON = "the body was not read as JSON; send it with Content-Type: application/json"
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +24,7 @@ def problem(error: TuneserveError | RequestValidationError, *, close: bool = Fal
     if isinstance(error, RequestValidationError | InvalidInputError):
         faults = error.faults if isinstance(error, InvalidInputError) else error.errors()
         # What was sent is left out: it may be private, and large.
-        shown = [{key: item[key] for key in ("loc", "msg", "type")} for item in faults[:MAX_FAULTS]]
+        shown = [{"loc": item["loc"], "msg": _words(item), "type": item["type"]} for item in faults[:MAX_FAULTS]]
         return JSONResponse({"detail": shown}, status_code=422, headers=headers)
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(error.retry_after_s)
@@ -29,6 +33,12 @@ def problem(error: TuneserveError | RequestValidationError, *, close: bool = Fal
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+
+
+def _words(fault: Mapping[str, Any]) -> str:
+    """What is wrong; of a body that FastAPI did not take for JSON pydantic only says that it is no object."""
+    unread = isinstance(fault.get("input"), bytes) and tuple(fault["loc"]) == ("body",)
+    return NOT_JSON if unread else str(fault["msg"])
 
 
 def unforeseen(error: Exception, request_id: str) -> Response:

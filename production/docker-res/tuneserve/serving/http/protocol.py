@@ -20,6 +20,9 @@ from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, RequestLog,
 HEAD_BYTES = 64 << 10
 """Most that is read of a request without any of its body: its headers, or what follows a body in chunks."""
 
+MAX_HEADERS = 100
+"""Most headers of a request: a short one takes thirty times its bytes once it is read."""
+
 UNREAD_BYTES = 16 << 20
 """Of a body whose request has its answer this much is read for the sake of the connection, which then is closed."""
 
@@ -72,7 +75,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(**options)
         self.parser: Parser = Parser(self)
         self._request_log, self._timeout_s = request_log, timeout_s
-        self._in_message = self._in_head = self._offers = self._broken = False
+        self._in_message = self._in_head = self._offers = self._broken = self._has_too_many = False
         self._bodiless_bytes = self._unread_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
@@ -157,8 +160,12 @@ class Protocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; what follows a body in chunks is none, or it could bring a key past a proxy."""
-        if self._in_head:
-            super().on_header(name, value)
+        if not self._in_head:
+            return
+        if len(self.headers) == MAX_HEADERS:  # none may be dropped: the parser stops before the request is handed on
+            self._has_too_many = True
+            raise HeadersTooLargeError
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Hand the request to the application, unless its head is to be read again."""
@@ -214,8 +221,8 @@ class Protocol(HttpToolsProtocol):
             self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
-        """What came is not HTTP. Whole requests before it are answered first."""
-        self._end_early(InvalidRequestError(msg))
+        """What came is not HTTP, or has too many headers. Whole requests before it are answered first."""
+        self._end_early(HeadersTooLargeError() if self._has_too_many else InvalidRequestError(msg))
 
     def _end_early(self, error: TuneserveError) -> None:
         """Answer a request that is not whole and will not be, and close the connection."""

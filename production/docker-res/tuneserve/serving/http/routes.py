@@ -89,10 +89,11 @@ def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
             request_id=request.scope["state"]["request_id"],
         )
         content = write(answers) if len(answers) < MANY_ANSWERS else await asyncio.to_thread(write, answers)
-        return Response(content, media_type="application/json")
+        return Response(content, headers=dict(route.headers(answers)), media_type="application/json")
 
     def write(answers: Answers) -> bytes:
-        return _to_json(route.content(answers)).encode()
+        content = route.content(answers)
+        return content if isinstance(content, bytes) else _to_json(content).encode()
 
     return answer
 

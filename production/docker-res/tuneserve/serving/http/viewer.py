@@ -22,6 +22,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>tuneserve</title>
+<link rel="icon" href="data:,">
 <link rel="stylesheet" href="{root}/docs/swagger-ui.css">
 </head>
 <body>

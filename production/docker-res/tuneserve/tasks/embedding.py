@@ -1,0 +1,91 @@
+"""feature-extraction: a text in, one vector out, as text-embeddings-inference and `InferenceClient` have it."""
+
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
+
+from tuneserve.errors import InvalidInputError, TextError, TuneserveError
+from tuneserve.serving.model import Answers
+from tuneserve.tasks.classification import Text
+from tuneserve.tasks.embedder import Embedding, Wanted, load_embedder
+from tuneserve.tasks.task import Route, Task
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[
+    list[Text],
+    BeforeValidator(_listed),
+    Field(min_length=1),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
+    ),
+]
+"""One text or several; a list in any case."""
+
+MOST_NAMED = 500
+"""Indices that one header names at most."""
+
+
+class EmbedRequest(BaseModel):
+    """A text or several, and how their vectors are wanted."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": ["Where is the station?"], "normalize": True}]}
+    )
+
+    inputs: Texts
+    normalize: Annotated[bool, Field(description="Whether each vector has length 1.")] = True
+    truncate: Annotated[
+        bool, Field(description="Whether a text that is too long is read in part; else it is refused.")
+    ] = True
+
+
+class EmbedResponse(RootModel[list[list[float]]]):
+    """A vector for each text, in order."""
+
+
+def _inputs(request: EmbedRequest) -> list[Wanted]:
+    return [Wanted(text, request.normalize, request.truncate) for text in request.inputs]
+
+
+def _vectors(answers: Answers) -> bytes:
+    faults = [
+        (("body", "inputs", index), str(one), "value_error")
+        for index, one in enumerate(answers)
+        if isinstance(one, TextError)
+    ]
+    if faults:
+        raise InvalidInputError(*faults)
+    for one in answers:
+        if isinstance(one, TuneserveError):
+            raise one
+    vectors = [one.vector for one in answers if isinstance(one, Embedding)]
+    return orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _headers(answers: Answers) -> dict[str, str]:
+    cut = [str(index) for index, one in enumerate(answers) if isinstance(one, Embedding) and one.truncated]
+    named = {one.model_version for one in answers if isinstance(one, Embedding)}
+    return {"X-Model-Version": ",".join(named), **({"X-Truncated": ",".join(cut[:MOST_NAMED])} if cut else {})}
+
+
+FEATURE_EXTRACTION = Task(
+    "feature-extraction",
+    routes=[
+        Route(
+            "/embed",
+            EmbedRequest,
+            EmbedResponse,
+            inputs=_inputs,
+            content=_vectors,
+            headers=_headers,
+            name="embed",
+            doc="Embed one text or several: a vector each. `X-Truncated` names those that were read in part.",
+        ),
+    ],
+    load=load_embedder,
+)
