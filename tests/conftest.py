@@ -150,6 +150,29 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield address, folder
 
 
+@pytest.fixture
+def ask_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let this process ask another hub, as HF_ENDPOINT does before its libraries are imported."""
+
+    def ask(address: str, *, patience_s: float = 60) -> None:
+        import datasets.config
+        import huggingface_hub.constants as hub
+
+        from tuneserve.training import base_model
+
+        monkeypatch.setattr(hub, "ENDPOINT", address)
+        monkeypatch.setattr(
+            hub, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+        for module, name in ((hub, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
+            monkeypatch.setattr(module, name, False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
+        monkeypatch.setattr(base_model, "PATIENCE_S", patience_s)
+
+    return ask
+
+
 @pytest.fixture(params=["closed", "silent"])
 def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
     """An address where nobody answers: the port is closed, or whoever listens never says a word."""

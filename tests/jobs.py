@@ -3,9 +3,7 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tuneserve.artifact import Version
 from tuneserve.settings import PROJECT, Settings
@@ -17,7 +15,7 @@ RUN = PROJECT / "production" / "docker-res" / "run.py"
 
 def train(environment: dict[str, str], **changed: str) -> Version:
     """Train, and serve what came of it, unless a test is about which version is better."""
-    settings = Settings.from_environ({"MAX_ACCURACY_DROP": "1"} | environment | changed)
+    settings = Settings.from_environ({"MAX_ACCURACY_DROP": "1", "MAX_LATENCY_INCREASE": "100"} | environment | changed)
     version = job.train(settings, Stop(), threads=1)
     assert version is not None
     return version
@@ -34,11 +32,3 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)

@@ -59,14 +59,16 @@ PIECES = {
 }
 
 
-def feed(reader: Callable[[str], Any], piece: str) -> None:
+def slowness(reader: Callable[[str], Any], piece: str) -> str:
+    """What is to be said of a reader that takes too long for a text of these pieces; nothing if it does not."""
     for size in SIZES:
         text = (piece * (size // len(piece) + 1))[:size]
         began = time.process_time()
         with suppress(TuneserveError):
             reader(text)
-        spent = time.process_time() - began
-        assert spent < CPU_S, f"{size} characters took {spent:.1f} s"
+        if (spent := time.process_time() - began) >= CPU_S:
+            return f"{size} characters took {spent:.1f} s"
+    return ""
 
 
 def encoder_of(model: Any, pre_tokenizer: Any, *, windows: bool = False) -> TextEncoder:
@@ -108,7 +110,7 @@ def checks(folder: Path, text: str) -> None:
 
 
 def labels(folder: Path, text: str) -> None:
-    check_rows(folder, [(number, f"film {number}", text + "ab"[number % 2]) for number in range(40)])
+    check_rows(folder, [(number, f"film {number}", text + "ab"[number % 2]) for number in range(20)])
 
 
 def check_rows(folder: Path, rows: list[tuple[int, str, str]]) -> None:
@@ -117,9 +119,12 @@ def check_rows(folder: Path, rows: list[tuple[int, str, str]]) -> None:
 
 
 def settings(text: str) -> None:
+    if len(text) not in (SIZES[0], SIZES[2]):
+        return
+    text = text[: 1 << 17]  # Linux takes no longer variables
     for name in Settings.model_fields:
         with suppress(TuneserveError):
-            Settings.from_environ({name.upper(): text[: 1 << 17]}).public()  # Linux takes no longer variables
+            Settings.from_environ({name.upper(): text}).public()
 
 
 READERS: dict[str, Callable[[Path], Callable[[str], Any]]] = {
@@ -160,11 +165,8 @@ def _encode(encoder: TextEncoder, text: str) -> None:
     assert tokens.truncated or len(text) <= encoder.max_characters
 
 
-@pytest.fixture(scope="module", params=READERS)
-def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    return READERS[request.param](tmp_path_factory.mktemp("hostile"))
-
-
-@pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
-def test_a_mebibyte_takes_seconds_at_most(reader: Callable[[str], Any], piece: str) -> None:
-    feed(reader, piece)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_mebibyte_of_any_kind_takes_seconds_at_most(reader: str, tmp_path: Path) -> None:
+    read = READERS[reader](tmp_path)
+    slow = {kind: words for kind, piece in PIECES.items() if (words := slowness(read, piece))}
+    assert not slow

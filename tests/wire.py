@@ -37,8 +37,9 @@ def write(body: bytes = BODY, *headers: str, path: str = "/inference", http: str
     return "\r\n".join(lines).encode() + body
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(condition: Callable[[], object], *, seconds: float = 60) -> None:
+    """Wait until the condition holds; for other tests on the same cores the bound is far off."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
@@ -125,6 +126,11 @@ def counts(slot: Slot) -> dict[tuple[str, str], float]:
     samples = [one for family in slot.metrics._registry.collect() for one in family.samples]
     found = [one for one in samples if one.name == "tuneserve_requests_total"]
     return {(one.labels["route"], one.labels["status"]): one.value for one in found}
+
+
+def wait_until_it_computes(slot: Slot) -> None:
+    """Wait until an echo has begun its first batch."""
+    wait_until(lambda: hasattr(batcher_of(slot)._engine, "running"))
 
 
 class Full:

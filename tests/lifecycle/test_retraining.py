@@ -1,12 +1,12 @@
 """When trainings start by themselves: occurrences of a schedule, clocks that jump, drift."""
 
 import json
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from lifecycle.conftest import SLEEP, Make
+from wire import wait_until
 
 from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.retraining import DRIFT_PAUSE, Retraining, Schedule
@@ -133,8 +133,7 @@ def test_the_schedule_and_drift_start_trainings_one_at_a_time(make: Make, memory
     def look(minutes: float) -> str | None:
         before = len(trainer.jobs())
         retraining.look(NOON + timedelta(minutes=minutes))
-        while trainer.running:
-            time.sleep(0.01)
+        wait_until(lambda: not trainer.running)
         jobs = trainer.jobs()
         return max(jobs, key=lambda job: (job.started_at, job.id)).why if len(jobs) > before else None
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,10 +129,7 @@ def test_progress_is_that_of_the_running_training_alone(make: Make, store: Store
     assert trainer.progress() == {}
     trainer.start("a test")
     assert trainer.progress() == {"phase": "preparing"}
-    deadline = time.monotonic() + 30
-    while store.status_file.exists():  # the training begins by removing what is of the one before
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not store.status_file.exists())  # the training begins by removing what is of the one before
     store.status_file.write_text('{"phase": "training", "pid": 7, "epoch": 2}')
     assert trainer.progress() == {"phase": "training", "epoch": 2}
     store.status_file.write_text("{")
@@ -184,7 +180,4 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not Path(f"/proc/{children[0]}").exists()
+    wait_until(lambda: not Path(f"/proc/{children[0]}").exists())

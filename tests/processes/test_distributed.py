@@ -13,8 +13,9 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from jobs import start, wait_for
+from jobs import start
 from safetensors.numpy import load_file
+from wire import wait_until
 
 from tuneserve.lifecycle.status import hold
 from tuneserve.lifecycle.store import Store
@@ -92,7 +93,7 @@ def test_a_worker_that_is_killed_does_not_end_the_run(gentle: dict[str, str], tm
     shared = gentle | {"N_EPOCHS": "30"}
     process = started_marked(shared, PROCESSES="2")
     checkpoints = Store(Path(shared["MODEL_PATH"])).checkpoints_folder
-    wait_for(lambda: any(checkpoints.glob("*/0000[3-9]*.safetensors")))
+    wait_until(lambda: any(checkpoints.glob("*/0000[3-9]*.safetensors")))
     os.kill(workers_of(process)[1], signal.SIGKILL)
     output = finish(process)
     assert re.search(r"resuming in epoch \d+ after batch", output), output
@@ -110,7 +111,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     shared = gentle | {"N_EPOCHS": "2000", "PROCESSES": "2"}
     process = started_marked(shared)
     checkpoints = Store(Path(shared["MODEL_PATH"])).checkpoints_folder
-    wait_for(lambda: any(checkpoints.glob("*/*.safetensors")))
+    wait_until(lambda: any(checkpoints.glob("*/*.safetensors")))
     workers = workers_of(process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)

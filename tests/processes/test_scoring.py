@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from tabular import read, write
+from wire import wait_until
 
 from tuneserve.artifact import write_golden
 from tuneserve.files import write_json
@@ -64,9 +64,7 @@ def test_a_run_that_was_hit_goes_on_and_ends_like_one_that_was_not(
     }
     process = subprocess.Popen([sys.executable, RUN, "predict"], env=os.environ | variables, stdout=subprocess.DEVNULL)
     folder = tmp_path / "out.csv.parts"
-    deadline = time.monotonic() + 120
-    while not (folder / "part-00000-00000001.csv").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: (folder / "part-00000-00000001.csv").exists() or process.poll() is not None)
     process.send_signal(number)
     assert process.wait(20) == code
     assert not output.exists()

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -208,8 +207,9 @@ def test_a_client_that_hangs_up_is_not_counted_as_a_failure(start: Start, enviro
     server = start(environment)
     server.wait_until_ready()
     with socket.create_connection(("127.0.0.1", int(environment["PORT"]))) as client:
-        client.sendall(b"POST /inference HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
-        time.sleep(0.5)  # for the server to have read what there is
+        client.sendall(b"POST /inference HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 1000\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 100")  # now it waits for the body
+        client.sendall(b"{")
     wait_until(lambda: 'status="499"' in httpx.get(f"{server.url}/metrics").text)
     assert 'status="500"' not in httpx.get(f"{server.url}/metrics").text
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from forked import fork, run_job, run_job_until
 from transformers import AutoModelForSequenceClassification
+from wire import wait_until
 
 from tuneserve.lifecycle.store import Store
 
@@ -43,8 +44,7 @@ def test_twenty_random_signals_change_no_bit_of_the_weights(long_run: dict[str, 
     def start(environment: dict[str, str]) -> ForkServerProcess:
         log.write_text("")
         process = fork(run_job, environment, log)
-        while "texts cut at" not in log.read_text() and process.is_alive():
-            time.sleep(0.01)  # now the training begins
+        wait_until(lambda: "texts cut at" in log.read_text() or not process.is_alive())  # now the training begins
         return process
 
     whole = long_run | {"MODEL_PATH": str(tmp_path / "whole")}

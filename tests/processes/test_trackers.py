@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 import pytest
-from jobs import wait_for
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from transformers import AutoModelForSequenceClassification
+from wire import wait_until
 
 from tuneserve.artifact import Version
 from tuneserve.errors import SettingsError
@@ -61,7 +61,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        wait_for(self.answers)
+        wait_until(self.answers)
 
     def answers(self) -> bool:
         assert self.process is not None
@@ -280,7 +280,7 @@ def test_a_disk_that_is_full_does_not_end_the_run(
         trackers.finish(version)
     (said,) = warnings(caplog)
     assert "No space left on device" in said
-    wait_for(lambda: threading.active_count() == threads)
+    wait_until(lambda: threading.active_count() == threads)
 
 
 def test_without_tensorboard_there_is_a_line_in_the_log_and_no_folder(
@@ -366,7 +366,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(
 
     with opened(server.uri) as trackers:
         trackers.start(PARAMETERS | {"port": 9000, "device": "cpu"})
-        wait_for(lambda: runs()[0].info.status == "RUNNING")
+        wait_until(lambda: runs()[0].info.status == "RUNNING")
         for step in (4, 5):
             trackers.record(step, figures(step))
         trackers.finish(version)
@@ -412,7 +412,7 @@ def test_a_server_that_is_killed_and_comes_back_misses_nothing(
     with opened(server.uri) as trackers:
         trackers.start(PARAMETERS)
         longest_wait_s(trackers, range(1, 201))
-        wait_for(lambda: [run for run in runs() if run.data.metrics])
+        wait_until(lambda: [run for run in runs() if run.data.metrics])
         server.kill()
         assert longest_wait_s(trackers, range(201, 701)) < 0.5
         assert len(warnings(caplog)) == 1
@@ -430,7 +430,7 @@ def test_a_server_that_hangs_is_not_waited_for(
 ) -> None:
     trackers = opened(server.uri)
     trackers.start(PARAMETERS)
-    wait_for(runs)
+    wait_until(runs)
     server.send(signal.SIGSTOP)
     try:
         assert longest_wait_s(trackers, range(1, 701)) < 0.5
@@ -454,7 +454,7 @@ def test_a_server_that_is_not_there_costs_a_warning_and_no_time(
     with opened(unreachable.replace("://", "://me:hunter2@")) as trackers:
         trackers.start(PARAMETERS)
         assert longest_wait_s(trackers, range(1, 11)) < 5  # torch's part of TensorBoard is imported at the first
-        wait_for(lambda: warnings(caplog))
+        wait_until(lambda: warnings(caplog))
         assert longest_wait_s(trackers, range(11, 200)) < 0.5
         assert len(warnings(caplog)) == 1
         trackers.finish(version)
@@ -473,7 +473,7 @@ def test_a_server_that_comes_late_has_the_run_from_its_beginning(
     with opened(machine.uri) as trackers:
         trackers.start(PARAMETERS)
         trackers.record(1, figures(1))
-        wait_for(lambda: warnings(caplog))
+        wait_until(lambda: warnings(caplog))
         machine.start()
         trackers.record(2, figures(2))
     (run,) = runs()
@@ -553,7 +553,7 @@ def test_a_job_that_is_interrupted_is_one_run_to_its_trackers(
     environment |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": f"team/{name_of(request)}"}
     environment |= {"N_EPOCHS": "40", "LR": "1e-3"}
     job = start_job(environment)
-    wait_for(lambda: list(tmp_path.glob("models/checkpoints/*/[0-9]*.safetensors")))
+    wait_until(lambda: list(tmp_path.glob("models/checkpoints/*/[0-9]*.safetensors")))
     job.terminate()
     printed, _ = job.communicate(timeout=30)
     assert job.returncode == 143, printed

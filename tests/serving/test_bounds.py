@@ -2,17 +2,24 @@
 
 import asyncio
 import json
+import sqlite3
 import threading
 import time
 from array import array
-from contextlib import suppress
+from collections import Counter
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from exchanges import JSON
 from pydantic import SecretStr
 from wire import BODY, LIVEZ, Client, counts, served, wait_until, write
 
 from tuneserve.errors import OverloadedError, TimeoutExceededError
+from tuneserve.lifecycle import feedback as feedback_module
+from tuneserve.lifecycle.feedback import Feedback
+from tuneserve.lifecycle.feedback_database import FILE
 from tuneserve.serving.http import front, routes
 from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
@@ -309,3 +316,36 @@ def test_memory_of_large_bodies_is_given_back_once_they_are_answered(monkeypatch
 
     asyncio.run(run())
     assert len(given) == 1
+
+
+def test_a_write_locked_feedback_database_starves_no_other_route(
+    settings: Settings, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback_module, "MAX_WAITING", 20)
+    monkeypatch.setattr(feedback_module, "WAIT_S", 60.0)  # nobody gives up while this machine is slow
+    feedback = Feedback(tmp_path / FILE, max_rows=1000, keep_texts=False, keyed=True)
+    body = json.dumps({"text": "a great film", "label": "good"}).encode()
+    with served(settings, slot, feedback=feedback) as port, closing(Client(port)) as other:
+        with closing(Client(port)) as client:
+            assert client.ask(write(body, JSON, path="/feedback"))[0] == 200
+        holder = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        clients = [Client(port) for _ in range(30)]
+        for number, client in enumerate(clients):
+            body = json.dumps({"text": f"film {number}", "label": "good"}).encode()
+            client.send(write(body, JSON, path="/feedback"))
+        wait_until(lambda: sum(client.is_answered() for client in clients) >= 10)  # the others wait for the file
+        waiting = [client for client in clients if not client.is_answered()]
+        for _ in range(20):
+            assert other.ask(write())[0] == 200
+            assert other.ask(LIVEZ)[0] == 200
+        assert waiting
+        assert not all(client.is_answered() for client in waiting)  # they did not wait for these
+        holder.execute("COMMIT")
+        holder.close()
+        statuses = Counter(client.read()[0] for client in clients)
+        assert statuses[503] >= 10
+        assert statuses.keys() <= {200, 503}
+        for client in clients:
+            client.close()
+    feedback.close()

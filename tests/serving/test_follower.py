@@ -4,7 +4,6 @@ import asyncio
 import gc
 import shutil
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from wire import app_of, batcher_of, wait_until
+from wire import app_of, batcher_of, wait_until, wait_until_it_computes
 
 from tuneserve.artifact import Version, read_version
 from tuneserve.errors import NoModelError, StoreError
@@ -26,6 +25,7 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.classifier import Classifier
 
 Start = Callable[..., Follower]
+Looks = Callable[[int], None]
 
 
 @pytest.fixture
@@ -73,6 +73,24 @@ def start(store: Store, slot: Slot, make_engine: Callable[..., Any]) -> Iterator
         one.close()
 
 
+@pytest.fixture
+def looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> Looks:
+    """Wait until the follower has looked at the pointer so many times more."""
+    count, champion_id = 0, store.champion_id
+
+    def counting() -> str | None:
+        nonlocal count
+        count += 1
+        return champion_id()
+
+    def wait(times: int) -> None:
+        before = count
+        wait_until(lambda: count > before + times)  # a look that had begun before is not one of them
+
+    monkeypatch.setattr(store, "champion_id", counting)
+    return wait
+
+
 def wait_for(slot: Slot, version_id: str) -> None:
     wait_until(lambda: slot.version_id == version_id)
 
@@ -92,14 +110,19 @@ def test_a_new_champion_answers_and_going_back_takes_no_loading(
 
 
 def test_a_broken_version_is_refused_once_and_the_old_one_stays(
-    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, caplog: pytest.LogCaptureFixture
+    store: Store,
+    slot: Slot,
+    add: Callable[[str], Version],
+    start: Start,
+    looks: Looks,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store.set_champion(add("one"))
     start({"two"})
     wait_for(slot, "one")
     store.set_champion(add("two"))
     wait_until(lambda: "two is torn" in caplog.text)
-    time.sleep(4 * module.EVERY_S)
+    looks(4)
     assert (slot.version_id, slot.phase) == ("one", "ready")
     assert caplog.text.count("two is torn") == 1
     assert b'tuneserve_swaps_total{outcome="refused"} 1.0' in slot.metrics.render()
@@ -108,21 +131,32 @@ def test_a_broken_version_is_refused_once_and_the_old_one_stays(
 
 
 def test_a_version_whose_files_come_late_is_tried_again(
-    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    slot: Slot,
+    add: Callable[[str], Version],
+    start: Start,
+    looks: Looks,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "RETRY_S", 0.1)
     store.set_champion(add("one"))
     start()
     wait_for(slot, "one")
     store.pointer.write_text("two")
-    time.sleep(2 * module.EVERY_S)
+    looks(2)
     add("two")
     wait_for(slot, "two")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "rubbish"])
 def test_a_damaged_pointer_changes_nothing(
-    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, damage: str, caplog: pytest.LogCaptureFixture
+    store: Store,
+    slot: Slot,
+    add: Callable[[str], Version],
+    start: Start,
+    looks: Looks,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store.set_champion(add("one"))
     start()
@@ -136,7 +170,7 @@ def test_a_damaged_pointer_changes_nothing(
         return sum(record.levelname == "ERROR" for record in caplog.records)
 
     wait_until(lambda: errors() or damage == "remove")
-    time.sleep(4 * module.EVERY_S)
+    looks(4)
     assert (slot.version_id, slot.phase) == ("one", "ready")
     assert errors() == (damage != "remove")
 
@@ -164,10 +198,10 @@ def test_where_a_model_is_required_and_there_is_none_the_slot_fails(
 
 
 def test_where_a_training_runs_the_slot_waits_for_the_first_champion(
-    store: Store, slot: Slot, add: Callable[[str], Version], start: Start
+    store: Store, slot: Slot, add: Callable[[str], Version], start: Start, looks: Looks
 ) -> None:
     start(required=False)
-    time.sleep(2 * module.EVERY_S)
+    looks(2)
     assert slot.phase == "empty"
     store.set_champion(add("one"))
     wait_for(slot, "one")
@@ -188,7 +222,7 @@ def test_requests_of_the_old_model_are_answered_by_it_while_the_new_one_answers_
     async def both() -> list[str]:
         slot.take(classifier("one", wait=True))
         old = asyncio.ensure_future(slot.model().answer(["film"]))
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(wait_until_it_computes, slot)
         slot.take(classifier("two", wait=False))
         [new] = await slot.model().answer(["film"])
         go.set()

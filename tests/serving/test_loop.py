@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,18 +121,21 @@ def test_what_was_missed_is_caught_up_once_and_a_clock_that_was_ahead_brings_not
         assert reasons(application) == ["RETRAIN_SCHEDULE"] * starts
 
 
-def test_a_training_is_asked_for_with_the_key_and_followed_as_a_job(store: Store, settings: Settings) -> None:
+def test_a_training_is_asked_for_with_the_key_and_followed_as_a_job(
+    store: Store, settings: Settings, tmp_path: Path
+) -> None:
     key = {"X-API-Key": "mine"}
-    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
-    application = Application(changed(settings, api_key=SecretStr("mine")), threads=1, training=TRAINS)
+    program = tmp_path / "trains.py"
+    program.write_text("")
+    training = [sys.executable, str(program)]
+    application = Application(changed(settings, api_key=SecretStr("mine")), threads=1, training=training)
     with TestClient(application.asgi) as client:
         ready(client)
         idle(application)
         for method, path in (("POST", "/retrain"), ("GET", "/jobs"), ("GET", "/jobs/none")):
             assert client.request(method, path).status_code == 401
         assert client.get("/jobs/none", headers=key).status_code == 404
-        assert application.trainer is not None
-        application.trainer._command = sleeps
+        program.write_text("import time; time.sleep(600)")
         answer = client.post("/retrain", headers=key)
         job = answer.json()
         assert (answer.status_code, answer.headers["Location"]) == (202, f"/jobs/{job['id']}")
@@ -144,6 +148,7 @@ def test_a_training_is_asked_for_with_the_key_and_followed_as_a_job(store: Store
         )
         first, start = client.get("/jobs", headers=key).json()
         assert (first["id"], start["why"], start["state"]) == (job["id"], "the container's start", "finished")
+    assert application.trainer is not None
     ended = application.trainer.job(job["id"])
     assert ended is not None
     assert ended.state == "interrupted"

@@ -1,7 +1,16 @@
+import asyncio
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
+
+from tuneserve.lifecycle import gate
+from tuneserve.serving import probe
+from tuneserve.tasks.catalog import load_model
+from tuneserve.training import openvino_graph
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +40,25 @@ def environment(tmp_path: Path, tiny_bert: Path, tiny_data: Path) -> dict[str, s
         "PRECISION": "fp32",
         "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.fixture
+def tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the gate try versions in this process, for its own takes longer than a tiny training."""
+
+    def try_here(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
+        models: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, "load_model", lambda *a, **k: models.append(load_model(*a, **k)) or models[-1])
+            asyncio.run(probe.probe(*map(Path, command[-2:])))
+        for model in models:
+            model.close()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(gate, "subprocess", SimpleNamespace(run=try_here, TimeoutExpired=subprocess.TimeoutExpired))
+
+
+@pytest.fixture
+def brief(tried_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And make no graph of a version, which takes as long."""
+    monkeypatch.setattr(openvino_graph, "export", lambda *arguments, **named: None)

@@ -3,22 +3,21 @@
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from jobs import train
 from safetensors.numpy import save_file
 
 from tuneserve.errors import BaseModelError
-from tuneserve.settings import PROJECT, Settings
+from tuneserve.settings import Settings
 from tuneserve.training.base_model import PACKAGE, PACKAGED, PACKAGED_REVISION, PACKAGED_SHA256, BaseModel, resolve
 
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
+pytestmark = pytest.mark.usefixtures("brief")
 
 
 def write_model(folder: Path, *weights: str) -> Path:
@@ -33,9 +32,9 @@ def find(name: str | Path, tmp_path: Path, *, revision: str = "") -> BaseModel:
     return resolve(str(name), revision=revision, cache=tmp_path / "cache")
 
 
-def refusal(name: str | Path, tmp_path: Path) -> str:
+def refusal(name: str | Path, tmp_path: Path, *, revision: str = "") -> str:
     with pytest.raises(BaseModelError) as caught:
-        find(name, tmp_path)
+        find(name, tmp_path, revision=revision)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert str(name) in message
@@ -90,30 +89,34 @@ def test_a_folder_without_safe_weights_or_configuration_is_refused(removed: str,
     assert "should hold config.json and *.safetensors; weights in pickles are not loaded" in message
 
 
+def bring_code(folder: Path, name: str, marker: Path) -> None:
+    """Let a file of the model's ask for code of its own, which leaves a mark if it runs."""
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    mapped = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
+    content = json.loads((folder / name).read_text()) | {"auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
+    (folder / name).write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(
-    name: str, tmp_path: Path, python: Python
+    name: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder = write_model(tmp_path / "mine", "model.safetensors")
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
-    mapped = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
-    content = {"auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
-    (folder / "config.json").write_text('{"model_type": "own"}')
-    (folder / name).write_text(json.dumps({"model_type": "own"} | content))
-    done = python(PROJECT / "production" / "docker-res" / "run.py", "train", BASE_MODEL=str(folder))
-    assert done.returncode == 4
-    assert f"brings code of its own (auto_map in {name})" in done.stderr
+    for file in {"config.json", name}:
+        (folder / file).write_text('{"model_type": "own"}')
+    bring_code(folder, name, tmp_path / "marker")
+    with pytest.raises(BaseModelError, match=rf"brings code of its own \(auto_map in {name}\)"):
+        train(environment, BASE_MODEL=str(folder))
     assert not (tmp_path / "marker").exists()
 
 
-def test_of_a_model_that_transformers_knows_the_code_beside_it_is_passed_over(tmp_path: Path) -> None:
+def test_of_a_model_that_transformers_knows_the_code_beside_it_is_passed_over(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     folder = tiny.make_base_model(tmp_path / "mine")
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
-    mapped = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
     for name in ("config.json", "tokenizer_config.json"):
-        content = json.loads((folder / name).read_text()) | {"auto_map": mapped | {"AutoTokenizer": ["own.Own"] * 2}}
-        (folder / name).write_text(json.dumps(content))
-    tiny.train(tiny.write_csv(tmp_path / "reviews.csv", tiny.sentences(160)), tmp_path, BASE_MODEL=str(folder))
+        bring_code(folder, name, tmp_path / "marker")
+    train(environment, BASE_MODEL=str(folder), N_EPOCHS="1")
     assert not (tmp_path / "marker").exists()
 
 
@@ -154,71 +157,36 @@ def test_tampered_weights_of_the_package_are_refused_and_it_is_never_imported(
     assert PACKAGE not in sys.modules
 
 
-RESOLVE = """
-import json, sys
-from pathlib import Path
-from tuneserve.errors import BaseModelError
-from tuneserve.training.base_model import resolve
-for name in sys.argv[1:]:
-    name, _, revision = name.partition("@")
-    try:
-        found = resolve(name, revision=revision, cache=Path("cache"))
-        print(json.dumps([found.source, found.revision, sorted(path.name for path in found.folder.iterdir())]))
-    except BaseModelError as error:
-        print(json.dumps(str(error)))
-"""
-
-
-def ask(python: Python, endpoint: str, *names: str, timeout_s: float = 60) -> list[Any]:
-    """What a process makes of hub names; the endpoint is read as huggingface_hub is imported."""
-    done = python("-c", RESOLVE, *names, HF_ENDPOINT=endpoint, timeout_s=timeout_s)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def test_a_hub_name_is_downloaded_without_pickles_and_known_by_its_commit(
-    hub: tuple[str, Path], python: Python
+    hub: tuple[str, Path], ask_hub: Callable[..., None], tmp_path: Path
 ) -> None:
     address, folder = hub
+    ask_hub(address)
+    commit = hashlib.sha1(b"the only commit").hexdigest()
     repository = write_model(folder / "models" / "owner" / "model", "model.safetensors")
     for name in ("tokenizer.json", "vocab.txt", "pytorch_model.bin", "training_args.bin", "model.onnx", "code.py"):
         (repository / name).write_bytes(b"{}")
     pickles = write_model(folder / "models" / "owner" / "pickles")
     (pickles / "pytorch_model.bin").write_bytes(b"")
-    found, pinned, no_revision, no_repository, bare, only_pickles = ask(
-        python,
-        address,
-        "owner/model",
-        f"owner/model@{hashlib.sha1(b'the only commit').hexdigest()}",
-        "owner/model@v2",
-        "owner/none",
-        "none",
-        "owner/pickles",
-    )
-    source, revision, files = found
-    assert (source, revision) == ("hub", hashlib.sha1(b"the only commit").hexdigest())
-    assert files == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
-    assert pinned == found
-    assert no_revision == "BASE_MODEL=owner/model: the hub has no revision 'v2' of it."
-    assert no_repository == "BASE_MODEL=owner/none: neither a folder here nor a model on the hub."
-    assert bare == "BASE_MODEL=none: neither a folder here nor a model on the hub."
-    assert "weights in pickles are not loaded" in only_pickles
-    # What was downloaded needs no hub any more.
-    with_hub_gone = ask(python, "http://127.0.0.1:9", "owner/model", timeout_s=15)
-    assert with_hub_gone == [found]
+    found = find("owner/model", tmp_path)
+    assert (found.source, found.revision) == ("hub", commit)
+    files = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+    assert sorted(path.name for path in found.folder.iterdir()) == files
+    assert find("owner/model", tmp_path, revision=commit) == found
+    no_model = "neither a folder here nor a model on the hub."
+    no_revision = "BASE_MODEL=owner/model: the hub has no revision 'v2' of it."
+    assert refusal("owner/model", tmp_path, revision="v2") == no_revision
+    for name in ("owner/none", "none"):
+        assert refusal(name, tmp_path) == f"BASE_MODEL={name}: {no_model}"
+    assert refusal(PACKAGED, tmp_path, revision="main") == f"BASE_MODEL={PACKAGED}: {no_model}"
+    with pytest.raises(BaseModelError, match="weights in pickles are not loaded"):
+        find("owner/pickles", tmp_path)
+    ask_hub("http://127.0.0.1:9")  # what was downloaded needs no hub any more
+    assert find("owner/model", tmp_path) == found
 
 
-def test_another_revision_of_the_default_is_asked_of_the_hub(hub: tuple[str, Path], python: Python) -> None:
-    address, _ = hub
-    (answer,) = ask(python, address, f"{PACKAGED}@main")
-    assert answer == f"BASE_MODEL={PACKAGED}: neither a folder here nor a model on the hub."
-
-
-def test_a_hub_out_of_reach_is_a_clear_error_and_soon(unreachable: str, python: Python) -> None:
-    try:
-        (message,) = ask(python, unreachable, "owner/model", timeout_s=15)
-    except subprocess.TimeoutExpired:
-        pytest.fail("after 15 s it was still trying")
+def test_a_hub_out_of_reach_is_a_clear_error(unreachable: str, ask_hub: Callable[..., None], tmp_path: Path) -> None:
+    ask_hub(unreachable, patience_s=0.1)
+    message = refusal("owner/model", tmp_path)
     assert message.startswith("BASE_MODEL=owner/model is not a folder here, and the hub cannot be reached")
     assert message.endswith("Give a local folder, or use the default, which needs no network.")
-    assert len(message.splitlines()) == 1

@@ -16,6 +16,8 @@ from tuneserve.training import calibration, job
 from tuneserve.training.calibration import BOUNDS, fit_temperature, fold
 from tuneserve.training.evaluation import expected_calibration_error
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 
 def honest_logits(texts: int = 4000, labels: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Logits, and labels drawn with the very probabilities that they state."""

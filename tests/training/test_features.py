@@ -20,6 +20,8 @@ from tuneserve.network.forward import choose_forward
 from tuneserve.training import features
 from tuneserve.training.tokens import TokenizedSplit
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 
 @pytest.fixture
 def head_only(environment: dict[str, str]) -> dict[str, str]:

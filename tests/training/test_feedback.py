@@ -23,6 +23,8 @@ from tuneserve.training import feedback, job
 from tuneserve.training.checks import Splits
 from tuneserve.training.world import ALONE
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 Rows = list[tuple[str, str]]
 SAID: Rows = [(f"news about {number}", "good" if number % 2 else "bad") for number in range(60)]
 OTHER = {"bad": "good", "good": "bad"}

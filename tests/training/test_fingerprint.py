@@ -22,6 +22,8 @@ from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.loop import Learner, Recipe, Run, fit
 from tuneserve.training.tokens import collate
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 DECIDE = {
     **{"LABELS": "merge", "MIN_CLASS_SIZE": "6", "RARE_LABELS": "drop", "NUM_TRAIN": "9", "NUM_TEST": "9"},
     **{"VALID_PCT": "0.2", "TEST_PCT": "0.2", "NUM_MAX_POSITIONS": "64", "TRAIN_BODY": "0", "N_EPOCHS": "4"},

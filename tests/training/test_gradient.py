@@ -2,13 +2,9 @@
 
 import copy
 import logging
-import resource
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -233,49 +229,3 @@ def test_the_shares_of_two_processes_add_up_to_the_whole(texts: int) -> None:
     torch.testing.assert_close(shares[0][0] + shares[1][0], whole, rtol=1e-4, atol=1e-6)
     assert shares[0][1] + shares[1][1] == pytest.approx(loss, rel=1e-5)
     assert shares[0][2] + shares[1][2] == padded_tokens
-
-
-CHILD = """
-import logging, os, resource, sys
-from tuneserve.settings import Settings
-from tuneserve.signals import Stop
-from tuneserve.training import job, loop
-
-fit = loop.fit
-def fit_in_little_memory(*arguments, **named):
-    pages = int(open("/proc/self/statm").read().split()[0])
-    limit = pages * resource.getpagesize() + (400 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-    seen = fit(*arguments, **named)
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print("parts of", seen.part_tokens)
-    return seen
-
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-loop.PART_TOKENS["cpu"] = 1 << 30
-loop.fit = fit_in_little_memory
-version = job.train(Settings.from_environ(os.environ), Stop(), threads=1)
-print("accuracy", version.metadata["metrics"]["test"]["accuracy"])
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux bounds a process' memory in this way")
-def test_a_batch_that_memory_does_not_hold_is_learned_all_the_same(
-    environment: dict[str, str], tmp_path: Path, python: Callable[..., "subprocess.CompletedProcess[str]"]
-) -> None:
-    """A real allocation fails in a process of its own: half a gigabyte for a layer's output, with 0.4 to be had."""
-    assert resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY
-    environment |= {
-        "DATASET": str(tiny.write_csv(tmp_path / "many.csv", tiny.sentences(5000))),
-        "BASE_MODEL": str(tiny.make_base_model(tmp_path / "wide", intermediate_size=4096)),
-        "BATCH_SIZE": "4000",
-        "N_EPOCHS": "1",
-        # What an attempt that failed has freed goes back to the system, or the bound would count it for ever.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    }
-    ended = python("-c", CHILD, **environment)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "out of memory: going on with at most" in ended.stdout
-    assert "parts of" in ended.stdout
-    assert "accuracy" in ended.stdout

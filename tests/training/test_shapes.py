@@ -20,6 +20,8 @@ from tuneserve.lifecycle import gate
 from tuneserve.serving.probe import probe
 from tuneserve.training import loop
 
+pytestmark = pytest.mark.usefixtures("tried_here")
+
 DECODER = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
     **{"intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": None},
