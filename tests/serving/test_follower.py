@@ -263,8 +263,7 @@ def test_one_model_is_held_however_many_are_replaced(
         gc.collect()
         return sum(model() is not None for model in models)
 
-    wait_until(lambda: loaded() == 2)
-    assert sum(thread.is_alive() for thread in slot._leaving) == 1
+    wait_until(lambda: loaded() == 2 and sum(thread.is_alive() for thread in slot._leaving) == 1)
 
 
 def test_a_held_engine_that_dies_takes_nobody_with_it(

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,11 +47,11 @@ def environment(tmp_path: Path, tiny_bert: Path, tiny_data: Path) -> dict[str, s
 def tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the gate try versions in this process, for its own takes longer than a tiny training."""
 
-    def try_here(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
+    def try_here(command: list[str], stdin: Any, stdout: Any, **options: Any) -> "subprocess.CompletedProcess[bytes]":
         models: list[Any] = []
         with monkeypatch.context() as patch:
             patch.setattr(probe, "load_model", lambda *a, **k: models.append(load_model(*a, **k)) or models[-1])
-            asyncio.run(probe.probe(*map(Path, command[-2:])))
+            stdout.write(json.dumps(asyncio.run(probe.probe(json.load(stdin)))).encode())
         for model in models:
             model.close()
         return subprocess.CompletedProcess(command, 0)

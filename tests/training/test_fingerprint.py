@@ -45,6 +45,7 @@ SERVE = {
     **{"DRIFT_WINDOW": "99", "DRIFT_WINDOW_HOURS": "9", "SHADOW_REQUESTS": "9", "INPUT": "x", "OUTPUT": "x"},
     **{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a", "SHARD": "1", "SHARDS": "2", "CHECKPOINT_MINUTES": "9"},
     **{"DEVICE": "cpu", "OMP_NUM_THREADS": "9", "PROCESSES": "2", "MODEL_PATH": "/x", "DATA_PATH": "/x"},
+    **{"TASK": "feature-extraction", "MODEL": "x", "MODEL_REVISION": "x"},
     **{"LOG_PATH": "/x", "MLFLOW_TRACKING_URI": "http://a", "MLFLOW_EXPERIMENT_NAME": "x"},
 }
 """These change how it is computed, judged, served or told of, not what is learned."""
@@ -159,7 +160,9 @@ def test_the_revision_of_the_base_model_is_asked_for(
     environment: dict[str, str], tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(base_model, "_download", lambda name, *, revision, cache: asked.append(revision) or tiny_bert)
+    monkeypatch.setattr(
+        base_model, "_download", lambda name, said, *, revision, cache: asked.append(revision) or tiny_bert
+    )
     environment |= {"BASE_MODEL": "owner/name", "BASE_MODEL_REVISION": "v2"}
     base, _ = job.gather(Settings.from_environ(environment))
     assert (asked, base.source) == (["v2"], "hub")
