@@ -64,6 +64,12 @@ def test_a_program_that_cannot_be_started_is_a_failed_job(store: Store) -> None:
     assert "could not be started" in str(job.said)
 
 
+def test_the_newest_comes_first_also_of_those_of_one_second(make: Make) -> None:
+    trainer = make("")
+    ids = [run(trainer).id for _ in range(6)]
+    assert [job.id for job in trainer.jobs()] == ids[::-1]
+
+
 def test_one_at_a_time_and_none_after_the_end(make: Make) -> None:
     trainer = make(SLEEP)
     job = trainer.start("first")

@@ -90,7 +90,9 @@ class Trainer:
             if self._closed or (self._job is not None and self._job.state == "running"):
                 raise BusyError("A training is running already." if not self._closed else "The server is about to end.")
             now = datetime.now(UTC)
-            job = Job(f"{now:%Y%m%dT%H%M%SZ}-{uuid4().hex[:6]}", why, "running", _timestamp(now))
+            # Names are in the order of time, within a second too.
+            name = f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond:05x}{uuid4().hex[:1]}"
+            job = Job(name, why, "running", _timestamp(now))
             self._job = job
             self._keep(job)
             self._thread = threading.Thread(target=self._run, args=[job], name="training", daemon=True)
