@@ -20,6 +20,7 @@ from tuneserve.errors import OverloadedError, TimeoutExceededError
 from tuneserve.lifecycle import feedback as feedback_module
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.feedback_database import FILE
+from tuneserve.serving.batcher import MEASURED
 from tuneserve.serving.http import front, routes
 from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
@@ -264,6 +265,12 @@ def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answ
         accepted = [asyncio.create_task(classifier.answer(texts, deadline=deadline)) for _ in range(2)]
         while classifier._unanswered < 4000:
             await asyncio.sleep(0)
+        unknown = asyncio.create_task(classifier.answer(texts, deadline=deadline))  # no batch has been measured yet
+        while classifier._unanswered < 6000:
+            await asyncio.sleep(0)
+        unknown.cancel()
+        await asyncio.wait([unknown])
+        classifier.batcher._measured = MEASURED
         with pytest.raises(OverloadedError) as refused:
             await classifier.answer(texts, deadline=deadline)
         assert refused.value.retry_after_s == 20

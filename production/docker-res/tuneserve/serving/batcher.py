@@ -40,6 +40,8 @@ FIRST_RATE = 5000.0
 """Tokens a second that are believed before anything was measured."""
 SMOOTHING = 0.1
 """Weight of the newest batch in the measured rate."""
+MEASURED = 20
+"""Batches after which hardly anything of the first rate is left in it."""
 
 
 @dataclass(slots=True)
@@ -100,6 +102,7 @@ class Batcher:
     ) -> None:
         self.tokens_waiting = 0
         self.tokens_per_s = FIRST_RATE
+        self._measured = 0
         self.dead: BaseException | None = None
         self._engine = engine
         self.metrics = metrics
@@ -118,6 +121,11 @@ class Batcher:
     def max_batch_tokens(self) -> int:
         """Tokens that go through the engine together."""
         return self._max_batch_tokens
+
+    @property
+    def knows_rate(self) -> bool:
+        """Whether `tokens_per_s` is that of this engine, here."""
+        return self._measured >= MEASURED
 
     @property
     def drain_s(self) -> float:
@@ -230,6 +238,7 @@ class Batcher:
         self.metrics.stages["infer"].observe(seconds)
         rate = sum(len(item.ids) for item in running) / max(seconds, 1e-6)
         self.tokens_per_s += SMOOTHING * (rate - self.tokens_per_s)
+        self._measured += 1
         return outcomes
 
     def _in_halves(self, batch: list[Item], error: Exception) -> list[Outcome]:

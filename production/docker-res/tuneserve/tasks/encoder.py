@@ -241,7 +241,8 @@ class Encoder(Model):
             OverloadedError: that is so.
         """
         expected_s = (self._unanswered + tokens) / self.batcher.tokens_per_s
-        if self._unanswered and 0 < deadline - time.monotonic() < expected_s:
+        late = self.batcher.knows_rate and 0 < deadline - time.monotonic() < expected_s
+        if self._unanswered and late:
             again_s = max(1, math.ceil(self._unanswered / self.batcher.tokens_per_s / 2))
             words = f"Large requests of {self._unanswered} tokens are being answered; try again in {again_s} s."
             raise OverloadedError(words, retry_after_s=again_s)
