@@ -154,7 +154,8 @@ def test_auto_takes_bf16_where_the_processor_multiplies_in_it() -> None:
 def test_the_tightest_group_limits_memory(
     tmp_path: Path, groups: str, files: dict[str, str], granted: int | None
 ) -> None:
-    for name, content in {"proc/self/cgroup": groups} | {f"cgroup/{name}": one for name, one in files.items()}.items():
+    found = {"proc/self/cgroup": groups} | {f"cgroup/{name}": content for name, content in files.items()}
+    for name, content in found.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

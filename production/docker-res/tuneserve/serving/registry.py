@@ -1,4 +1,7 @@
-"""Named models that come and go while the server runs: loaded, held by requests, unloaded, evicted for memory."""
+"""Named models that come and go while the server runs: loaded, held by requests, unloaded, evicted for memory.
+
+All that happens to a name is here, under one lock, which makes the module a little long.
+"""
 
 import asyncio
 import gc
@@ -16,6 +19,7 @@ from typing import Any
 
 from tuneserve.errors import (
     ConflictError,
+    InvalidRequestError,
     LeavingError,
     NoModelError,
     NotFoundError,
@@ -100,6 +104,8 @@ class Registry:
         self._changed = threading.Condition()
         self._making_room = threading.Lock()
         self._reserved, self._empty, self._closed = 0, used(), False
+        self.evicted = 0
+        """Models that were unloaded for want of memory."""
         self._loads = ThreadPoolExecutor(LOADS, "load-model")
         self._unloads = ThreadPoolExecutor(LOADS, "unload-model")
         gc.freeze()  # what is there already is no model's: at an unload the collector need not look at it, for seconds
@@ -136,6 +142,36 @@ class Registry:
             if entry is None or entry.gone is not None:
                 raise NotFoundError(f"There is no model {name!r} here.")
             return self._leave(entry)
+
+    def entry(self, name: str) -> Entry:
+        """What is loaded or about to be under this name.
+
+        Raises:
+            NotFoundError: nothing is.
+        """
+        with self._changed:
+            entry = self._entries.get(name)
+        if entry is None and self._find is not None:
+            entry = self._entries.get(self._find(name).name)
+        if entry is None or entry.gone is not None:
+            raise NotFoundError(f"The model {name[:200]!r} is not loaded.")
+        return entry
+
+    def locate(self, name: str, url: str = "") -> tuple[str, Path]:
+        """The name by which a model is kept, and where it is: where the request says, or where its name does.
+
+        Raises:
+            NotFoundError: nothing of this name can be found.
+            InvalidRequestError: the request does not say, or says what is not its to say.
+        """
+        if self._find is None:
+            if not Path(url).is_absolute():
+                raise InvalidRequestError("`url` should be the absolute path of the folder that holds the model.")
+            return name, Path(url)
+        path = self._find(name)
+        if url and Path(url) != path:
+            raise InvalidRequestError(f"`url` may be left out here: models are in MODELS, {name!r} among them.")
+        return path.name, path
 
     def entries(self) -> list[Entry]:
         """What is loaded or about to be, by name."""
@@ -321,6 +357,7 @@ class Registry:
                     continue
                 gone = self._leave(idle)
             logger.info("model %r is evicted for %r", idle.name, entry.name)
+            self.evicted += 1
             self.figures.evictions.inc()
             gone.result()
 

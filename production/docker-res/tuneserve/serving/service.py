@@ -33,7 +33,7 @@ class Service:
         feedback: where answers are remembered and labels kept; None for nowhere.
         timeout_s: seconds that an answer may take where its request does not say.
         models: that come and go.
-        max_inputs: of one request; adapters refuse more.
+        max_inputs: of one request; beyond it 413.
     """
 
     def __init__(
@@ -52,9 +52,11 @@ class Service:
         self._rendering = threading.Lock()
 
     @classmethod
-    def of(cls, slot: Slot, feedback: Feedback | None = None, *, timeout_s: float = 30.0) -> "Service":
+    def of(
+        cls, slot: Slot, feedback: Feedback | None = None, *, timeout_s: float = 30.0, max_inputs: int = 4096
+    ) -> "Service":
         """A service with one model."""
-        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback, timeout_s=timeout_s)
+        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback, timeout_s=timeout_s, max_inputs=max_inputs)
 
     async def answer(
         self,
