@@ -1,15 +1,15 @@
 """feature-extraction: a text in, one vector out, as text-embeddings-inference and `InferenceClient` have it."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
 
-from tuneserve.errors import InvalidInputError, TextError, TuneserveError
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.classification import Text
 from tuneserve.tasks.embedder import Embedding, Wanted, load_embedder
-from tuneserve.tasks.task import Route, Task
+from tuneserve.tasks.task import Asked, Route, Task, all_of
 
 
 def _listed(value: Any) -> Any:
@@ -53,17 +53,7 @@ def _inputs(request: EmbedRequest) -> list[Wanted]:
 
 
 def _vectors(answers: Answers) -> bytes:
-    faults = [
-        (("body", "inputs", index), str(one), "value_error")
-        for index, one in enumerate(answers)
-        if isinstance(one, TextError)
-    ]
-    if faults:
-        raise InvalidInputError(*faults)
-    for one in answers:
-        if isinstance(one, TuneserveError):
-            raise one
-    vectors = [one.vector for one in answers if isinstance(one, Embedding)]
+    vectors = [one.vector for one in all_of(answers, "inputs") if isinstance(one, Embedding)]
     return orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -71,6 +61,11 @@ def _headers(answers: Answers) -> dict[str, str]:
     cut = [str(index) for index, one in enumerate(answers) if isinstance(one, Embedding) and one.truncated]
     named = {one.model_version for one in answers if isinstance(one, Embedding)}
     return {"X-Model-Version": ",".join(named), **({"X-Truncated": ",".join(cut[:MOST_NAMED])} if cut else {})}
+
+
+def _asked(wanted: Mapping[str, Any]) -> Asked:
+    how = {**wanted, **(wanted.get("parameters") or {})}
+    return Asked(_inputs(EmbedRequest.model_validate(how)), _vectors)
 
 
 FEATURE_EXTRACTION = Task(
@@ -88,4 +83,5 @@ FEATURE_EXTRACTION = Task(
         ),
     ],
     load=load_embedder,
+    ask=_asked,
 )

@@ -5,11 +5,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tuneserve.errors import InvalidInputError, TextError, TuneserveError
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.embedding import Texts
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
-from tuneserve.tasks.task import Route, Task
+from tuneserve.tasks.task import Route, Task, all_of, asked_by
 
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 256
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -107,17 +106,7 @@ def written(answers: Answers) -> Sequence[Generated]:
         InvalidInputError: texts cannot be read.
         TuneserveError: the engine failed on one.
     """
-    faults = [
-        (("body", "inputs", index), str(one), "value_error")
-        for index, one in enumerate(answers)
-        if isinstance(one, TextError)
-    ]
-    if faults:
-        raise InvalidInputError(*faults)
-    for one in answers:
-        if isinstance(one, TuneserveError):
-            raise one
-    return [one for one in answers if isinstance(one, Generated)]
+    return [one for one in all_of(answers, "inputs") if isinstance(one, Generated)]
 
 
 def headers(answers: Answers) -> dict[str, str]:
@@ -149,20 +138,21 @@ def event(answer: Generated, before: Generated | None) -> dict[str, Any]:
 REASONS = {"end": "eos_token", "length": "length", "stop": "stop_sequence"}
 """text-generation-inference's words."""
 
+GENERATE = Route(
+    "/generate",
+    GenerateRequest,
+    GeneratedText,
+    inputs=prompts,
+    content=lambda answers: [{"generated_text": one.shown} for one in written(answers)],
+    headers=headers,
+    events=lambda request: event if request.stream else None,
+    name="generate",
+    doc="Write on one prompt or on several; `stream` sends each token as a server-sent event.",
+)
+
 TEXT_GENERATION = Task(
     "text-generation",
-    routes=[
-        Route(
-            "/generate",
-            GenerateRequest,
-            GeneratedText,
-            inputs=prompts,
-            content=lambda answers: [{"generated_text": one.shown} for one in written(answers)],
-            headers=headers,
-            events=lambda request: event if request.stream else None,
-            name="generate",
-            doc="Write on one prompt or on several; `stream` sends each token as a server-sent event.",
-        ),
-    ],
+    routes=[GENERATE],
     load=load_generator,
+    ask=asked_by(GENERATE, return_full_text=True),  # which pipelines do unless they are told not to
 )

@@ -8,7 +8,7 @@ from tuneserve.serving.model import Answers
 from tuneserve.tasks.classification import FailedText, Text
 from tuneserve.tasks.generation import GenerateRequest, headers, prompts, written
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
-from tuneserve.tasks.task import Route, Task, only
+from tuneserve.tasks.task import Route, Task, asked_by, only
 
 START = 1
 """Tokens of a summary's length that the decoder does not write itself: lengths count the one that it begins with."""
@@ -96,6 +96,17 @@ def _batch(answers: Answers) -> dict[str, Any]:
     }
 
 
+GENERATE = Route(
+    "/generate",
+    GenerateRequest,
+    SummaryText,
+    inputs=prompts,
+    content=lambda answers: [{"summary_text": one.text.strip()} for one in written(answers)],
+    headers=headers,
+    name="generate",
+    doc="The same in the words of Hugging Face's clients.",
+)
+
 SUMMARIZATION = Task(
     "summarization",
     routes=[
@@ -118,16 +129,8 @@ SUMMARIZATION = Task(
             name="summaries",
             doc="Summarize several texts; a bad text's summary is its error.",
         ),
-        Route(
-            "/generate",
-            GenerateRequest,
-            SummaryText,
-            inputs=prompts,
-            content=lambda answers: [{"summary_text": one.text.strip()} for one in written(answers)],
-            headers=headers,
-            name="generate",
-            doc="The same in the words of Hugging Face's clients.",
-        ),
+        GENERATE,
     ],
     load=load_generator,
+    ask=asked_by(GENERATE, truncate=True),
 )

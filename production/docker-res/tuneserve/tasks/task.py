@@ -59,13 +59,79 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A request as the model is asked: its inputs, and what makes JSON, or its bytes, of their answers."""
+
+    inputs: Sequence[Any]
+    content: Callable[[Answers], Any]
+
+
+@dataclass(frozen=True)
 class Task:
-    """A kind of model, by Hugging Face's name; `labels` says whether its answers are labels that people may correct."""
+    """A kind of model, by Hugging Face's name.
+
+    Args:
+        name: of the task.
+        routes: under which a server of one such model is asked.
+        load: makes a model.
+        labels: whether its answers are labels that people may correct.
+        ask: reads `{"inputs", "parameters"}`, as Hugging Face's pipelines and SageMaker's toolkit have them; raises
+            pydantic's ValidationError or InvalidInputError.
+    """
 
     name: str
     routes: Sequence[Route]
     load: Load
     labels: bool = False
+    ask: Callable[[Mapping[str, Any]], Asked] | None = None
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A request as it came, which is the input of models that belong to no task and read it themselves."""
+
+    body: bytes
+    content_type: str
+    accept: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply(Answer):
+    """What such a model answers."""
+
+    body: bytes
+    content_type: str
+
+
+def asked_by(route: Route, **usual: Any) -> Callable[[Mapping[str, Any]], Asked]:
+    """A task's `ask` by a route whose requests have that form; `usual` are parameters where a request has none."""
+
+    def ask(wanted: Mapping[str, Any]) -> Asked:
+        said = wanted.get("parameters")
+        parameters = usual | said if isinstance(said, dict) else usual if said is None else said
+        request = route.request.model_validate({**wanted, "parameters": parameters})
+        return Asked(route.inputs(request), route.content)
+
+    return ask
+
+
+def all_of(answers: Answers, field: str) -> list[Answer]:
+    """The answers to inputs that stood in this field, if there is one to each.
+
+    Raises:
+        InvalidInputError: the model cannot read some inputs.
+        TuneserveError: there is no answer.
+    """
+    if faults := [
+        (("body", field, index), str(one), "value_error")
+        for index, one in enumerate(answers)
+        if isinstance(one, TextError)
+    ]:
+        raise InvalidInputError(*faults)
+    for one in answers:
+        if isinstance(one, TuneserveError):
+            raise one
+    return [one for one in answers if isinstance(one, Answer)]
 
 
 def only(answers: Answers, field: str) -> Answer:
