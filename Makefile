@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RES := production/docker-res
 
-.PHONY: help setup run test test-processes test-benchmarks test-containers test-all bench-train bench-serve lint format docs image
+.PHONY: help setup run test test-processes test-benchmarks test-containers test-all bench-train bench-serve bench-generate lint format docs image
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -55,6 +55,9 @@ bench-train: .venv/.bench ## training against Hugging Face Trainer, an hour on t
 
 bench-serve: .venv/.setup ## serving against other servers under wrk's load, 35 minutes on two cores
 	@$(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-generate: .venv/.setup ## writing against other servers, by turns, half an hour on two cores (ARGS="--help" for options)
+	@$(BIN)/python benchmarks/generate.py $(ARGS)
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .
