@@ -188,15 +188,18 @@ def imports_of_its_own(tree: ast.AST) -> Iterator[str]:
             yield from imports_of_its_own(node)
 
 
-def test_outside_training_the_network_and_one_engine_load_torch_and_one_function_asks_for_it() -> None:
+ENGINES = {"tuneserve.serving.engines.torch_engine", "tuneserve.serving.engines.torch_writer"}
+
+
+def test_outside_training_the_network_and_two_engines_load_torch_and_two_functions_ask_for_it() -> None:
     of_torch = {
         name
         for name, tree in MODULES.items()
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    fast = {f"tuneserve.network.{name}" for name in ("attention", "embedding", "forward", "head", "optimizer")}
-    assert apart == {*fast, "tuneserve.serving.engines.torch_engine"}
+    network = ("attention", "decoder", "embedding", "forward", "head", "optimizer", "search")
+    assert apart == {*(f"tuneserve.network.{name}" for name in network), *ENGINES}
     askers = {
         (name, other)
         for name, tree in MODULES.items()
@@ -211,10 +214,13 @@ def test_outside_training_the_network_and_one_engine_load_torch_and_one_function
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.forward"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.head"),
         ("tuneserve.serving.engines.choice", "tuneserve.serving.engines.torch_engine"),
+        ("tuneserve.serving.engines.torch_writer", "tuneserve.network.decoder"),
+        ("tuneserve.serving.engines.torch_writer", "tuneserve.network.forward"),
+        ("tuneserve.serving.engines.torch_writer", "tuneserve.network.search"),
+        ("tuneserve.tasks.generator", "tuneserve.serving.engines.torch_writer"),
     }
-    assert "tuneserve.serving.engines.torch_engine" not in set(
-        imports_of_its_own(MODULES["tuneserve.serving.engines.choice"])
-    )
+    for name in ("tuneserve.serving.engines.choice", "tuneserve.tasks.generator"):
+        assert not ENGINES & set(imports_of_its_own(MODULES[name]))
 
 
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow"}
@@ -245,8 +251,7 @@ def test_what_both_wings_stand_on_loads_neither_torch_nor_numpy(python: Python) 
 
 def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(python: Python) -> None:
     rooms = ("serving", "scoring", "tables", "tasks")
-    modules = [name for name in MODULES if any(within(name, room) for room in rooms)]
-    modules.remove("tuneserve.serving.engines.torch_engine")
+    modules = [name for name in MODULES if any(within(name, room) for room in rooms) and name not in ENGINES]
     assert len(modules) > 5
     found = loaded(python, *modules, "app")
     assert "fastapi" in found

@@ -184,6 +184,31 @@ def write_golden_vectors(folder: Path, texts: Sequence[str], vectors: Sequence[S
     write_json(folder / GOLDEN, [{"text": text, "vector": list(vector)} for text, vector in pairs])
 
 
+class Written(Part):
+    """A golden prompt, and the ids that were written on it."""
+
+    text: str
+    ids: Annotated[list[int], Field(min_length=1)]
+
+
+WRITINGS = TypeAdapter(Annotated[list[Written], Field(min_length=1)])
+
+
+def read_golden_writings(version: Version) -> list[tuple[str, list[int]]]:
+    """Golden prompts and what was written on them, of a version that writes; see `read_golden`."""
+    path = version.folder / GOLDEN
+    try:
+        content = read_record(path, WRITINGS)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return [(one.text, one.ids) for one in content]
+
+
+def write_golden_writings(folder: Path, writings: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Write them into a version's folder."""
+    write_json(folder / GOLDEN, [{"text": text, "ids": list(ids)} for text, ids in writings])
+
+
 def write_golden(folder: Path, golden: Golden, name: str = GOLDEN) -> None:
     """Write it into a version's folder."""
     pairs = zip(golden.texts, golden.scores, strict=True)

@@ -53,7 +53,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    task: Literal["text-classification", "feature-extraction"] = "text-classification"
+    task: Literal["text-classification", "feature-extraction", "summarization", "text-generation"] = (
+        "text-classification"
+    )
     """What the model does, by Hugging Face's name. Classifiers are trained here; others are served as MODEL is, or from
     a store into which `import` has put them."""
 
@@ -202,6 +204,19 @@ class Settings(BaseModel):
 
     max_queue_tokens: int = Field(default=32768, ge=1)
     """Tokens that may wait for the engine; beyond it: 429 with the seconds until there is room in Retry-After."""
+
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """Tokens that a request to a model that writes may ask for."""
+
+    num_beams: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = "auto"
+    """Beams of a text that is written, where its request does not say. `auto`: 3 for summaries, else 1."""
+
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Tokens in a row that are not written twice, where a request does not say; 0: any. `auto`: 3 for summaries, else
+    0."""
+
+    early_stopping: bool = True
+    """End a beam search once as many texts have ended as there are beams, where a request does not say."""
 
     request_timeout_s: float = Field(default=30, gt=0)
     """Seconds after which a request is given up (504) if its client has not said less in `X-Request-Timeout-S`."""

@@ -54,10 +54,19 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
         )
         self.tokens = Counter("tuneserve_tokens", "Tokens that went through the engine.", registry=registry)
+        self.written = Counter(
+            "tuneserve_written_tokens", "Tokens that a model which writes has written.", registry=registry
+        )
+        self.first_token = Histogram(
+            "tuneserve_first_token_seconds",
+            "Time from a prompt's queueing to the first token that is written on it.",
+            registry=registry,
+            buckets=SECONDS,
+        )
         self.places = Counter(
             "tuneserve_places", "Places that went through the engine: tokens and padding.", registry=registry
         )
-        self.texts = Counter("tuneserve_texts", "Texts classified.", registry=registry)
+        self.texts = Counter("tuneserve_texts", "Texts answered.", registry=registry)
         self.truncated = Counter(
             "tuneserve_truncated_texts", "Texts of which only the beginning was read.", registry=registry
         )

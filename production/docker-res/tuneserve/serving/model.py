@@ -3,7 +3,7 @@
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -92,6 +92,17 @@ class Model(ABC):
             TimeoutExceededError: the deadline has passed.
             NoModelError: the model cannot answer any more.
         """
+
+    async def stream(self, wanted: Any, *, deadline: float = math.inf) -> AsyncGenerator[Answer]:
+        """The answer to one input as it comes to be, again and again; the last one is whole. Others come at once.
+
+        Raises:
+            TuneserveError: there is none; see `answer`.
+        """
+        [answer] = await self.answer([wanted], deadline=deadline)
+        if isinstance(answer, TuneserveError):
+            raise answer
+        yield answer
 
     def predict(self, inputs: Sequence[Any]) -> Answers:
         """`answer` for code that is not asynchronous, in notebooks too, where an event loop is running already."""

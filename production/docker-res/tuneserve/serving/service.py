@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -85,6 +86,22 @@ class Service:
                 if self.feedback is not None and (verdict := one.verdict) is not None:
                     self.feedback.remember(request_id, index, one.model_version, *verdict, asked)
         return answers
+
+    async def stream(
+        self, wanted: Any, *, timeout_s: float | None = None, name: str = DEFAULT
+    ) -> AsyncGenerator[Answer]:
+        """The answer to one input as it comes to be; see `answer` for the arguments and errors, and `Model.stream`."""
+        slot = self._slot(name)
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        with slot.served() as served:
+            if refusal := served.model.room(timeout_s):
+                raise refusal
+            last = None
+            async with aclosing(served.model.stream(wanted, deadline=time.monotonic() + timeout_s)) as pieces:
+                async for last in pieces:
+                    yield last
+            if last is not None:
+                self._note(last, served.monitor)
 
     def predict(self, inputs: Sequence[Any], *, name: str = DEFAULT) -> Answers:
         """`answer` for code that is not asynchronous, without a limit of time.

@@ -6,9 +6,11 @@ from tuneserve.serving.model import Model
 from tuneserve.settings import Settings
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.embedding import FEATURE_EXTRACTION
+from tuneserve.tasks.generation import TEXT_GENERATION
+from tuneserve.tasks.summarization import SUMMARIZATION
 from tuneserve.tasks.task import Task
 
-TASKS = {task.name: task for task in [CLASSIFICATION, FEATURE_EXTRACTION]}
+TASKS = {task.name: task for task in [CLASSIFICATION, FEATURE_EXTRACTION, SUMMARIZATION, TEXT_GENERATION]}
 
 
 def task_of(version: Version) -> Task:

@@ -41,6 +41,8 @@ class Route:
         inputs: the model's inputs of a valid request.
         content: the JSON of their answers, or its bytes; raises the error where there is none.
         headers: of the response, beside those that all have.
+        events: where a valid request wants its answer as it comes to be: what makes the JSON of an event of an answer
+            and the text before it; None where it wants it whole.
         name: of the operation, for the description and clients that are generated from it.
         doc: a sentence for the description.
     """
@@ -51,6 +53,7 @@ class Route:
     inputs: Callable[[Any], Sequence[Any]]
     content: Callable[[Answers], Any]
     headers: Callable[[Answers], Mapping[str, str]] = no_headers
+    events: Callable[[Any], Callable[[Any, Any], Any] | None] = lambda request: None
     name: str = "answer"
     doc: str = ""
 

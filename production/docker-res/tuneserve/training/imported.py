@@ -21,7 +21,7 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.logs import in_one_line
 from tuneserve.network import head
 from tuneserve.settings import SAMPLE, Settings
-from tuneserve.training import base_model, embedding, job
+from tuneserve.training import base_model, embedding, job, writing
 from tuneserve.training.exporters import choose_exporters
 from tuneserve.training.labels import name_labels
 from tuneserve.training.model import rehearse
@@ -50,7 +50,8 @@ def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
         if champion is not None and champion.metadata.get("task", "text-classification") != settings.task:
             raise DataError(f"{store.root} has a champion for another task; give {settings.task} another MODEL_PATH.")
         base = base_model.resolve(name, revision=settings.model_revision, cache=settings.data_path, variable="MODEL")
-        version = embedding.publish(base, settings, store, threads=threads)
+        publish_it = embedding.publish if settings.task == "feature-extraction" else writing.publish
+        version = publish_it(base, settings, store, threads=threads)
         lock.require()
         if champion is None or champion.id != version.id:
             _accept(store, version, status, "imported by hand; nothing tests it but its own answers")

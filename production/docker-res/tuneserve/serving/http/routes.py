@@ -3,22 +3,24 @@
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 import tuneserve
-from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError
+from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError, TuneserveError
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.serving.http.front import NOT_UTF8, Handler, is_text
 from tuneserve.serving.http.problems import RETRY_AFTER_S
 from tuneserve.serving.http.request_log import Headers
 from tuneserve.serving.http.schemas import FeedbackRequest, Health, Problem, Readiness
-from tuneserve.serving.model import Answers
+from tuneserve.serving.model import Answer, Answers
 from tuneserve.serving.service import Service
 from tuneserve.tasks.task import Route, Task
 
@@ -83,11 +85,10 @@ def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
         inputs = route.inputs(wanted)
         if len(inputs) > max_inputs:
             raise TooLargeError(f"The request has {len(inputs)} texts; {max_inputs} are the most this server takes.")
-        answers = await service.answer(
-            inputs,
-            timeout_s=wanted_s(request.scope["headers"], service.timeout_s),
-            request_id=request.scope["state"]["request_id"],
-        )
+        timeout_s = wanted_s(request.scope["headers"], service.timeout_s)
+        if (event := route.events(wanted)) is not None:
+            return await streamed(service.stream(inputs[0], timeout_s=timeout_s), route, event)
+        answers = await service.answer(inputs, timeout_s=timeout_s, request_id=request.scope["state"]["request_id"])
         content = write(answers) if len(answers) < MANY_ANSWERS else await asyncio.to_thread(write, answers)
         return Response(content, headers=dict(route.headers(answers)), media_type="application/json")
 
@@ -96,6 +97,29 @@ def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
         return content if isinstance(content, bytes) else _to_json(content).encode()
 
     return answer
+
+
+async def streamed(pieces: AsyncGenerator[Answer], route: Route, event: Callable[[Any, Any], Any]) -> StreamingResponse:
+    """An answer as server-sent events, as it comes to be. What goes wrong before the first is answered as usual."""
+    first = await anext(pieces)
+
+    async def lines() -> AsyncGenerator[bytes]:
+        before, answer = None, first
+        async with aclosing(pieces):
+            try:
+                yield _event(event(answer, before))
+                async for following in pieces:
+                    before, answer = answer, following
+                    yield _event(event(answer, before))
+            except TuneserveError as error:
+                yield _event({"error": str(error), "error_type": type(error).__name__})
+
+    headers = {"Cache-Control": "no-cache", **route.headers([first])}
+    return StreamingResponse(lines(), headers=headers, media_type="text/event-stream")
+
+
+def _event(content: Any) -> bytes:
+    return b"data:%b\n\n" % _to_json(content).encode()
 
 
 def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:

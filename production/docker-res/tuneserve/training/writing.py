@@ -1,0 +1,129 @@
+"""A model that writes made a version, without training: saved again, with golden prompts that it has written on."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from tuneserve.artifact import METADATA, Version, describe_files, new_version, read_version, write_golden_writings
+from tuneserve.code import code_hash
+from tuneserve.errors import BaseModelError
+from tuneserve.files import write_json
+from tuneserve.lifecycle.store import Store
+from tuneserve.logs import in_one_line
+from tuneserve.settings import Settings
+from tuneserve.training.base_model import BaseModel
+from tuneserve.training.publication import GOLDEN_TEXTS, versions
+
+logger = logging.getLogger(__name__)
+
+GOLDEN_TOKENS = 8
+"""Tokens written on each golden prompt."""
+
+MOST_TOKENS = 1 << 16
+"""Positions of a model that does not say how many it has."""
+
+
+def publish(base: BaseModel, settings: Settings, store: Store, *, threads: int) -> Version:
+    """The version of this model, made now or found.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or does not fit the task.
+        StoreError: the store cannot be written.
+    """
+    began = time.perf_counter()
+    content = [settings.task, code_hash("training/writing.py", "network"), base.content]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if known := store.find(fingerprint):
+        return known
+    model, tokenizer = load(base.folder, settings.task)
+    about = describe(model, tokenizer, settings.task)
+    created = datetime.now(UTC)
+    folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{fingerprint[:8]}")
+    with new_version(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_golden_writings(temporary, write_on(model, tokenizer, about, GOLDEN_TEXTS))
+        metadata = {
+            "task": settings.task,
+            "fingerprint": fingerprint,
+            "labels": [],
+            "settings": settings.public(),
+            "base_model": base.record(),
+            "imported": True,
+            "writer": about,
+            **describe_files(temporary),
+            "versions": versions(),
+            "created_at": created.isoformat(timespec="seconds"),
+            "duration_s": round(time.perf_counter() - began, 3),
+        }
+        write_json(temporary / METADATA, metadata)
+    logger.info("version %s saved in %s after %.1f s", folder.name, folder, metadata["duration_s"])
+    return read_version(folder)
+
+
+def load(folder: Path, task: str) -> tuple[Any, Any]:
+    """The model in its own number format on the CPU, and its tokenizer.
+
+    Raises:
+        BaseModelError: they cannot be loaded, some weights would have to be made up, or they do not fit the task.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if task == "summarization" and not config.is_encoder_decoder:
+            raise BaseModelError(f"{folder} ({config.model_type}) is no encoder-decoder, which TASK={task} wants.")
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, found = loaded
+    except BaseModelError:
+        raise
+    except Exception as error:  # transformers raises whatever met it in files of another kind
+        raise BaseModelError(f"{folder} cannot be loaded for TASK={task}: {in_one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise BaseModelError(f"{folder} has no weights {', '.join(missing[:4])}: it is not for TASK={task}.")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise BaseModelError(f"The tokenizer in {folder} has no tokenizer.json and cannot be converted to one.")
+    return model.eval(), tokenizer
+
+
+def describe(model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
+    """What serving must know of the model."""
+    config, generation = model.config, model.generation_config
+    ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or MOST_TOKENS
+    of_task = (getattr(config, "task_specific_params", None) or {}).get(task) or {}
+    return {
+        "encoder_decoder": bool(config.is_encoder_decoder),
+        "max_tokens": int(min(positions, tokenizer.model_max_length, MOST_TOKENS)),
+        "prefix": str(of_task.get("prefix", "")),
+        "ends": list(ends) if isinstance(ends, list) else [] if ends is None else [ends],
+        "length_penalty": float(of_task.get("length_penalty", generation.length_penalty or 1.0)),
+    }
+
+
+@torch.inference_mode()
+def write_on(model: Any, tokenizer: Any, about: dict[str, Any], texts: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Texts, and the ids that transformers itself writes on each, always the likeliest."""
+    found = []
+    for text in texts:
+        room = about["max_tokens"] - (0 if about["encoder_decoder"] else GOLDEN_TOKENS)
+        ids = tokenizer(about["prefix"] + text, truncation=True, max_length=room, return_tensors="pt").input_ids
+        options = {"num_beams": 1, "do_sample": False, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GOLDEN_TOKENS,
+            min_length=0,
+            pad_token_id=about["ends"][0] if about["ends"] else 0,
+            **options,
+        )[0].tolist()
+        found.append((text, written[1:] if about["encoder_decoder"] else written[ids.shape[1] :]))
+    return found
