@@ -2,7 +2,8 @@
 
 train-serve   open the port, train on DATASET in a child process, serve what passed, retrain when told to (the default)
 train         train, judge, save, stop
-serve         serve the champion of the store, and each later champion; or MODEL, without a store
+serve         serve the champion of the store, and each later champion; or MODEL, without a store; or all of MODELS
+multimodel    serve what a platform loads and unloads: nothing at the start (SageMaker's multi-model endpoints)
 predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
@@ -118,6 +119,9 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     from tuneserve.files import in_use, mark_used
     from tuneserve.serving.http import server
 
+    if settings.models or os.environ.get("SAGEMAKER_MULTI_MODEL") == "true":
+        multimodel(settings, stop, threads)
+        return
     if not settings.model:
         server.serve(settings, threads=threads)
         return
@@ -128,6 +132,14 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     mark_used(folder)
     with in_use(served, ".", most=MOST_SERVED):
         server.serve(settings, threads=threads, **child(settings, "import", settings.model))
+
+
+def multimodel(settings: "Settings", stop: Stop, threads: int) -> None:
+    """Serve models that come and go until a signal arrives."""
+    from tuneserve.serving.http import server
+
+    made = child(settings, "import")
+    server.serve_many(settings, threads=threads, importing=made["training"][:-1], environ=made["environ"])
 
 
 def child(settings: "Settings", *arguments: str) -> dict[str, Any]:
@@ -184,7 +196,7 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Serve the champion at once, train in a child process, and serve what passes the gate."""
     from tuneserve.serving.http import server
 
-    if settings.model and settings.task != "text-classification":  # which there is nothing to train for
+    if settings.models or (settings.model and settings.task != "text-classification"):  # there is nothing to train
         serve(settings, stop, threads)
         return
     require_trainable(settings)
@@ -233,6 +245,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train-serve": train_serve,
     "train": train,
     "serve": serve,
+    "multimodel": multimodel,
     "predict": predict,
     "import": bring_in,
 }

@@ -175,13 +175,13 @@ def test_many_answers_are_written_by_another_thread(
     settings: Settings, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
-    to_json = routes._to_json
+    to_json = routes.to_json
 
     def watched(content: Any) -> str:
         threads.append(threading.current_thread().name)
         return to_json(content)
 
-    monkeypatch.setattr(routes, "_to_json", watched)
+    monkeypatch.setattr(routes, "to_json", watched)
     with served(settings.model_copy(update={"max_body_kb": 1024}), slot) as port:
         client = Client(port)
         for count in (2, 1000):
