@@ -1,12 +1,13 @@
 """Files and folders that are whole or not there."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tuneserve.files import new_file, new_folder, replace_file, write_json
+from tuneserve.files import in_use, mark_used, new_file, new_folder, replace_file, write_json
 
 
 def fail_after(_: object) -> None:
@@ -106,3 +107,23 @@ def test_a_full_disk_keeps_the_old_file(disk: Any) -> None:
         replace_file(path, bytes(1 << 20))
     assert path.read_bytes() == b"old"
     assert list(disk.path.iterdir()) == [path]
+
+
+def test_of_a_cache_the_entries_used_last_stay_and_nothing_goes_while_somebody_else_uses_it(tmp_path: Path) -> None:
+    folders = [tmp_path / "tokens" / f"{number:032x}" for number in range(6)]
+    files = [tmp_path / "arrow" / f"{number:032x}.arrow" for number in range(6)]
+    others = [tmp_path / "arrow" / "owner___name", tmp_path / "hub" / f"{1:032x}"]
+    for path in [*folders, *others]:
+        path.mkdir(parents=True)
+        (path / "content").write_bytes(b"")
+    for path in files:
+        path.write_bytes(b"")
+    for age, path in enumerate([*folders, *files, *others]):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    mark_used(folders[5])
+    with in_use(tmp_path), in_use(tmp_path, "arrow", "tokens", most=3):
+        assert len(list(tmp_path.glob("*/*"))) == 14
+    with in_use(tmp_path, "arrow", "tokens", "none", most=3):
+        assert sorted((tmp_path / "tokens").iterdir()) == [folders[0], folders[1], folders[5]]
+        assert sorted(tmp_path.glob("arrow/*")) == [*files[:3], others[0]]
+        assert others[1].exists()

@@ -1,6 +1,7 @@
 """The verbs that look after the store, as people type them."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.feedback_database import FILE
-from tuneserve.settings import PROJECT
+from tuneserve.settings import PROJECT, Settings
+from tuneserve.signals import Stop
 
 Run = Callable[..., tuple[object, str]]
 
@@ -71,6 +73,27 @@ def test_a_server_says_that_the_key_it_was_given_is_empty(
         monkeypatch.setenv("API_KEY", key)
     assert run(verb) == (0, "")
     assert [record.message.partition(" is ")[0] for record in caplog.records] == ["API_KEY"] * said
+
+
+def test_of_models_that_were_named_three_stay_beside_the_one_that_is_served(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import run as program
+
+    seen: list[list[str]] = []
+    served = tmp_path / "served"
+
+    def serve(settings: Settings, **_: object) -> None:
+        settings.model_path.mkdir(parents=True, exist_ok=True)
+        seen.append(sorted(path.name for path in served.iterdir()))
+
+    monkeypatch.setattr("tuneserve.serving.http.server.serve", serve)
+    for name in "abcdab":
+        for path in served.glob("*"):
+            os.utime(path, (path.stat().st_mtime - 10,) * 2)
+        program.serve(Settings(model=name, data_path=tmp_path), Stop(), 1)
+    assert [len(one) for one in seen] == [1, 2, 3, 4, 3, 4]
+    assert set(seen[2]) - set(seen[4]) == set(seen[1]) - set(seen[0])  # the second one, which was used least lately
 
 
 @pytest.mark.parametrize(

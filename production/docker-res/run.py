@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from tuneserve.settings import Settings
 
 
+MOST_SERVED = 3
+"""Models that `serve` has imported and that stay in the cache."""
+
+
 def main(arguments: list[str]) -> int:
     """Run one verb; the exit code is 0, the error's own, or 128 + the signal's number."""
     stop = Stop()
@@ -112,6 +116,7 @@ def train(settings: "Settings", stop: Stop, threads: int) -> None:
 
 def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Answer requests until a signal arrives, with the champion of the store, or with MODEL, imported in a child."""
+    from tuneserve.files import in_use, mark_used
     from tuneserve.serving.http import server
 
     if settings.models or os.environ.get("SAGEMAKER_MULTI_MODEL") == "true":
@@ -121,9 +126,12 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
         server.serve(settings, threads=threads)
         return
     named = json.dumps([settings.task, settings.model, settings.model_revision])
-    folder = settings.data_path / "served" / hashlib.sha256(named.encode()).hexdigest()[:16]
+    served = settings.data_path / "served"
+    folder = served / hashlib.sha256(named.encode()).hexdigest()[:16]
     settings = settings.model_copy(update={"model_path": folder})
-    server.serve(settings, threads=threads, **child(settings, "import", settings.model))
+    mark_used(folder)
+    with in_use(served, ".", most=MOST_SERVED):
+        server.serve(settings, threads=threads, **child(settings, "import", settings.model))
 
 
 def multimodel(settings: "Settings", stop: Stop, threads: int) -> None:

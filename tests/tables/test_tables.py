@@ -1,6 +1,7 @@
 """Every format with every compression, through training's reading and through scoring, and what is said of faults."""
 
 import gzip
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,9 +13,9 @@ from tuneserve.errors import DataError, SettingsError
 from tuneserve.scoring.input import Input
 from tuneserve.scoring.job import score_rows
 from tuneserve.scoring.output import Output
-from tuneserve.tables import Answer, Chunk, cut
+from tuneserve.tables import Answer, Chunk, cut, streams
 from tuneserve.tables.formats import FORMATS
-from tuneserve.tables.rows import Columns
+from tuneserve.tables.rows import Columns, read_file
 from tuneserve.tasks.classifier import Prediction
 from tuneserve.training import data
 
@@ -158,3 +159,72 @@ def test_a_new_format_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp
     assert labelled(source, tmp_path / "cache") == [("a film", "x"), ("another", "y")]
     score(source, tmp_path / "out.words.gz")
     assert gzip.decompress((tmp_path / "out.words.gz").read_bytes()) == b"a film|x|good\nanother|y|good\n"
+
+
+LONG = {
+    "a.csv": (b"text,label\nfine,good\n", b",good\n", "row 3"),
+    "b.csv": (b'text,label\n"', b'",good\n', "row 2"),
+    "c.csv": (b"", b"", "row 1"),
+    "a.tsv": (b"text\tlabel\n", b"\tgood\n", "row 2"),
+    "b.tsv": (b'text\tlabel\n"', b'"\tgood\n', "row 2"),
+    "a.jsonl": (b'{"text": "fine", "label": "good"}\n{"text": "', b'", "label": "good"}\n', "line 2"),
+    "a.json": (b'[{"text": "fine", "label": "good"}, {"text": "', b'", "label": "good"}]', "record 2"),
+    "b.json": (b"[", b"]", "record 1"),
+}
+FILLINGS = {"b.csv": b"a" * 63 + b"\n", "b.tsv": b"a" * 63 + b"\n", "b.json": b" "}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_row_that_does_not_end_is_refused_in_little_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW_CHARACTERS", 1 << 20)
+    begin, end, where = LONG[name]
+    path = tmp_path / f"{name}.gz"
+    filling = (FILLINGS.get(name, b"a") * (1 << 19))[: 1 << 19]
+    with gzip.open(path, "wb", 1) as file:
+        file.write(begin + b"".join([filling] * 64) + end)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError) as caught:
+            list(read_file(path, "f", lambda _: Columns("text", "label")))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(f"f, {where} has more than 1048576 characters")
+    assert most < 24 << 20
+
+
+@pytest.mark.parametrize(("name", "count"), [("a.csv", 999), ("b.csv", 15), ("a.tsv", 999), ("a.jsonl", 970)])
+def test_rows_are_bounded_one_by_one_and_a_long_one_below_the_bound_is_read(
+    name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW_CHARACTERS", 1020)
+    begin, end, _ = LONG[name]
+    filling = FILLINGS.get(name, b"a")
+    row = begin.splitlines(keepends=True)[-1] if name[0] == "b" or "json" in name else b""
+    (tmp_path / name).write_bytes(begin[: len(begin) - len(row)] + (row + filling * count + end) * 20)
+    rows = list(read_file(tmp_path / name, "f", lambda _: Columns("text", "label")))
+    assert [len(text) for _, text, _ in rows][-20:] == [len(filling) * count] * 20
+
+
+def test_a_text_in_a_file_of_its_own_is_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW_CHARACTERS", 100)
+    for label in ("good", "bad"):
+        write_text = (tmp_path / "train" / label / "1.txt").write_text
+        (tmp_path / "train" / label).mkdir(parents=True)
+        write_text("a" * 101)
+    with pytest.raises(DataError, match=r"bad/1\.txt has more than 100 characters"):
+        labelled(tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "begin"), [("a.csv", "text,label\n"), ("a.tsv", "text\tlabel\n"), ("a.jsonl", "")])
+def test_blank_lines_are_not_kept(name: str, begin: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f"{begin}{chr(10) * (1 << 17)}")
+    tracemalloc.start()
+    try:
+        assert not list(read_file(tmp_path / name, "f", lambda _: Columns("text", "label")))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 6 << 20  # blocks of the file; lists for the lines alone would take 7 MiB

@@ -292,13 +292,14 @@ def test_what_killed_trainings_left_is_removed_at_the_next_start(environment: di
         cache / "tokens" / ".0123abcd-0123abcd" / "ids.i32",
         cache / "arrow" / f".{'0' * 32}",
         cache / "downloads" / ".0123abcd-0123abcd" / "train.csv",
+        cache / "launch" / f".{'1' * 32}" / "error.json",
     ]
     for path in [whole, *left]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
     with in_use(cache), pytest.raises(DataError):  # another job, for another store, may be writing there
         train(environment, DATASET="/none")
-    assert [path.exists() for path in left] == [False] * 3 + [True] * 3
+    assert [path.exists() for path in left] == [False] * 3 + [True] * 4
     with pytest.raises(DataError):
         train(environment, DATASET="/none")
-    assert [path.exists() for path in [whole, *left]] == [True] + [False] * 6
+    assert [path.exists() for path in [whole, *left]] == [True] + [False] * 7

@@ -1,6 +1,7 @@
 """Texts tokenized once, and found again only when nothing about them changed; and which of them share a batch."""
 
 import math
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -70,7 +71,10 @@ def test_each_text_has_the_ids_that_the_encoder_gives_it(tiny_bert: Path, tmp_pa
 def test_the_second_time_nothing_is_tokenized(tiny_bert: Path, tmp_path: Path) -> None:
     first = tokenize(split(TEXTS), WatchedEncoder(tiny_bert), cache=tmp_path)
     watched = WatchedEncoder(tiny_bert)
+    [folder] = (tmp_path / "tokens").iterdir()
+    os.utime(folder, (0, 0))
     again = tokenize(split(TEXTS), watched, cache=tmp_path)
+    assert folder.stat().st_mtime > 0  # it is what was used last
     assert watched.seen == 0
     assert as_lists(again) == as_lists(first)
     assert again.truncated.tolist() == first.truncated.tolist()

@@ -232,15 +232,24 @@ def _age_s(path: Path) -> float:
         return -1.0
 
 
-@contextmanager
-def in_use(folder: Path, *parts: str) -> Iterator[None]:
-    """Use a cache during the block; whoever is its only user first removes what killed ones left half written.
+CACHE_PARTS = ("arrow", "downloads", "features", "launch", "tokens")
+"""Folders of DATA_PATH that trainings write to; beside them `hub/` is the hub's library's, `served/` has models."""
+CACHED = re.compile(r"[0-9a-f]{16,32}(?:\.arrow)?")
+"""Names of what is cached there under the hash of what it was made from."""
+MOST_CACHED = 24
+"""Entries of a part that stay: a training uses five at most of each."""
 
-    Where the file system has no locks nothing is removed.
+
+@contextmanager
+def in_use(folder: Path, *parts: str, most: int = MOST_CACHED) -> Iterator[None]:
+    """Use a cache during the block; whoever is its only user first removes what need not stay.
+
+    That is what killed ones left half written, and all but the entries used last. Without locks nothing is removed.
 
     Args:
         folder: of the cache, which several processes may share.
         parts: folders in it that are written to.
+        most: entries of each that stay.
     """
     with ExitStack() as held:
         with suppress(OSError):
@@ -250,8 +259,26 @@ def in_use(folder: Path, *parts: str) -> Iterator[None]:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove_leftovers(*(folder / part for part in parts))
+                for part in parts:
+                    _remove_unused(folder / part, most)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
+
+
+def mark_used(path: Path) -> None:
+    """Let an entry of a cache be the one that was used last."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def _remove_unused(folder: Path, most: int) -> None:
+    found = [path for path in folder.iterdir() if CACHED.fullmatch(path.name)] if folder.is_dir() else []
+    for path in sorted(found, key=_age_s)[most:]:
+        logger.info("removing %s from the cache: %d others have been used since", path, most)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_tree(folder: Path) -> None:

@@ -7,11 +7,10 @@ import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from tuneserve.errors import DataError
-from tuneserve.tables import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut
-from tuneserve.tables.streams import as_text
+from tuneserve.tables import ANSWER_FIELDS, Answer, Chunk, Wanted, answer_names, cut, streams
 
 QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 """A cell in quotes, those within doubled."""
@@ -57,8 +56,8 @@ class Delimited:
 
     def _rows(self, file: BinaryIO, where: str) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(sys.maxsize)
-        with as_text(file, where, newline="") as text:
-            lines, row, header = _Lines(text), 0, list[str]()
+        with streams.as_text(file, where, newline="") as text:
+            lines, row, header = _Lines(text, where), 0, list[str]()
             try:
                 for row, cells in enumerate(self._records(lines, where), start=1):
                     if row == 1:
@@ -77,6 +76,7 @@ class Delimited:
                         self._refuse_swallowed(cells, f"{where}, row {row}")
                     if cells or row == 1:  # not a blank line
                         yield row, cells
+                    lines.begin_row(row + 1)
             except csv.Error as error:
                 line = lines.last
                 hint = "is a quote missing?"
@@ -168,24 +168,40 @@ def _unquote(cell: str) -> str:
 
 
 class _Lines(Iterator[str]):
-    """The lines of a text, numbered from 1; the last one can be read again, and the next one looked at."""
+    """The lines of a text, numbered from 1; the last one can be read again, and the next one looked at.
 
-    def __init__(self, text: Iterable[str]) -> None:
-        self._text, self._ahead, self.number, self.last = iter(text), deque[str](), 0, ""
+    The lines of a row, which quotes may hold together, are bounded in characters.
+    """
+
+    def __init__(self, text: TextIO, where: str) -> None:
+        self._text, self._ahead, self.number, self.last = text, deque[str](), 0, ""
+        self._where, self._row, self._characters = where, 1, 0
+
+    def begin_row(self, row: int) -> None:
+        self._row, self._characters = row, 0
 
     def __next__(self) -> str:
-        self.last = self._ahead.popleft() if self._ahead else next(self._text)
+        self.last = self._ahead.popleft() if self._ahead else self._read()
+        if not self.last:
+            raise StopIteration
         self.number += 1
+        self._characters += len(self.last)
+        if self._characters > streams.MAX_ROW_CHARACTERS:
+            raise streams.too_long(f"{self._where}, row {self._row}")
         return self.last
 
     def push_back(self) -> None:
         self._ahead.appendleft(self.last)
         self.number -= 1
+        self._characters -= len(self.last)
 
     def peek(self) -> str:
-        if not self._ahead and (line := next(self._text, "")):
+        if not self._ahead and (line := self._read()):
             self._ahead.append(line)
         return self._ahead[0] if self._ahead else ""
+
+    def _read(self) -> str:
+        return streams.read_line(self._text, self._where, "row", self._row)
 
 
 def _clean(names: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, BinaryIO, TextIO
 
 from tuneserve.errors import DataError
-from tuneserve.tables import Answer, Chunk, Wanted, answer_names, cut
+from tuneserve.tables import Answer, Chunk, Wanted, answer_names, cut, streams
 from tuneserve.tables.streams import BLOCK_BYTES, as_text
 
 FIRST_RECORDS = 1000
@@ -97,7 +97,7 @@ def _read(file: BinaryIO, where: str) -> Iterator[tuple[int, Record]]:
         read = _read_array if begin == "[" else _read_lines
         number = 0
         try:
-            for number, source, record in read(begin, text, line):
+            for number, source, record in read(begin, text, line, where):
                 if not isinstance(record, dict):
                     raise DataError(f"{where}, line {number}: {source[:40]} is no record with named fields. {WAY_OUT}")
                 yield number, (source, record)
@@ -108,9 +108,9 @@ def _read(file: BinaryIO, where: str) -> Iterator[tuple[int, Record]]:
             raise DataError(f"{where}: the record behind line {number} {fault} to be read.") from None
 
 
-def _read_lines(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str, Any]]:
+def _read_lines(begin: str, file: TextIO, line: int, where: str) -> Iterator[tuple[int, str, Any]]:
     """The values of a file with one a line; `begin`, the first character of `line`, has been read."""
-    source = (begin + file.readline()).strip() if begin else ""
+    source = (begin + streams.read_line(file, where, "line", line)).strip() if begin else ""
     while True:
         if source:
             try:
@@ -118,18 +118,20 @@ def _read_lines(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str,
             except json.JSONDecodeError as error:
                 error.lineno += line - 1
                 raise
-        if not (following := file.readline()):
+        if not (following := streams.read_line(file, where, "line", line + 1)):
             return
         source, line = following.strip(), line + 1
 
 
-def _read_array(begin: str, file: TextIO, line: int) -> Iterator[tuple[int, str, Any]]:
+def _read_array(begin: str, file: TextIO, line: int, where: str) -> Iterator[tuple[int, str, Any]]:
     """The values of one array, parsed one by one: the file may be larger than memory."""
     text, mark, lines, number = begin + file.read(BLOCK_BYTES), 0, line - 1, 0
     while text[mark] != "]":
         try:
             values, mark = _read_value(text, mark)
         except json.JSONDecodeError as error:  # perhaps only because the block ends here
+            if len(text) - mark > streams.MAX_ROW_CHARACTERS:
+                raise streams.too_long(f"{where}, record {number + 1}") from None
             more = file.read(max(BLOCK_BYTES, len(text) - mark))
             if not more:
                 error.lineno += lines

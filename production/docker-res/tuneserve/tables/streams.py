@@ -18,6 +18,9 @@ from tuneserve.errors import DataError
 BLOCK_BYTES = 1 << 20
 """Bytes that are read or decompressed at once."""
 
+MAX_ROW_CHARACTERS = 8 << 20
+"""Of a line, a row or a text, which are in memory whole: more than two long novels have."""
+
 READERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
     ".bz2": bz2.BZ2File,
@@ -135,7 +138,30 @@ def read_text(file: BinaryIO, where: str) -> str:
     """All of a file in UTF-8.
 
     Raises:
-        DataError: it is not UTF-8.
+        DataError: it is not UTF-8, or longer than a text may be.
     """
     with as_text(file, where, newline=None) as text:
-        return text.read().strip()
+        content = text.read(MAX_ROW_CHARACTERS + 1)
+    if len(content) > MAX_ROW_CHARACTERS:
+        raise too_long(where)
+    return content.strip()
+
+
+def read_line(text: TextIO, where: str, unit: str, number: int) -> str:
+    """The next line, with its end; empty after the last. Messages name it as the line or row of this number.
+
+    Raises:
+        DataError: it is longer than a row may be.
+    """
+    line = text.readline(MAX_ROW_CHARACTERS + 1)
+    if len(line) > MAX_ROW_CHARACTERS:
+        raise too_long(f"{where}, {unit} {number}")
+    return line
+
+
+def too_long(here: str) -> DataError:
+    """The refusal of a row, or a text in a file of its own, that would fill the memory."""
+    return DataError(
+        f"{here} has more than {MAX_ROW_CHARACTERS} characters, the most that is read of one. Is a quote or a line "
+        "break missing? Otherwise cut the text."
+    )

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
+from tuneserve.files import mark_used
 from tuneserve.hardware import Precision
 from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, cast, choose_forward, probe
 from tuneserve.progress import counted
@@ -181,6 +182,7 @@ def encode(encoder: Encoder, split: TokenizedSplit, folder: Path, *, stopping: C
             _encode(encoder, split, table, note, done, stopping)
         else:
             logger.info("%d texts are encoded already", len(split))
+        mark_used(folder)
         features: Array = np.load(table, mmap_mode="r")
     except OSError as error:
         raise StoreError(f"{folder} cannot be written to: {error}") from error

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 import tuneserve
 from tuneserve.artifact import Version
 from tuneserve.code import code_hash
-from tuneserve.files import in_use, remove_leftovers
+from tuneserve.files import CACHE_PARTS, in_use, remove_leftovers
 from tuneserve.hardware import Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
@@ -84,7 +84,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             status = held.enter_context(Status(store.status_file))
             if lock.exclusive:
                 remove_leftovers(store.versions_folder, store.evidence_folder, *store.checkpoints_folder.glob("*"))
-        held.enter_context(in_use(settings.data_path, "arrow", "downloads", "features", "tokens"))
+        held.enter_context(in_use(settings.data_path, *CACHE_PARTS))
         began = time.perf_counter()
 
         labelled = read_feedback(settings, world)

@@ -8,15 +8,17 @@ else that the launcher can be told, are its `PET_*` variables
 """
 
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
-from tuneserve.errors import TrainingError, TuneserveError, WorkerError
-from tuneserve.files import replace_file
+from tuneserve.errors import StoreError, TrainingError, TuneserveError, WorkerError
+from tuneserve.files import CACHE_PARTS, in_use, replace_file
 from tuneserve.hardware import choose_device
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
@@ -75,6 +77,7 @@ def run(settings: Settings, stop: Stop, environ: Mapping[str, str], *, threads: 
     Raises:
         WorkerError: one of them met an error that is meant for the user.
         TrainingError: they died too often.
+        StoreError: DATA_PATH cannot be written to.
         SystemExit: a signal came; the workers have written a checkpoint.
     """
     count = workers(settings, environ)
@@ -89,8 +92,9 @@ def run(settings: Settings, stop: Stop, environ: Mapping[str, str], *, threads: 
     environment = {**defaults, **environ, "OMP_NUM_THREADS": str(max(1, threads // max(1, local)))}
     program = Path(sys.argv[0]).resolve()
     command = [sys.executable, "-c", LAUNCHER.format(str(program.parent)), str(program), "train"]
-    with stop.deferred(), tempfile.TemporaryDirectory(prefix="tuneserve-") as folder:
-        error_file = Path(folder, "error.json")
+    cache = settings.data_path
+    with stop.deferred(), in_use(cache, *CACHE_PARTS), _own_folder(cache / "launch") as folder:
+        error_file = folder / "error.json"
         # In a group of its own: a second signal, of the terminal's, would make it leave its workers.
         launcher = subprocess.Popen(command, env=environment | {ERROR_FILE: str(error_file)}, process_group=0)
         patience_s, told = GIVEN_UP_S, False
@@ -107,3 +111,17 @@ def run(settings: Settings, stop: Stop, environ: Mapping[str, str], *, threads: 
             raise WorkerError(**json.loads(error_file.read_text(encoding="utf-8")))
     if launcher.returncode:
         raise TrainingError(f"The workers ended with exit code {launcher.returncode}; the lines above say why.")
+
+
+@contextmanager
+def _own_folder(parent: Path) -> Iterator[Path]:
+    """A folder for the block; one that a killed process left is removed when the next training uses the cache."""
+    folder = parent / f".{uuid4().hex}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StoreError(f"DATA_PATH={parent.parent} cannot be written to: {error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ import torch
 
 from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
-from tuneserve.files import new_folder
+from tuneserve.files import mark_used, new_folder
 from tuneserve.network.forward import Texts
 from tuneserve.tables.rows import in_batches
 from tuneserve.text import TextEncoder, split_by_tokens
@@ -75,6 +75,7 @@ def tokenize(split: Split, encoder: TextEncoder, *, cache: Path) -> TokenizedSpl
             _write(split, encoder, folder)
         except OSError as error:
             raise StoreError(f"DATA_PATH={cache} cannot be written to: {error}") from error
+    mark_used(folder)
     return TokenizedSplit(
         ids=np.memmap(folder / "ids.i32", dtype=np.int32, mode="r"),
         starts=np.load(folder / "starts.npy"),
