@@ -1,6 +1,7 @@
 """Many models by the real command: a version, and a classifier of Hugging Face's that is imported on the way."""
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from tuneserve.settings import PROJECT
 __all__ = ["environment", "start"]
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 TARGET = "X-Amzn-SageMaker-Target-Model"
+ECHO = """
+def model_fn(folder): return folder
+def transform_fn(model, data, content_type, accept):
+    if content_type != "text/csv":
+        raise LookupError("no table")
+    return f"{data} {content_type}", "text/plain"
+"""
 ALONE = {"Connection": "close"}
 
 
@@ -32,6 +40,10 @@ def folder(store: Path, tmp_path: Path) -> Path:
     config = json.loads((folder / "theirs" / "config.json").read_text())
     config |= {"id2label": {"0": "dull", "1": "warm"}, "label2id": {"dull": 0, "warm": 1}}
     (folder / "theirs" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "echo" / "code").mkdir(parents=True)
+    (tmp_path / "echo" / "code" / "inference.py").write_text(ECHO)
+    with tarfile.open(folder / "echo.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "echo", ".")
     return folder
 
 
@@ -62,6 +74,10 @@ def test_models_come_and_go_and_what_was_imported_is_there_again(
     ask = httpx.Client(base_url=again.url, timeout=120, headers=ALONE)
     [found] = ask.post("/invocations", json="a great film", headers={TARGET: "theirs"}).json()
     assert found["label"] == "warm"
+    said = ask.post("/invocations", content="é,1", headers={TARGET: "echo.tar.gz", "Content-Type": "text/csv"})
+    assert (said.text, said.headers["Content-Type"]) == ("é,1 text/csv", "text/plain; charset=utf-8")
+    failed = ask.post("/models/echo/invoke", content="{}")
+    assert (failed.status_code, failed.json()["type"]) == (400, "LookupError")
     code, output = again.end()
     assert code == 0, output
     assert "importing" not in output
