@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
-            say_quoted(quoted)
+            say_taken(quoted, wanted.verb)
             STORE_VERBS[wanted.verb](settings, *wanted.arguments)
             return 0
         if stop.once:
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
             settings = run_in_background(settings)
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
-        say_quoted(quoted)
+        say_taken(quoted, wanted.verb)
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         VERBS[wanted.verb](settings, stop, threads, *wanted.arguments)
     except SystemExit as end:
@@ -88,10 +88,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def say_quoted(names: list[str]) -> None:
-    """Name the variables whose values stood in quotes."""
-    if names:
-        logging.getLogger(__name__).warning("taken without the quotes around their values: %s", ", ".join(names))
+def say_taken(quoted: list[str], verb: str) -> None:
+    """Say what was made of values that look odd: those in quotes, and for servers a key that is none."""
+    logger = logging.getLogger(__name__)
+    if quoted:
+        logger.warning("taken without the quotes around their values: %s", ", ".join(quoted))
+    if verb.endswith("serve") and not os.environ.get("API_KEY", "a key").strip():
+        logger.warning("API_KEY is in the environment but empty: that is the same as no key")
 
 
 def train(settings: "Settings", stop: Stop, threads: int) -> None:

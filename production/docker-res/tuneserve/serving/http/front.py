@@ -274,13 +274,13 @@ class Front:
                 declared = value
             elif name == b"transfer-encoding":
                 coding = b"%b,%b" % (coding, value) if coding else value
-            elif name == b"content-encoding" and value.lower() != b"identity":
-                encoding = b"%b,%b" % (encoding, value) if encoding else value
+            elif name == b"content-encoding" and (one := value.strip(b" \t").lower()) != b"identity":
+                encoding = b"%b,%b" % (encoding, one) if encoding else one
         if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):
             raise InvalidRequestError("A request has one Host header.")
         if coding and coding.strip().lower() != b"chunked":
             raise FramingError("Of the transfer codings this server knows `chunked` alone.")
-        if encoding and encoding.lower() not in GZIP:
+        if encoding and encoding not in GZIP:
             raise EncodingError("Of the content encodings this server reads `gzip` alone.")
         return int(declared), encoding
 
