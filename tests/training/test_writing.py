@@ -92,6 +92,10 @@ def test_the_summary_is_that_of_the_service_it_grew_from(client: Any, folders: d
     ]
     clients = asking.post("/generate", json={"inputs": text, "parameters": {"max_new_tokens": 19, "min_new_tokens": 4}})
     assert clients.json() == [{"summary_text": answer.json()["summary"]}]
+    long = asking.post("/generate", json={"inputs": ["film", "film " * 100], "parameters": {"max_new_tokens": 3}})
+    assert long.headers["X-Truncated"] == "1"
+    strict = {"inputs": "film " * 100, "parameters": {"max_new_tokens": 3, "truncate": False}}
+    assert asking.post("/generate", json=strict).status_code == 422
 
 
 def test_a_model_that_learned_to_summarize_says_what_stands_first(environment: dict[str, str], tmp_path: Path) -> None:

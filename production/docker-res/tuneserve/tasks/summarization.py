@@ -1,14 +1,15 @@
 """summarization: a text in, a shorter one out, by an encoder-decoder, at `POST /summary`."""
 
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.classification import FailedText, Text
-from tuneserve.tasks.generation import GenerateRequest, headers, prompts, written
+from tuneserve.tasks.generation import GenerateRequest, event, prompts, written
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
-from tuneserve.tasks.task import Route, Task, asked_by, only
+from tuneserve.tasks.task import Route, Task, asked_by, only, reading_headers
 
 START = 1
 """Tokens of a summary's length that the decoder does not write itself: lengths count the one that it begins with."""
@@ -100,9 +101,10 @@ GENERATE = Route(
     "/generate",
     GenerateRequest,
     SummaryText,
-    inputs=prompts,
+    inputs=partial(prompts, cut=True),
     content=lambda answers: [{"summary_text": one.text.strip()} for one in written(answers)],
-    headers=headers,
+    headers=reading_headers,
+    events=lambda request: event if request.stream else None,
     name="generate",
     doc="The same in the words of Hugging Face's clients.",
 )
@@ -116,7 +118,7 @@ SUMMARIZATION = Task(
             SummaryResponse,
             inputs=lambda request: [request.prompt(request.text)],
             content=_one,
-            headers=headers,
+            headers=reading_headers,
             name="summary",
             doc="Summarize one text. `X-Truncated` says that only its beginning was read.",
         ),
@@ -132,5 +134,5 @@ SUMMARIZATION = Task(
         GENERATE,
     ],
     load=load_generator,
-    ask=asked_by(GENERATE, truncate=True),
+    ask=asked_by(GENERATE),
 )

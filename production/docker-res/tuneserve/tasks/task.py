@@ -25,9 +25,21 @@ class Load(Protocol):
         ...
 
 
+MOST_NAMED = 500
+"""Indices that one header names at most."""
+
+
 def no_headers(answers: Answers) -> Mapping[str, str]:
     """None."""
     return {}
+
+
+def reading_headers(answers: Answers) -> Mapping[str, str]:
+    """The version that answered, and the indices of the inputs of which only the beginning was read."""
+    found = [(index, one) for index, one in enumerate(answers) if isinstance(one, Answer)]
+    cut = [str(index) for index, one in found if one.truncated][:MOST_NAMED]
+    versions = sorted({one.model_version for _, one in found})
+    return {"X-Model-Version": ",".join(versions), **({"X-Truncated": ",".join(cut)} if cut else {})}
 
 
 @dataclass(frozen=True)
