@@ -1,12 +1,15 @@
 """Many models by the real command: a version, and a classifier of Hugging Face's that is imported on the way."""
 
 import json
+import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import tiny
+import writers
 from processes.test_server import Start, environment, start
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -17,6 +20,13 @@ from tuneserve.settings import PROJECT
 __all__ = ["environment", "start"]
 RUN = PROJECT / "production" / "docker-res" / "run.py"
 TARGET = "X-Amzn-SageMaker-Target-Model"
+ECHO = """
+def model_fn(folder): return folder
+def transform_fn(model, data, content_type, accept):
+    if content_type != "text/csv":
+        raise LookupError("no table")
+    return f"{data} {content_type}", "text/plain"
+"""
 ALONE = {"Connection": "close"}
 
 
@@ -32,6 +42,11 @@ def folder(store: Path, tmp_path: Path) -> Path:
     config = json.loads((folder / "theirs" / "config.json").read_text())
     config |= {"id2label": {"0": "dull", "1": "warm"}, "label2id": {"dull": 0, "warm": 1}}
     (folder / "theirs" / "config.json").write_text(json.dumps(config))
+    writers.make_causal(folder / "writes")
+    (tmp_path / "echo" / "code").mkdir(parents=True)
+    (tmp_path / "echo" / "code" / "inference.py").write_text(ECHO)
+    with tarfile.open(folder / "echo.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "echo", ".")
     return folder
 
 
@@ -42,7 +57,7 @@ def test_models_come_and_go_and_what_was_imported_is_there_again(
     environment["MODEL_PATH"] = str(tmp_path / "none")
     server = start(environment, "run.py", "multimodel")
     server.wait_for(200, "/ping")
-    ask = httpx.Client(base_url=server.url, timeout=120, headers=ALONE)
+    ask = httpx.Client(base_url=server.url, timeout=300, headers=ALONE)
     for name in ("ours", "theirs"):
         found = ask.post("/models", json={"model_name": name, "url": str(folder / name)})
         assert found.status_code == 200, found.text
@@ -57,14 +72,23 @@ def test_models_come_and_go_and_what_was_imported_is_there_again(
     assert [ask.delete(f"/models/{name}").status_code for name in ("ours", "theirs", "ours")] == [200, 200, 404]
     assert ask.get("/models").json()["models"] == []
     assert server.end()[0] == 0
-    again = start(environment | {"MODELS": str(folder), "PINNED_MODELS": "ours"}, "run.py", "serve")
+    changed = {"MODELS": str(folder), "PINNED_MODELS": "ours", "REQUEST_TIMEOUT_S": "300"}
+    again = start(environment | changed, "run.py", "serve")
     again.wait_for(200, "/ping")
-    ask = httpx.Client(base_url=again.url, timeout=120, headers=ALONE)
+    ask = httpx.Client(base_url=again.url, timeout=300, headers=ALONE)
     [found] = ask.post("/invocations", json="a great film", headers={TARGET: "theirs"}).json()
     assert found["label"] == "warm"
+    said = ask.post("/invocations", content="é,1", headers={TARGET: "echo.tar.gz", "Content-Type": "text/csv"})
+    assert (said.text, said.headers["Content-Type"]) == ("é,1 text/csv", "text/plain; charset=utf-8")
+    asked = {"inputs": "a great film", "parameters": {"max_new_tokens": 3}}
+    [written] = ask.post("/models/writes/invoke", json=asked).json()
+    assert written["generated_text"].startswith("a great film")
+    assert len(written["generated_text"]) > len("a great film")
+    failed = ask.post("/models/echo/invoke", content="{}")
+    assert (failed.status_code, failed.json()["type"]) == (400, "LookupError")
     code, output = again.end()
     assert code == 0, output
-    assert "importing" not in output
+    assert re.findall(r"importing \S+ for (\S+)", output) == ["text-generation"]
     assert "model 'ours' is loaded" in output
     assert not (tmp_path / "none").exists()
 

@@ -20,7 +20,7 @@ from tuneserve.serving.registry import Registry
 from tuneserve.serving.service import Service
 from tuneserve.settings import Settings
 from tuneserve.tasks.classifier import Classifier
-from tuneserve.tasks.task import Payload, Reply
+from tuneserve.tasks.handler import Invocation, Response
 
 TARGET = "X-Amzn-SageMaker-Target-Model"
 
@@ -35,14 +35,14 @@ class Mirror(Model):
 
     async def answer(self, inputs: Any, *, deadline: float = 0) -> Any:
         [one] = inputs
-        assert isinstance(one, Payload)
+        assert isinstance(one, Invocation)
         said = f"{one.content_type} {one.accept} ".encode() + one.body
-        return [Reply(model_version="mirror", body=said, content_type="text/csv")]
+        return [Response(model_version="mirror", body=said, content_type="text/csv")]
 
 
 @pytest.fixture
 def start(version: Version, settings: Settings, tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
-    def open_model(folder: Path) -> Model:
+    def open_model(folder: Path, name: str) -> Model:
         if folder.name == "broken":
             raise StoreError("broken has no weights.")
         return Mirror() if folder.name.startswith("mirror") else Classifier(version, EchoEngine())

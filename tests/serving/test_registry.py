@@ -71,7 +71,7 @@ class House:
             (self.root / name).mkdir()
             (self.root / name / "weights").write_bytes(bytes(SIZE))
 
-    def open_model(self, folder: Path) -> Model:
+    def open_model(self, folder: Path, name: str) -> Model:
         assert self.loads.wait(60)
         if folder.name.startswith("bad"):
             raise ValueError("no such layer")
@@ -295,7 +295,7 @@ def test_a_model_that_cannot_be_loaded_says_why_and_is_not_tried_at_every_reques
     service, tried = make(), []
     house.make("bad")
     opens = house.open_model
-    models(service)._open = lambda folder: tried.append(folder.name) or opens(folder)  # type: ignore[func-returns-value]
+    models(service)._open = lambda folder, name: tried.append(name) or opens(folder, name)  # type: ignore[func-returns-value]
     for _ in range(3):
         with pytest.raises(StoreError, match="'bad' cannot be loaded: no such layer"):
             ask(service, "bad")

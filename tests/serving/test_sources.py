@@ -3,15 +3,17 @@
 import json
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tuneserve.artifact import Version
-from tuneserve.errors import BaseModelError, NotFoundError, StoreError
+from tuneserve.errors import ArchiveError, BaseModelError, HandlerError, NotFoundError, StoreError
 from tuneserve.serving.sources import Sources
 from tuneserve.settings import Settings
+from tuneserve.tasks.handler import Invocation
 
 IMPORT = """
 import json, os, pathlib, shutil, sys
@@ -87,7 +89,7 @@ def test_a_model_whose_task_is_not_known_or_does_not_fit_says_so(
 
 def test_what_is_no_model_is_refused(make: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(StoreError, match=r"neither metadata\.json nor config\.json"):
+    with pytest.raises(StoreError, match=r"neither metadata\.json nor config\.json nor code/inference\.py"):
         make().prepare(tmp_path / "empty")
     with pytest.raises(NotFoundError, match="There is no folder"):
         make().prepare(tmp_path / "nowhere")
@@ -103,5 +105,33 @@ def test_names_are_those_in_the_folder_and_lead_nowhere_else(make: Any, tmp_path
     for name in ("", ".", "..", "../models/one", "one/", "three", "notes.txt", "a\0b", "x" * 5000):
         with pytest.raises(NotFoundError):
             sources.find(name)
-    with pytest.raises(StoreError, match="archive"):
+    with pytest.raises(ArchiveError, match=r"two\.tar\.gz"):
         sources.prepare(tmp_path / "models" / "two.tar.gz")
+
+
+def test_an_archive_is_unpacked_once_and_what_is_in_it_is_a_model_as_any_other(make: Any, tmp_path: Path) -> None:
+    one = model(tmp_path / "one", "BertForSequenceClassification")
+    with tarfile.open(tmp_path / "one.tar.gz", "w:gz") as archive:
+        archive.add(one, ".")
+    sources = make()
+    assert sources.prepare(tmp_path / "one.tar.gz") == sources.prepare(one)
+    assert len(list((tmp_path / "data" / "unpacked").iterdir())) == 1
+    shutil.rmtree(one)
+    (tmp_path / "one.tar.gz").rename(tmp_path / "two.tar.gz")
+    assert sources.prepare(tmp_path / "two.tar.gz").name == "imported"
+
+
+def test_a_model_with_code_answers_by_it_and_one_that_cannot_be_loaded_says_why(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "echo" / "code").mkdir(parents=True)
+    program = tmp_path / "echo" / "code" / "inference.py"
+    program.write_text(
+        "def model_fn(folder): return 5\ndef transform_fn(model, data, kind, accept): return data * model"
+    )
+    sources = make()
+    handler = sources.open(sources.prepare(tmp_path / "echo"), "echo")
+    [answer] = handler.predict([Invocation(b"ab", "text/plain")])
+    assert (handler.id, answer.body) == ("echo", b"ababababab")
+    handler.close()
+    program.write_text("raise KeyError('weights')")
+    with pytest.raises(HandlerError, match="weights"):
+        sources.open(tmp_path / "echo", "echo")

@@ -22,7 +22,9 @@ from tuneserve.serving.model import Answers, Model
 from tuneserve.serving.registry import Entry, Registry
 from tuneserve.serving.service import Service
 from tuneserve.tasks.catalog import TASKS
-from tuneserve.tasks.task import Asked, Payload, Reply, only
+from tuneserve.tasks.handler import Invocation
+from tuneserve.tasks.handler import Response as Reply
+from tuneserve.tasks.task import Asked, only
 
 PAGE = 100
 """Models that one answer lists."""
@@ -137,6 +139,7 @@ class Call:
         self._body, self._max_inputs = body, max_inputs
         self._type = headers.get("Content-Type") or JSON
         self._accept = headers.get("Accept") or "*/*"
+        self._attributes = headers.get("X-Amzn-SageMaker-Custom-Attributes") or ""
         self._asked: Asked | None = None
 
     def inputs(self, model: Model) -> list[Any]:
@@ -148,7 +151,7 @@ class Call:
         """
         task = TASKS.get(model.task)
         if task is None or task.ask is None:
-            return [Payload(self._body, self._type, self._accept)]
+            return [Invocation(self._body, self._type, self._accept, self._attributes)]
         try:
             self._asked = task.ask(read(self._body, self._type))
         except ValidationError as error:
@@ -209,5 +212,5 @@ def _shown(models: Registry, entry: Entry) -> dict[str, Any]:
 
 
 def _failed(status: int, error: Exception, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    content = {"code": status, "type": type(error).__name__, "message": message}
+    content = {"code": status, "type": getattr(error, "kind", type(error).__name__), "message": message}
     return Response(to_json(content), status, headers=dict(headers or {}), media_type=JSON)

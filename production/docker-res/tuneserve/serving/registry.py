@@ -70,8 +70,8 @@ class Registry:
     """Loads, holds and unloads models by name; safe to call from any thread.
 
     Args:
-        open_model: makes a warm model of a folder that `prepare` has returned; the seam behind which all kinds of
-            models are.
+        open_model: makes a warm model of a folder that `prepare` has returned, and of its name; the seam behind which
+            all kinds of models are.
         prepare: makes a folder, or what else `load` is given, one that can be opened: unpacks, converts.
         find: of a name, what to load on first use; None: a model is there only if `load` was called.
         metrics: of the server.
@@ -84,7 +84,7 @@ class Registry:
 
     def __init__(
         self,
-        open_model: Callable[[Path], Model],
+        open_model: Callable[[Path, str], Model],
         *,
         prepare: Callable[[Path], Path] = lambda folder: folder,
         find: Callable[[str], Path] | None = None,
@@ -263,7 +263,7 @@ class Registry:
             with self._room_for(entry):
                 slot = Slot(metrics=self.metrics)
                 slot.on_failure = lambda: self._lose(entry)
-                slot.take(self._open(folder))
+                slot.take(self._open(folder, entry.name))
         except Exception as caught:  # whatever it is, the other models go on
             error = caught
             if not isinstance(caught, TuneserveError):

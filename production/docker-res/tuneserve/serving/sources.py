@@ -9,18 +9,21 @@ import json
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tuneserve.archives import unpack
 from tuneserve.artifact import METADATA, Version, read_version, sha256_of
 from tuneserve.code import code_hash
 from tuneserve.errors import BaseModelError, LeavingError, NotFoundError, StoreError
-from tuneserve.files import new_folder, read_json
+from tuneserve.files import read_json
 from tuneserve.lifecycle.status import read_status
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.model import Model
 from tuneserve.settings import Settings
 from tuneserve.tasks.catalog import TASKS, load_model
+from tuneserve.tasks.handler import Handler, find_program
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +38,6 @@ ARCHITECTURES = {
 """Ends of the names of architectures, and the task that each is for."""
 
 
-def no_archives(archive: Path, folder: Path) -> None:
-    """Refuse an archive."""
-    raise StoreError(f"{archive.name} is an archive; unpack it into a folder of its own.")
-
-
 class Sources:
     """Makes models of folders.
 
@@ -47,22 +45,15 @@ class Sources:
         settings: of the server.
         threads: CPU threads to compute with.
         importing: the command that makes a version of a model trained elsewhere: run.py import.
-        environ: its environment variables.
-        unpack: fills a new folder with what an archive holds.
+        environ: its environment variables, and those of code that models bring.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        *,
-        threads: int,
-        importing: Sequence[str],
-        environ: Mapping[str, str],
-        unpack: Callable[[Path, Path], None] = no_archives,
+        self, settings: Settings, *, threads: int, importing: Sequence[str], environ: Mapping[str, str]
     ) -> None:
-        self._settings, self._threads, self._importing, self._unpack = settings, threads, importing, unpack
+        self._settings, self._threads, self._importing = settings, threads, importing
         self._environ = {name: value for name, value in environ.items() if name not in ("MODEL", "MODELS", "HF_TASK")}
-        self._turn = threading.Lock()
+        self._turn, self._unpacking = threading.Lock(), threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._known: dict[tuple[tuple[str, int, int], ...], str] = {}
@@ -85,32 +76,43 @@ class Sources:
 
         Raises:
             NotFoundError: there is nothing at this path.
+            ArchiveError: it is an archive that cannot be unpacked.
             StoreError: it holds no model.
             BaseModelError: it is one for no task that is known, or cannot be made a version.
         """
         if path.is_file():
             folder = self._settings.data_path / "unpacked" / sha256_of(path)[:16]
-            if not folder.is_dir():
-                with new_folder(folder) as temporary:
-                    self._unpack(path, temporary)
+            with self._unpacking:
+                if not folder.is_dir():
+                    unpack(path, folder)
             path = folder
         if not path.is_dir():
             raise NotFoundError(f"There is no folder {path}.")
-        if (path / METADATA).is_file():
+        if (path / METADATA).is_file() or self._program(path) is not None:
             return path
         if not (path / "config.json").is_file():
-            raise StoreError(f"{path} holds no model: it has neither {METADATA} nor config.json.")
+            raise StoreError(f"{path} holds no model: it has neither {METADATA} nor config.json nor code/inference.py.")
         return self._import(path, self._task_of(path)).folder
 
-    def open(self, folder: Path) -> Model:
+    def open(self, folder: Path, name: str) -> Model:
         """The model in a folder that `prepare` has returned, loaded and warm.
 
         Raises:
+            HandlerError: the code that it brings cannot be loaded.
             StoreError: the files are damaged, or it does not answer as it did when it was saved.
             DeviceError: the device asked for cannot be had.
         """
-        model = load_model(read_version(folder), self._settings, threads=self._threads)
+        model: Model
+        if (program := self._program(folder)) is None:
+            model = load_model(read_version(folder), self._settings, threads=self._threads)
+        else:
+            task = self._settings.task if "task" in self._settings.model_fields_set else ""
+            timeout_s = self._settings.request_timeout_s
+            options: dict[str, Any] = {"task": task, "threads": self._threads, "timeout_s": timeout_s}
+            model = Handler(folder, name=name, program=program, environ=self._environ, **options)
         try:
+            if isinstance(model, Handler):
+                model.wait()
             model.warm_up()
         except BaseException:
             model.close()
@@ -122,6 +124,12 @@ class Sources:
         self._closed = True
         if (child := self._child) is not None:
             child.kill()
+
+    def _program(self, folder: Path) -> Path | None:
+        """The code that a model brings; a version brings none."""
+        if (folder / METADATA).is_file():
+            return None
+        return find_program(folder, self._environ.get("SAGEMAKER_PROGRAM") or "inference.py")
 
     def _task_of(self, folder: Path) -> str:
         if "task" in self._settings.model_fields_set:

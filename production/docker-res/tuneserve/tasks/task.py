@@ -98,23 +98,6 @@ class Task:
     ask: Callable[[Mapping[str, Any]], Asked] | None = None
 
 
-@dataclass(frozen=True)
-class Payload:
-    """A request as it came, which is the input of models that belong to no task and read it themselves."""
-
-    body: bytes
-    content_type: str
-    accept: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply(Answer):
-    """What such a model answers."""
-
-    body: bytes
-    content_type: str
-
-
 def asked_by(route: Route, **usual: Any) -> Callable[[Mapping[str, Any]], Asked]:
     """A task's `ask` by a route whose requests have that form; `usual` are parameters where a request has none."""
 
