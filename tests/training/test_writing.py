@@ -2,21 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import writers
 from fastapi.testclient import TestClient
-from transformers import (
-    AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoTokenizer, BartForConditionalGeneration, GPT2LMHeadModel
 from wire import wait_until
 
 import tuneserve
@@ -28,32 +23,17 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.generator import Generated, Prompt
 from tuneserve.training.imported import bring_in
 
-WORDS = len(tiny.SPECIAL) + len(tiny.WORDS)
-IDS = {"vocab_size": WORDS, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 POSITIONS = 64
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model for each task that writes, with the tests' own words."""
-    torch.manual_seed(0)
+    """A tiny model for each task that writes."""
     root = tmp_path_factory.mktemp("writers")
-    tokenizer = AutoTokenizer.from_pretrained(tiny.make_base_model(root / "words"))
-    causal = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=POSITIONS, initializer_range=0.6, **IDS)
-    pair = BartConfig(
-        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
-        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": POSITIONS},
-        **{"decoder_start_token_id": 3, "forced_eos_token_id": 3, "init_std": 0.6},
-        **IDS,
-    )
-    models: dict[str, Any] = {
-        "text-generation": GPT2LMHeadModel(causal),
-        "summarization": BartForConditionalGeneration(pair),
+    return {
+        "text-generation": writers.make_causal(root / "text-generation", positions=POSITIONS),
+        "summarization": writers.make_pair(root / "summarization"),
     }
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return {name: root / name for name in models}
 
 
 def settings(environment: dict[str, str], task: str, **changed: str) -> Settings:
@@ -112,6 +92,23 @@ def test_the_summary_is_that_of_the_service_it_grew_from(client: Any, folders: d
     ]
     clients = asking.post("/generate", json={"inputs": text, "parameters": {"max_new_tokens": 19, "min_new_tokens": 4}})
     assert clients.json() == [{"summary_text": answer.json()["summary"]}]
+    long = asking.post("/generate", json={"inputs": ["film", "film " * 100], "parameters": {"max_new_tokens": 3}})
+    assert long.headers["X-Truncated"] == "1"
+    strict = {"inputs": "film " * 100, "parameters": {"max_new_tokens": 3, "truncate": False}}
+    assert asking.post("/generate", json=strict).status_code == 422
+
+
+def test_a_model_that_learned_to_summarize_says_what_stands_first(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = writers.make_pair(tmp_path / "learned", learned=True)
+    version = bring_in(str(folder), settings(environment, "summarization"), threads=1)
+    texts = {
+        "the film was very good and the food was cold": "the film was very good",
+        "it was dull and it was not great and the food was fine": "it was dull",
+        "one film is not bad and two is fine": "one film is not bad",
+    }
+    with closing(tuneserve.load(version.folder, device="cpu")) as model:
+        asked = [Prompt(text, {"max_new_tokens": 20}) for text in texts]
+        assert [one.text for one in model.predict(asked) if isinstance(one, Generated)] == list(texts.values())
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ class ConflictError(TuneserveError):
     status = 409
 
 
+class OutOfMemoryError(TuneserveError):
+    """There is not enough memory for one model more; the status is what SageMaker wants to hear."""
+
+    status = 507
+
+
 class UnavailableError(TuneserveError):
     """Feedback's database cannot be used now."""
 
