@@ -1,6 +1,7 @@
 """`run.py import`: a classifier that was fine-tuned elsewhere becomes a version, without training."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -101,3 +102,56 @@ def test_what_is_no_classifier_is_refused(environment: dict[str, str], tiny_bert
 def test_a_model_in_the_place_of_a_store_says_how_it_is_served(foreign: Path) -> None:
     with pytest.raises(NoModelError, match=f"run.py import {foreign}"):
         Store(foreign).champion()
+
+
+def as_pickle(folder: Path, content: object, *, parts: int = 1) -> Path:
+    """The folder with weights as people saved them before safetensors."""
+    (folder / "model.safetensors").unlink()
+    names = ["pytorch_model.bin"] if parts == 1 else [f"pytorch_model-{part}-of-{parts}.bin" for part in range(parts)]
+    for part, name in enumerate(names):
+        one = dict(list(content.items())[part::parts]) if isinstance(content, dict) else content
+        torch.save(one, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_in_a_pickle_are_read_as_tensors(environment: dict[str, str], foreign: Path, parts: int) -> None:
+    wanted = scores(foreign)
+    as_pickle(foreign, AutoModelForSequenceClassification.from_pretrained(foreign).state_dict(), parts=parts)
+    version = bring_in(str(foreign), settings(environment), threads=1)
+    found = tuneserve.load(Path(environment["MODEL_PATH"])).predict(TEXTS)
+    for one, row in zip(found, wanted, strict=True):
+        assert list(one.scores.values()) == pytest.approx(row, abs=1e-3)
+    assert not list(version.folder.glob("*.bin"))
+    assert bring_in(str(foreign), settings(environment), threads=1).id == version.id
+
+
+class Malice:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("kind", ["alone", "among tensors", "no tensors", "damaged"])
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_a_pickle_that_holds_more_than_tensors_runs_nothing(
+    environment: dict[str, str], foreign: Path, tmp_path: Path, kind: str, task: str
+) -> None:
+    marker = tmp_path / "ran"
+    contents = {
+        "alone": Malice(marker),
+        "among tensors": {"a": torch.ones(2), "b": Malice(marker)},
+        "no tensors": {"a": 1},
+        "damaged": {},
+    }
+    as_pickle(foreign, contents[kind])
+    if kind == "damaged":
+        (foreign / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(BaseModelError, match="holds more than tensors"):
+        bring_in(str(foreign), settings(environment, TASK=task), threads=1)
+    assert not marker.exists()
+    assert not any((Path(environment["DATA_PATH"]) / "unpickled").glob("*"))

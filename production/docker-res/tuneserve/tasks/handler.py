@@ -99,7 +99,7 @@ class Handler(Model):
         self._max_bytes, self._aborted = max_bytes, threading.Event()
         self._start = partial(Process, config, environment_of(environ, threads), clock=clock, aborted=self._aborted)
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Invocation, float, Future[Response | TuneserveError]]] = deque()
+        self._waiting: deque[tuple[Invocation, Future[Response | TuneserveError]]] = deque()
         self._mean_s, self._busy, self._closing = 0.0, False, False
         self._process: Process | None = None
         self._death: TuneserveError | None = None
@@ -151,12 +151,12 @@ class Handler(Model):
                 raise NoModelError(f"Model {self.id} cannot answer any more.")
             if refusal := self._refusal(len(inputs), deadline - self._clock()):
                 raise refusal
-            jobs = [(one, deadline, Future[Response | TuneserveError]()) for one in inputs]
+            jobs = [(one, Future[Response | TuneserveError]()) for one in inputs]
             self._waiting.extend(jobs)
             self._changed.notify()
         try:
             async with asyncio.timeout(deadline - self._clock() if deadline < math.inf else None):
-                found = await asyncio.gather(*(asyncio.wrap_future(future) for _, _, future in jobs))
+                found = await asyncio.gather(*(asyncio.wrap_future(future) for _, future in jobs))
         except TimeoutError:
             raise TimeoutExceededError("There was no answer in time.") from None
         for one in found:
@@ -195,7 +195,7 @@ class Handler(Model):
             self._stop()
             with self._changed:
                 self._closing = True
-                left = [future for _, _, future in self._waiting if future.set_running_or_notify_cancel()]
+                left = [future for _, future in self._waiting if future.set_running_or_notify_cancel()]
                 self._waiting.clear()
             for future in left:
                 future.set_result(NoModelError(f"Model {self.id} cannot answer any more."))
@@ -219,18 +219,15 @@ class Handler(Model):
         process, self._process = self._process, None
         return process.stop() if process is not None else ""
 
-    def _next(self) -> tuple[Invocation, float, Future[Response | TuneserveError]] | None:
+    def _next(self) -> tuple[Invocation, Future[Response | TuneserveError]] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             return self._waiting.popleft() if self._waiting and not self._aborted.is_set() else None
 
-    def _serve(self, invocation: Invocation, deadline: float, future: Future[Response | TuneserveError]) -> None:
-        if not future.set_running_or_notify_cancel():
+    def _serve(self, invocation: Invocation, future: Future[Response | TuneserveError]) -> None:
+        if not future.set_running_or_notify_cancel():  # the client has gone, or its deadline has passed
             return
         began = self._clock()
-        if began >= deadline:
-            future.set_result(TimeoutExceededError("There was no answer in time."))
-            return
         self._busy, why = True, ""
         try:
             if self._process is not None and self._process.has_ended():  # since the last request

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tuneserve.artifact import Version
 from tuneserve.code import code_hash
 from tuneserve.errors import BaseModelError, DataError
+from tuneserve.files import in_use, new_folder
 from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
 from tuneserve.lifecycle.status import Status, hold
 from tuneserve.lifecycle.store import Store
@@ -29,6 +32,9 @@ from tuneserve.training.publication import publish
 
 logger = logging.getLogger(__name__)
 
+COPIED = {".json", ".txt", ".model"}
+"""Endings of what belongs to a model besides its weights."""
+
 
 def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
     """Publish a model, by its Hugging Face folder or its name on the hub, for the task that TASK names.
@@ -37,6 +43,7 @@ def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
         BaseModelError: it is nowhere, or cannot be loaded for this task.
         TuneserveError: see `_bring_in_classifier`.
     """
+    name = str(_unpickled(Path(name).expanduser(), settings.data_path / "unpickled") or name)
     settings = settings.model_copy(update={"base_model": name, "base_model_revision": settings.model_revision})
     if settings.task == "text-classification":
         return _bring_in_classifier(settings, threads=threads)
@@ -56,6 +63,48 @@ def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
         if champion is None or champion.id != version.id:
             _accept(store, version, status, "imported by hand; nothing tests it but its own answers")
         return version
+
+
+def _unpickled(folder: Path, cache: Path) -> Path | None:
+    """A copy, with safetensors, of a model's folder that has a `pytorch_model.bin` only; None if it is no such folder.
+
+    torch reads tensors out of it and nothing else, and runs nothing; this process ends when the model is imported.
+
+    Raises:
+        BaseModelError: it holds anything but tensors, or cannot be read.
+    """
+    try:
+        pickles = sorted(folder.glob("pytorch_model*.bin"))
+        if not pickles or any(folder.glob("*.safetensors")):
+            return None
+        known = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in COPIED or path in pickles):
+            with path.open("rb") as file:
+                known.update(f"{path.relative_to(folder)} ".encode() + hashlib.file_digest(file, "sha256").digest())
+        found = cache / known.hexdigest()[:16]
+        if found.is_dir():
+            return found
+        weights: dict[str, torch.Tensor] = {}
+        for path in pickles:
+            weights.update(torch.load(path, map_location="cpu", weights_only=True))
+        with in_use(cache, "."), new_folder(found, overwrite=True) as temporary:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=_not_copied)
+            # Each tensor by itself: tied ones share memory, which safetensors does not have.
+            whole = {name: one.clone().contiguous() for name, one in weights.items()}
+            save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
+    except OSError as error:
+        raise BaseModelError(f"{folder} cannot be read, or {cache} not be written: {in_one_line(error)}") from error
+    except Exception as error:  # torch, pickle and zipfile raise whatever met them in a file of another kind
+        raise BaseModelError(
+            f"{folder}: pytorch_model.bin is damaged or holds more than tensors, and is not read. If you trust it, "
+            f"save it as safetensors: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW). ({in_one_line(error)})"
+        ) from error
+    logger.info("%s: the weights of pytorch_model.bin, as safetensors, are in %s", folder, found)
+    return found
+
+
+def _not_copied(folder: str, names: list[str]) -> list[str]:
+    return [one for one in names if not Path(folder, one).is_dir() and Path(one).suffix not in COPIED]
 
 
 def _accept(store: Store, version: Version, status: Status, sentence: str) -> None:
