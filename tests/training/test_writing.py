@@ -10,13 +10,7 @@ import pytest
 import tiny
 import torch
 from fastapi.testclient import TestClient
-from transformers import (
-    AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoTokenizer, BartForConditionalGeneration, GPT2LMHeadModel
 from wire import wait_until
 
 import tuneserve
@@ -28,32 +22,12 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.generator import Generated, Prompt
 from tuneserve.training.imported import bring_in
 
-WORDS = len(tiny.SPECIAL) + len(tiny.WORDS)
-IDS = {"vocab_size": WORDS, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-POSITIONS = 64
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model for each task that writes, with the tests' own words."""
-    torch.manual_seed(0)
     root = tmp_path_factory.mktemp("writers")
-    tokenizer = AutoTokenizer.from_pretrained(tiny.make_base_model(root / "words"))
-    causal = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=POSITIONS, initializer_range=0.6, **IDS)
-    pair = BartConfig(
-        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
-        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": POSITIONS},
-        **{"decoder_start_token_id": 3, "forced_eos_token_id": 3, "init_std": 0.6},
-        **IDS,
-    )
-    models: dict[str, Any] = {
-        "text-generation": GPT2LMHeadModel(causal),
-        "summarization": BartForConditionalGeneration(pair),
-    }
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return {name: root / name for name in models}
+    return {task: tiny.make_writer(root / task, task) for task in ("text-generation", "summarization")}
 
 
 def settings(environment: dict[str, str], task: str, **changed: str) -> Settings:
@@ -80,7 +54,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -
 def by_transformers(folder: Path, text: str, **options: Any) -> str:
     kind = BartForConditionalGeneration if folder.name == "summarization" else GPT2LMHeadModel
     model, tokenizer = kind.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=POSITIONS).input_ids
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tiny.POSITIONS).input_ids
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
     written = found if folder.name == "summarization" else found[ids.shape[1] :]
