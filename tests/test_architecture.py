@@ -39,7 +39,7 @@ GROUND = (
 )
 
 
-KNOW_MODELS = ("model", "service", "slot", "follower", "shadow", "monitor", "metrics")
+KNOW_MODELS = ("model", "service", "slot", "registry", "follower", "shadow", "monitor", "metrics")
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

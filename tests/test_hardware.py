@@ -138,3 +138,39 @@ def test_auto_takes_bf16_where_the_processor_multiplies_in_it() -> None:
     if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):
         pytest.skip("torch tells of x86 processors only")
     assert hardware.choose_precision("auto", torch.device("cpu")) == ("bf16" if native else "fp32")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "granted"),
+    [
+        ("0::/\n", {"memory.max": "1048576\n"}, 1 << 20),
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        ("0::/pods/one\n", {"pods/one/memory.max": "max\n", "pods/memory.max": "4096\n"}, 4096),
+        ("9:memory:/docker/a\n", {"memory/docker/a/memory.limit_in_bytes": "4096\n"}, 4096),
+        ("9:memory:/docker/a\n", {"memory/docker/a/memory.limit_in_bytes": f"{1 << 62}\n"}, None),
+        ("0::/mine\n", {"other/memory.max": "4096\n"}, None),
+    ],
+)
+def test_the_tightest_group_limits_memory(
+    tmp_path: Path, groups: str, files: dict[str, str], granted: int | None
+) -> None:
+    found = {"proc/self/cgroup": groups} | {f"cgroup/{name}": content for name, content in files.items()}
+    for name, content in found.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hardware.memory_limit(tmp_path / "proc", tmp_path / "cgroup") == (granted or whole)
+
+
+def test_memory_is_that_of_a_process_and_all_its_descendants(tmp_path: Path) -> None:
+    for pid, parent, pages in [(1, 0, 1), (7, 1, 10), (8, 7, 100), (9, 8, 1000), (10, 1, 10000)]:
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a ) b) S {parent} {' '.join('0' * 19)} {pages} 0\n")
+    assert hardware.memory_used(tmp_path, 7) == 1110 * os.sysconf("SC_PAGE_SIZE")
+    before = hardware.memory_used()
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen(["python3", "-c", "x = bytes(b'a') * (64 << 20); print(flush=True); input()"], **pipes)
+    assert child.stdout is not None
+    child.stdout.readline()
+    assert hardware.memory_used() - before > 64 << 20
+    child.communicate(b"\n")

@@ -1,5 +1,6 @@
 """What may be shown of URLs and texts; `processes/test_secrets.py` has the whole job."""
 
+import json
 import os
 import subprocess
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tuneserve import redaction
+from tuneserve.artifact import read_version
 from tuneserve.errors import TuneserveError
 from tuneserve.redaction import redact, redact_url, remember
 from tuneserve.scoring.input import Input
@@ -132,6 +134,15 @@ def test_no_refusal_repeats_a_secret(refuse: Callable[..., Any], tmp_path: Path)
         refuse(f"http://me:{HARD}@127.0.0.1:9", tmp_path)
     assert "ter" not in str(caught.value).replace("character", "").replace("after", "").replace("Encoder", "")
     assert "127.0.0.1:9" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["settings", "data", "base_model"])
+def test_what_an_older_release_wrote_of_urls_is_read_without_their_secrets(part: str, tmp_path: Path) -> None:
+    named = {"dataset": "https://me:hunter2@host/x.csv?sig=hunter3", "model_path": "/m", "lr": 0.1}
+    (tmp_path / "metadata.json").write_text(json.dumps({"labels": ["a:b@c", "https://x?y"], part: named}))
+    found = read_version(tmp_path)
+    assert found.metadata[part] == named | {"dataset": "https://host/x.csv"}
+    assert found.labels == ["a:b@c", "https://x?y"]
 
 
 def test_a_crash_that_nobody_foresaw_repeats_no_secret(python: Python, tmp_path: Path) -> None:

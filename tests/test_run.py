@@ -1,5 +1,6 @@
 """The verbs that look after the store, as people type them."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.syspath_prepend(str(PROJECT / "production" / "docker-res"))
     monkeypatch.setattr("tuneserve.signals.Stop.listen", lambda stop: None)
     monkeypatch.setenv("MODEL_PATH", str(tmp_path))
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # one on this test's stderr must not stay
     import run as program
 
     def run(*arguments: str) -> tuple[object, str]:
@@ -45,6 +47,30 @@ def test_feedback_is_counted_listed_trusted_and_removed(run: Run, tmp_path: Path
     code, said = run("feedback", "remove", "reviewed")
     assert code == 1
     assert "No label" in said
+
+
+@pytest.mark.parametrize(
+    ("verb", "key", "said"),
+    [("serve", "", 1), ("train-serve", " ", 1), ("serve", "hunter2", 0), ("serve", None, 0), ("train", "", 0)],
+)
+def test_a_server_says_that_the_key_it_was_given_is_empty(
+    run: Run,
+    verb: str,
+    key: str | None,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    import run as program
+
+    monkeypatch.setitem(program.VERBS, verb, lambda *_: None)
+    monkeypatch.setattr("tuneserve.logs.start", lambda *_, **__: None)
+    monkeypatch.setattr("tuneserve.hardware.set_threads", lambda _: 1)
+    if key is not None:
+        monkeypatch.setenv("API_KEY", key)
+    assert run(verb) == (0, "")
+    assert [record.message.partition(" is ")[0] for record in caplog.records] == ["API_KEY"] * said
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -48,8 +43,6 @@ KINDS = {
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64},
 }
 """Encoders by transformers' name of them, with configurations of a few thousand weights."""
-POSITIONS = 64
-"""Tokens that a model that writes can tell apart."""
 RECIPE = {"NUM_MAX_POSITIONS": "32", "LR": "5e-3", "BATCH_SIZE": "16", "N_EPOCHS": "12", "OMP_NUM_THREADS": "1"}
 """Variables with which such an encoder learns the sentences below in a few seconds."""
 
@@ -75,26 +68,6 @@ def make_base_model(folder: Path, kind: str = "bert", **changed: Any) -> Path:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](vocab_size=len(SPECIAL) + len(WORDS), **KINDS[kind] | changed)
     AutoModel.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def make_writer(folder: Path, task: str) -> Path:
-    """Write a model for a task that writes, with random weights and these words, as a checkpoint's folder."""
-    ids = {"vocab_size": len(SPECIAL) + len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    AutoTokenizer.from_pretrained(make_base_model(folder)).save_pretrained(folder)
-    model: PreTrainedModel
-    if task == "summarization":
-        pair = BartConfig(
-            **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
-            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": POSITIONS},
-            **{"decoder_start_token_id": 3, "forced_eos_token_id": 3, "init_std": 0.6},
-            **ids,
-        )
-        model = BartForConditionalGeneration(pair)
-    else:
-        causal = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=POSITIONS, initializer_range=0.6, **ids)
-        model = GPT2LMHeadModel(causal)
-    model.save_pretrained(folder)
     return folder
 
 

@@ -82,7 +82,8 @@ def app_of(
     settings: Settings, slot: Slot, trainer: Trainer | None = None, feedback: Feedback | None = None, **options: Any
 ) -> FastAPI:
     """The application over a slot that classifies."""
-    service = Service.of(slot, feedback, timeout_s=settings.request_timeout_s)
+    limits = {"timeout_s": settings.request_timeout_s, "max_inputs": settings.max_batch_texts}
+    service = Service.of(slot, feedback, **limits)
     return create_app(settings, service, CLASSIFICATION, trainer, **options)
 
 

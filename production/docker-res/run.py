@@ -2,7 +2,8 @@
 
 train-serve   open the port, train on DATASET in a child process, serve what passed, retrain when told to (the default)
 train         train, judge, save, stop
-serve         serve the champion of the store, and each later champion; or MODEL, without a store
+serve         serve the champion of the store, and each later champion; or MODEL, without a store; or all of MODELS
+multimodel    serve what a platform loads and unloads: nothing at the start (SageMaker's multi-model endpoints)
 predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
-            say_quoted(quoted)
+            say_taken(quoted, wanted.verb)
             STORE_VERBS[wanted.verb](settings, *wanted.arguments)
             return 0
         if stop.once:
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
             settings = run_in_background(settings)
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
-        say_quoted(quoted)
+        say_taken(quoted, wanted.verb)
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         VERBS[wanted.verb](settings, stop, threads, *wanted.arguments)
     except SystemExit as end:
@@ -87,10 +88,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def say_quoted(names: list[str]) -> None:
-    """Name the variables whose values stood in quotes."""
-    if names:
-        logging.getLogger(__name__).warning("taken without the quotes around their values: %s", ", ".join(names))
+def say_taken(quoted: list[str], verb: str) -> None:
+    """Say what was made of values that look odd: those in quotes, and for servers a key that is none."""
+    logger = logging.getLogger(__name__)
+    if quoted:
+        logger.warning("taken without the quotes around their values: %s", ", ".join(quoted))
+    if verb.endswith("serve") and not os.environ.get("API_KEY", "a key").strip():
+        logger.warning("API_KEY is in the environment but empty: that is the same as no key")
 
 
 def train(settings: "Settings", stop: Stop, threads: int) -> None:
@@ -110,6 +114,9 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Answer requests until a signal arrives, with the champion of the store, or with MODEL, imported in a child."""
     from tuneserve.serving.http import server
 
+    if settings.models or os.environ.get("SAGEMAKER_MULTI_MODEL") == "true":
+        multimodel(settings, stop, threads)
+        return
     if not settings.model:
         server.serve(settings, threads=threads)
         return
@@ -117,6 +124,14 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     folder = settings.data_path / "served" / hashlib.sha256(named.encode()).hexdigest()[:16]
     settings = settings.model_copy(update={"model_path": folder})
     server.serve(settings, threads=threads, **child(settings, "import", settings.model))
+
+
+def multimodel(settings: "Settings", stop: Stop, threads: int) -> None:
+    """Serve models that come and go until a signal arrives."""
+    from tuneserve.serving.http import server
+
+    made = child(settings, "import")
+    server.serve_many(settings, threads=threads, importing=made["training"][:-1], environ=made["environ"])
 
 
 def child(settings: "Settings", *arguments: str) -> dict[str, Any]:
@@ -173,7 +188,7 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
     """Serve the champion at once, train in a child process, and serve what passes the gate."""
     from tuneserve.serving.http import server
 
-    if settings.model and settings.task != "text-classification":  # which there is nothing to train for
+    if settings.models or (settings.model and settings.task != "text-classification"):  # there is nothing to train
         serve(settings, stop, threads)
         return
     require_trainable(settings)
@@ -222,6 +237,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train-serve": train_serve,
     "train": train,
     "serve": serve,
+    "multimodel": multimodel,
     "predict": predict,
     "import": bring_in,
 }

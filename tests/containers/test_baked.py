@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import writers
 
 from .conftest import VERSION, Job, base_image_option, run_build
 
@@ -21,7 +22,7 @@ print(urllib.request.urlopen(request).read().decode())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_writer(tmp_path_factory.mktemp("models") / "Tiny BART", "summarization")
+    return writers.make_pair(tmp_path_factory.mktemp("models") / "Tiny BART")
 
 
 @pytest.fixture(scope="module")

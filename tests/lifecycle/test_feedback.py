@@ -474,12 +474,13 @@ def test_texts_that_wait_are_bounded_in_characters(tmp_path: Path, monkeypatch: 
 def test_a_label_is_kept_on_another_thread_with_its_client_and_what_is_left_of_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], name: str, wanted: tuple[object, ...]
 ) -> None:
-    monkeypatch.setattr(module, "WAIT_S", 1000.0)
     feedback = open_feedback(tmp_path)
+    now = iter([100.0, 100.5])  # when it is asked for, and when it is written
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
 
     def label(*values: object, client: str, wait_s: float) -> bool:
         assert (values, client) == (wanted, "10.1.2.3")
-        assert 900 < wait_s <= 1000
+        assert wait_s == module.WAIT_S - 0.5
         assert threading.current_thread() is not threading.main_thread()
         return False
 
@@ -507,6 +508,36 @@ def test_both_kinds_of_labels_bear_their_clients_mark_and_without_a_secret_none(
         assert feedback.label_text(f"text {number}", "good", client="10.1.2.3")
     assert rows(tmp_path, "SELECT client FROM labels WHERE id > 3") == [(None,), (None,)]
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "tries"),
+    [
+        (sqlite3.SQLITE_BUSY, 3),
+        (sqlite3.SQLITE_BUSY_RECOVERY, 3),
+        (sqlite3.SQLITE_LOCKED, 3),
+        (sqlite3.SQLITE_READONLY, 1),
+        (sqlite3.SQLITE_IOERR_WRITE, 1),
+        (sqlite3.SQLITE_FULL, 1),
+    ],
+)
+def test_only_a_file_that_somebody_else_holds_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, code: int, tries: int
+) -> None:
+    now, asked = iter([0.0, 1.0, 5.0, 5.5]), []
+    monkeypatch.setattr(database, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=asked.append))
+
+    class Refusing:
+        def execute(self, query: str) -> None:
+            if "journal_mode" in query:
+                asked.append(query)
+                error = sqlite3.OperationalError("no")
+                error.sqlite_errorcode = code
+                raise error
+
+    with pytest.raises(sqlite3.OperationalError):
+        database._prepare(Refusing(), 5.0)  # type: ignore[arg-type]
+    assert len([one for one in asked if isinstance(one, str)]) == tries
 
 
 def test_figures_are_looked_up_and_no_row_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

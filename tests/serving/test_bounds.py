@@ -175,13 +175,13 @@ def test_many_answers_are_written_by_another_thread(
     settings: Settings, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
-    to_json = routes._to_json
+    to_json = routes.to_json
 
     def watched(content: Any) -> str:
         threads.append(threading.current_thread().name)
         return to_json(content)
 
-    monkeypatch.setattr(routes, "_to_json", watched)
+    monkeypatch.setattr(routes, "to_json", watched)
     with served(settings.model_copy(update={"max_body_kb": 1024}), slot) as port:
         client = Client(port)
         for count in (2, 1000):
@@ -233,8 +233,7 @@ def test_a_small_request_waits_for_few_chunks_of_large_ones(
 
     async def ask() -> list[Any]:
         large = [asyncio.create_task(classifier.answer(["film good"] * 500)) for _ in range(10)]
-        while classifier._coming < 10 * CHUNKS * chunk:
-            await asyncio.sleep(0)
+        await reach(classifier, 10 * CHUNKS * chunk, *large)
         for _ in range(10):  # in which they would queue, if they might
             await asyncio.sleep(0)
         assert batcher.tokens_waiting <= CHUNKS * chunk
@@ -250,6 +249,16 @@ def test_a_small_request_waits_for_few_chunks_of_large_ones(
     assert (classifier._coming, batcher.tokens_waiting) == (0, 0)
 
 
+async def reach(classifier: Classifier, coming: int, *tasks: "asyncio.Task[Any]") -> None:
+    """Wait until large requests wait for so many tokens of the queue; fail if one has ended, or none is added."""
+    for _ in range(2000):
+        if classifier._coming >= coming:
+            return
+        assert not [task for task in tasks if task.done()], "a request that should wait was refused"
+        await asyncio.sleep(0.01)
+    pytest.fail(f"{classifier._coming} tokens are coming, not {coming}")
+
+
 def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answered(
     held: tuple[Slot, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,25 +267,28 @@ def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answ
     assert isinstance(classifier, Classifier)
     texts = ["film good"] * 500  # four tokens each
     monkeypatch.setattr(classifier.batcher, "_max_queue_tokens", 100_000)
-    classifier.batcher.tokens_per_s = 100.0  # 20 s a request; two are answered in time
+    classifier.batcher.tokens_per_s = 1.0  # 2000 s a request; two are answered in time
+    each = min(2000, CHUNKS * CHUNK_BATCHES * classifier.batcher.max_batch_tokens)
 
     async def ask() -> list[Any]:
-        deadline = time.monotonic() + 50
+        deadline = time.monotonic() + 5000
         accepted = [asyncio.create_task(classifier.answer(texts, deadline=deadline)) for _ in range(2)]
-        while classifier._unanswered < 4000:
-            await asyncio.sleep(0)
+        await reach(classifier, 2 * each, *accepted)
         unknown = asyncio.create_task(classifier.answer(texts, deadline=deadline))  # no batch has been measured yet
-        while classifier._unanswered < 6000:
-            await asyncio.sleep(0)
+        await reach(classifier, 3 * each, unknown, *accepted)
+        assert classifier._unanswered == 6000
         unknown.cancel()
         await asyncio.wait([unknown])
+        assert classifier._unanswered == 4000
         classifier.batcher._measured = MEASURED
-        with pytest.raises(OverloadedError) as refused:
-            await classifier.answer(texts, deadline=deadline)
-        assert refused.value.retry_after_s == 20
-        cancelled = asyncio.create_task(classifier.answer(texts, deadline=deadline + 50))
-        while classifier._unanswered < 6000:
-            await asyncio.sleep(0)
+        late = asyncio.create_task(classifier.answer(texts, deadline=deadline))
+        with pytest.raises(AssertionError, match="was refused"):
+            await reach(classifier, 3 * each, late)
+        refused = late.exception()
+        assert isinstance(refused, OverloadedError)
+        assert refused.retry_after_s == 2000
+        cancelled = asyncio.create_task(classifier.answer(texts, deadline=deadline + 5000))
+        await reach(classifier, 3 * each, cancelled, *accepted)
         cancelled.cancel()
         go.set()
         return await asyncio.gather(*accepted)

@@ -30,7 +30,10 @@ def client(settings: Settings, slot: Slot) -> Iterator[Client]:
     [
         (gzip.compress(BODY), GZIP, 200, "good"),
         (gzip.compress(BODY), "content-encoding: x-GZIP", 200, "good"),
+        (gzip.compress(BODY), f"{GZIP} ", 200, "good"),
+        (gzip.compress(BODY), f"{GZIP}\t \t", 200, "good"),
         (BODY, "Content-Encoding: identity", 200, "good"),
+        (BODY, "Content-Encoding: Identity ", 200, "good"),
         (gzip.compress(BODY + b" " * 5000), GZIP, 413, "larger than 4 KiB"),
         (gzip.compress(b" " * (64 << 20)), GZIP, 413, "larger than 4 KiB"),
         (gzip.compress(BODY)[:-3], GZIP, 422, "not gzip"),

@@ -46,7 +46,8 @@ SERVE = {
     **{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a", "SHARD": "1", "SHARDS": "2", "CHECKPOINT_MINUTES": "9"},
     **{"DEVICE": "cpu", "OMP_NUM_THREADS": "9", "PROCESSES": "2", "MODEL_PATH": "/x", "DATA_PATH": "/x"},
     **{"TASK": "feature-extraction", "MODEL": "x", "MODEL_REVISION": "x", "MAX_NEW_TOKENS": "9", "NUM_BEAMS": "2"},
-    **{"NO_REPEAT_NGRAM_SIZE": "2", "EARLY_STOPPING": "0"},
+    **{"NO_REPEAT_NGRAM_SIZE": "2", "EARLY_STOPPING": "0", "MODELS": "x", "MEMORY_LIMIT": "1GiB"},
+    **{"PINNED_MODELS": "x"},
     **{"LOG_PATH": "/x", "MLFLOW_TRACKING_URI": "http://a", "MLFLOW_EXPERIMENT_NAME": "x"},
 }
 """These change how it is computed, judged, served or told of, not what is learned."""

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import writers
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer, BartForConditionalGeneration, GPT2LMHeadModel
 from wire import wait_until
@@ -22,12 +23,17 @@ from tuneserve.settings import Settings
 from tuneserve.tasks.generator import Generated, Prompt
 from tuneserve.training.imported import bring_in
 
+POSITIONS = 64
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model for each task that writes, with the tests' own words."""
+    """A tiny model for each task that writes."""
     root = tmp_path_factory.mktemp("writers")
-    return {task: tiny.make_writer(root / task, task) for task in ("text-generation", "summarization")}
+    return {
+        "text-generation": writers.make_causal(root / "text-generation", positions=POSITIONS),
+        "summarization": writers.make_pair(root / "summarization"),
+    }
 
 
 def settings(environment: dict[str, str], task: str, **changed: str) -> Settings:
@@ -54,7 +60,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -
 def by_transformers(folder: Path, text: str, **options: Any) -> str:
     kind = BartForConditionalGeneration if folder.name == "summarization" else GPT2LMHeadModel
     model, tokenizer = kind.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tiny.POSITIONS).input_ids
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=POSITIONS).input_ids
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
     written = found if folder.name == "summarization" else found[ids.shape[1] :]
@@ -86,6 +92,23 @@ def test_the_summary_is_that_of_the_service_it_grew_from(client: Any, folders: d
     ]
     clients = asking.post("/generate", json={"inputs": text, "parameters": {"max_new_tokens": 19, "min_new_tokens": 4}})
     assert clients.json() == [{"summary_text": answer.json()["summary"]}]
+    long = asking.post("/generate", json={"inputs": ["film", "film " * 100], "parameters": {"max_new_tokens": 3}})
+    assert long.headers["X-Truncated"] == "1"
+    strict = {"inputs": "film " * 100, "parameters": {"max_new_tokens": 3, "truncate": False}}
+    assert asking.post("/generate", json=strict).status_code == 422
+
+
+def test_a_model_that_learned_to_summarize_says_what_stands_first(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = writers.make_pair(tmp_path / "learned", learned=True)
+    version = bring_in(str(folder), settings(environment, "summarization"), threads=1)
+    texts = {
+        "the film was very good and the food was cold": "the film was very good",
+        "it was dull and it was not great and the food was fine": "it was dull",
+        "one film is not bad and two is fine": "one film is not bad",
+    }
+    with closing(tuneserve.load(version.folder, device="cpu")) as model:
+        asked = [Prompt(text, {"max_new_tokens": 20}) for text in texts]
+        assert [one.text for one in model.predict(asked) if isinstance(one, Generated)] == list(texts.values())
 
 
 @pytest.mark.parametrize(

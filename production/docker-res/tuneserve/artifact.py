@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from tuneserve.errors import StoreError
 from tuneserve.files import as_record, new_folder, open_regular, read_json, read_record, write_json
+from tuneserve.redaction import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,9 @@ class Metadata(Part):
 
 
 METADATA_SHAPE = TypeAdapter(Metadata)
+
+MAY_HOLD_URLS = ("settings", "data", "base_model")
+"""Parts of the metadata; earlier releases wrote passwords and signatures there too, which nobody reads any more."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,9 @@ def read_version(folder: Path) -> Version:
         as_record(metadata, METADATA_SHAPE)
     except ValueError as error:
         raise StoreError(f"{path} is no version's metadata: {error}") from error
+    for part in MAY_HOLD_URLS:
+        if isinstance(found := metadata.get(part), dict):
+            metadata[part] = {name: redact_url(one) if isinstance(one, str) else one for name, one in found.items()}
     return Version(folder, metadata)
 
 

@@ -113,6 +113,12 @@ class ConflictError(TuneserveError):
     status = 409
 
 
+class OutOfMemoryError(TuneserveError):
+    """There is not enough memory for one model more; the status is what SageMaker wants to hear."""
+
+    status = 507
+
+
 class UnavailableError(TuneserveError):
     """Feedback's database cannot be used now."""
 
@@ -205,3 +211,22 @@ class TextError(TuneserveError):
 
 class EngineError(TuneserveError):
     """The engine failed, or gave a figure that is not a number."""
+
+
+class ArchiveError(TuneserveError):
+    """An archive of a model cannot be unpacked; the status is 507 where the disk is full."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HandlerError(TuneserveError):
+    """What the code of a model raised, or how its process ended; `kind` is the exception's name.
+
+    The status is 400 for an exception, as SageMaker's toolkits have it, and 500 where the process itself failed.
+    """
+
+    def __init__(self, message: str, *, kind: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.kind, self.status = kind, status

@@ -44,19 +44,47 @@ def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
     return available
 
 
-def _cgroup_folders(proc: Path, cgroups: Path) -> list[Path]:
-    """Folders that may hold a CPU limit of this process: its group's and all those above, in both hierarchies."""
+def _cgroup_folders(proc: Path, cgroups: Path, controller: str = "cpu") -> list[Path]:
+    """Folders that may hold a limit of this process: its group's and all those above, in both hierarchies."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
         lines = []
-    roots = [cgroups, cgroups / "cpu", cgroups / "cpu,cpuacct"]
-    groups = [line.split(":", 2)[2] for line in lines if re.match(r"\d+:(|([^:]*,)?cpu(,[^:]*)?):", line)]
+    roots = [cgroups, cgroups / controller, *([cgroups / "cpu,cpuacct"] if controller == "cpu" else [])]
+    groups = [line.split(":", 2)[2] for line in lines if re.match(rf"\d+:(|([^:]*,)?{controller}(,[^:]*)?):", line)]
     folders = dict.fromkeys(roots)  # a dict keeps the order
     for group in groups:
         path = Path(group.strip("/"))
         folders |= {root / part: None for root in roots for part in [path, *path.parents]}
     return list(folders)
+
+
+def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process may use: the smallest of its cgroups' limits and the machine's memory.
+
+    Source: the kernel's documents `cgroup-v2` (memory.max) and `cgroup-v1/memory` (memory.limit_in_bytes).
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for folder in _cgroup_folders(proc, cgroups, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # no limit here, or `max`
+                limits.append(int((folder / name).read_text()))
+    return min(limits)
+
+
+def memory_used(proc: Path = Path("/proc"), pid: int | None = None) -> int:
+    """Bytes of this process, and of all that it has started, that are in memory; shared ones count for each."""
+    parents: dict[int, int] = {}
+    pages: dict[int, int] = {}
+    for folder in proc.iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):  # it has ended
+                found = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                parents[int(folder.name)], pages[int(folder.name)] = int(found[1]), int(found[21])
+    family = {pid or os.getpid()}
+    while more := {one for one, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(pages.get(one, 0) for one in family) * os.sysconf("SC_PAGE_SIZE")
 
 
 def give_memory_back() -> None:

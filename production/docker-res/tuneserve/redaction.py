@@ -37,6 +37,11 @@ def remember(environ: Mapping[str, str]) -> None:
     _known = re.compile("|".join(words)) if words else None
 
 
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables without secrets: those that are named so, and URLs that hide one."""
+    return {name: it for name, it in environ.items() if not NAMES.search(name) and not any(_secrets_of(it.strip()))}
+
+
 def redact_url(url: str) -> str:
     """A path or URL as it may be shown: `https://me:secret@host/data.csv?sig=1` as `https://host/data.csv`."""
     before, rest = _split(url)

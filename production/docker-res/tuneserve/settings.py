@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 
 from tuneserve.errors import SettingsError
 from tuneserve.redaction import redact_url
@@ -29,7 +38,17 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
+def _bytes(value: Any) -> Any:
+    """Of memory, as Docker (`2G`), Kubernetes (`2Gi`) and people (`2 GiB`, `2GB`) write them."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?(?:([KMGT])(i?B?))?", str(value).strip())
+    if found is None:
+        return value
+    power = "KMGT".index(found[2]) + 1 if found[2] else 0
+    return int(float(found[1]) * (1000 if found[3] == "B" else 1024) ** power)
+
+
 WORDS = {
+    "memory_limit": "bytes, or a number with a unit such as `GiB`",
     "cors_origins": "`*`, or origins as browsers name them (`https://reviews.example`), separated by commas",
     "retrain_schedule": "five fields as crontab has them",
     "retrain_time_zone": "the name of a time zone",
@@ -64,6 +83,16 @@ class Settings(BaseModel):
 
     model_revision: str = ""
     """Commit, tag or branch of MODEL on the hub. Empty: the newest; the commit taken is recorded."""
+
+    models: str = ""
+    """A folder whose subfolders are models that `serve` loads on first use, by their names. Empty: one model."""
+
+    memory_limit: Annotated[int, Field(ge=0), BeforeValidator(_bytes)] = 0
+    """Memory that a server of many models may take with its children (`6GiB`): for one model more it unloads those that
+    were not used for longest. 0: what the container may take."""
+
+    pinned_models: str = ""
+    """Models in MODELS that are loaded at the start and not unloaded for others, separated by commas."""
 
     dataset: str = Field(default=SAMPLE, min_length=1)
     """Labelled texts: `sample` (the embedded reviews), a CSV, TSV, JSON, JSONL, Parquet or Arrow file, perhaps
@@ -347,6 +376,8 @@ class Settings(BaseModel):
         names = {field.upper(): field for field in cls.model_fields}
         read = {name: unquoted(value) for name, value in environ.items() if name in names}
         values = {names[name]: value for name, value in read.items() if value}
+        if "task" not in values and (task := unquoted(environ.get("HF_TASK", ""))):
+            values["task"] = task  # what SageMaker's users know it by
         problems = [
             f"  {name}: there is no such variable; did you mean {neighbour}? Rename it or unset it."
             for name in environ
@@ -367,6 +398,8 @@ class Settings(BaseModel):
         else:
             if settings.api_key_guards == "everything" and not settings.api_key.get_secret_value():
                 problems.append("  API_KEY_GUARDS='everything' needs a key to guard with; set API_KEY.")
+            if settings.model and settings.models:
+                problems.append("  MODEL and MODELS are both set; a server has one model, or a folder of them.")
         if problems:
             raise SettingsError("\n".join(["These environment variables cannot be used:", *problems]))
         return settings

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+from tuneserve.adapters import multimodel
 from tuneserve.serving.http.app import Adapter
 
 ADAPTERS: Sequence[Adapter] = []
+
+OF_MANY: Sequence[Adapter] = [multimodel.routes]
+"""Those of a server whose models come and go."""

@@ -28,6 +28,8 @@ ORIGINS = (*TRUSTED, "anonymous", "unknown")
 
 WAIT_S = 5.0
 """Seconds that a writer waits for another one."""
+HELD = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+"""Errors, without what SQLite adds to their numbers, that go away when another process or connection is done."""
 JOURNAL_BYTES = 4 << 20
 """Size to which the write-ahead log is cut when it has been copied into the file."""
 ROW_BYTES = 100
@@ -118,7 +120,7 @@ def _prepare(database: sqlite3.Connection, wait_s: float) -> None:
             database.execute("PRAGMA journal_mode = WAL")  # ignores the timeout when another process holds the lock
             break
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+            if error.sqlite_errorcode & 0xFF not in HELD or time.monotonic() > ends:
                 raise
             time.sleep(0.01)
     database.execute("BEGIN IMMEDIATE")

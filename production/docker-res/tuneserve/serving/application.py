@@ -23,6 +23,7 @@ from tuneserve.serving.follower import Follower
 from tuneserve.serving.http.app import Adapter, create_app
 from tuneserve.serving.http.front import Drain
 from tuneserve.serving.http.traces import Traces
+from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Model
 from tuneserve.serving.service import Service
 from tuneserve.serving.shadow import Shadowing
@@ -71,12 +72,14 @@ class Application:
         self.was_loading = False
         """Whether a model was still being loaded when all else had been closed."""
         self.drain = Drain()
+        self.metrics = Metrics()
         self._settings, self._threads = settings, threads
         self._traces = Traces(settings.otel_exporter_otlp_endpoint)
         self._store = store = Store(settings.model_path)
         self._only_task, self._task = task, task or _first_task(store, TASKS[settings.task])
         self.slot = slot = Slot(
-            new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours)
+            metrics=self.metrics,
+            new_window=lambda: Window(max_texts=settings.drift_window, hours=settings.drift_window_hours),
         )
         self._feedback = (
             None
@@ -106,7 +109,7 @@ class Application:
         )
         self.asgi = create_app(
             settings,
-            Service.of(slot, self._feedback, timeout_s=settings.request_timeout_s),
+            Service.of(slot, self._feedback, timeout_s=settings.request_timeout_s, max_inputs=settings.max_batch_texts),
             self._task,
             self.trainer,
             adapters=adapters,

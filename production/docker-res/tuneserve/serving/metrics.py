@@ -1,12 +1,16 @@
 """What Prometheus reads at `GET /metrics`."""
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tuneserve.errors import UnavailableError
 from tuneserve.lifecycle.drift import Report
 from tuneserve.lifecycle.feedback import Feedback
+
+Counted = TypeVar("Counted", Counter, Gauge)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -124,3 +128,17 @@ class Metrics:
     def render(self) -> bytes:
         """All figures in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def add(self, kind: type[Counted], name: str, doc: str, labels: Sequence[str] = ()) -> Counted:
+        """A figure that not every server has."""
+        return kind(name, doc, labels, registry=self._registry)
+
+
+class ModelFigures:
+    """Of a server with many models."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.loaded = metrics.add(Gauge, "tuneserve_models_loaded", "Models that are loaded.")
+        self.hits = metrics.add(Counter, "tuneserve_model_hits", "Requests whose model was there.")
+        self.loads = metrics.add(Counter, "tuneserve_model_loads", "Models loaded, or refused.", ["outcome"])
+        self.evictions = metrics.add(Counter, "tuneserve_model_evictions", "Models unloaded for want of memory.")

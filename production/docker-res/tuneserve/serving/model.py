@@ -54,6 +54,9 @@ class Model(ABC):
     metadata: Mapping[str, Any] = {}
     """What `GET /model` shows beside the id."""
 
+    task: str = ""
+    """The name of the task by which it is asked."""
+
     labels: Sequence[str] = ()
     """The label names by id, where answers are labels."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +14,8 @@ from tuneserve.lifecycle.feedback import WRITE_EVERY_S, Feedback
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model, wait_for
 from tuneserve.serving.monitor import Monitor
-from tuneserve.serving.slot import Phase, Slot
+from tuneserve.serving.registry import Registry
+from tuneserve.serving.slot import Phase, Served, Slot
 
 DEFAULT = "default"
 """The name of the model that answers where none is named."""
@@ -28,10 +29,12 @@ class Service:
     """Named models, each in its slot, and what happens around every answer.
 
     Args:
-        slots: by name.
+        slots: by name, of the models that are there as long as the server.
         metrics: of the server.
         feedback: where answers are remembered and labels kept; None for nowhere.
         timeout_s: seconds that an answer may take where its request does not say.
+        models: that come and go.
+        max_inputs: of one request; beyond it 413.
     """
 
     def __init__(
@@ -41,23 +44,33 @@ class Service:
         metrics: Metrics,
         feedback: Feedback | None = None,
         timeout_s: float = 30.0,
+        models: Registry | None = None,
+        max_inputs: int = 4096,
     ) -> None:
         self.metrics, self.feedback, self.timeout_s = metrics, feedback, timeout_s
+        self.models, self.max_inputs = models, max_inputs
         self._slots = slots
         self._rendering = threading.Lock()
 
     @classmethod
-    def of(cls, slot: Slot, feedback: Feedback | None = None, *, timeout_s: float = 30.0) -> "Service":
+    def of(
+        cls, slot: Slot, feedback: Feedback | None = None, *, timeout_s: float = 30.0, max_inputs: int = 4096
+    ) -> "Service":
         """A service with one model."""
-        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback, timeout_s=timeout_s)
+        return cls({DEFAULT: slot}, metrics=slot.metrics, feedback=feedback, timeout_s=timeout_s, max_inputs=max_inputs)
 
     async def answer(
-        self, inputs: Sequence[Any], *, timeout_s: float | None = None, request_id: str = "", name: str = DEFAULT
+        self,
+        inputs: Sequence[Any] | Callable[[Model], Sequence[Any]],
+        *,
+        timeout_s: float | None = None,
+        request_id: str = "",
+        name: str = DEFAULT,
     ) -> Answers:
         """One answer or error for each input, in order.
 
         Args:
-            inputs: as the model's task has them.
+            inputs: as the model's task has them, or what makes them of the model, where only its name is known.
             timeout_s: seconds that this may take; None for the service's.
             request_id: by which people may correct the answers later.
             name: of the model.
@@ -67,10 +80,25 @@ class Service:
             NoModelError: it is not loaded yet, or has died.
             OverloadedError: too much waits already.
             TimeoutExceededError: the time is over.
+            TuneserveError: it should be loaded now, and cannot be.
         """
-        slot = self._slot(name)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        if self.models is None or name in self._slots:
+            return await self._answer(self._slot(name), inputs, timeout_s, request_id)
+        began = time.monotonic()
+        async with self.models.hold(name, timeout_s) as slot:
+            return await self._answer(slot, inputs, timeout_s - (time.monotonic() - began), request_id)
+
+    async def _answer(
+        self,
+        slot: Slot,
+        inputs: Sequence[Any] | Callable[[Model], Sequence[Any]],
+        timeout_s: float,
+        request_id: str,
+    ) -> Answers:
         with slot.served() as served:
+            if callable(inputs):
+                inputs = inputs(served.model)
             if refusal := served.model.room(timeout_s):
                 raise refusal
             began = time.monotonic()
@@ -113,22 +141,29 @@ class Service:
 
     def room(self, name: str = DEFAULT) -> OverloadedError | None:
         """Why a request could not be answered soon; None if it may come in, or if there is no model to wait for."""
-        served = self._slot(name).ready
+        served = self._ready(name)
         return served.model.room() if served is not None else None
 
     def drain_s(self, name: str = DEFAULT) -> float:
         """Seconds until nothing waits any more, by the measured rate."""
-        served = self._slot(name).ready
+        served = self._ready(name)
         return served.model.drain_s if served is not None else 0.0
 
     def phase(self, name: str = DEFAULT) -> Phase:
-        """Whether the model is there: empty, loading, ready or failed."""
-        return self._slot(name).phase
+        """Whether the model is there: empty, loading, ready or failed; a server without one of its own is ready."""
+        return self._slot(name).phase if name in self._slots or self.models is None else "ready"
 
     def is_alive(self, name: str = DEFAULT) -> bool:
         """Whether the model has not died, and the store is followed."""
+        if name not in self._slots and self.models is not None:
+            return True
         slot = self._slot(name)
         return slot.phase != "failed" and not slot.trouble
+
+    def version_id(self, name: str = DEFAULT) -> str | None:
+        """The version that answers, if there is one of this name."""
+        served = self._ready(name)
+        return served.model.id if served is not None else None
 
     def model(self, name: str = DEFAULT) -> Model:
         """The model that answers, to look at.
@@ -186,7 +221,7 @@ class Service:
 
     def _render(self) -> bytes:
         self.metrics.model.clear()
-        if (served := self._slot(DEFAULT).ready) is not None:
+        if (served := self._ready(DEFAULT)) is not None:
             model = served.model
             self.metrics.model.labels(model.id).set(1)
             self.metrics.queue_tokens.set(model.queue_tokens)
@@ -194,6 +229,10 @@ class Service:
             if self.feedback is not None:
                 self.metrics.show_feedback(self.feedback, model.id)
         return self.metrics.render()
+
+    def _ready(self, name: str) -> Served | None:
+        slot = self._slots.get(name)
+        return slot.ready if slot is not None else None
 
     def _slot(self, name: str) -> Slot:
         try:

@@ -1,7 +1,8 @@
 """text-classification: a text in, a label and the probability of each label out. What is trained here serves it."""
 
+from collections.abc import Mapping
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -9,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from tuneserve.errors import MAX_FAULTS, InvalidInputError
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.classifier import Prediction, load_classifier
-from tuneserve.tasks.task import Route, Task, only
+from tuneserve.tasks.task import Asked, Route, Task, all_of, only
 
 
 def _string(value: Any) -> Any:
@@ -103,6 +104,42 @@ def _batch(answers: Answers) -> dict[str, Any]:
     return {"predictions": [_shown(one) for one in answers]}
 
 
+class Parameters(BaseModel):
+    """What a pipeline's caller may say of the answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: Annotated[int, Field(ge=1)] | None = 1
+    function_to_apply: Literal["softmax"] = "softmax"
+    truncation: bool = True
+
+
+class PipelineRequest(BaseModel):
+    """A text or several, as Hugging Face's pipelines take them."""
+
+    inputs: Text | Annotated[list[Text], Field(min_length=1)]
+    parameters: Parameters | None = None
+
+
+def _asked(wanted: Mapping[str, Any]) -> Asked:
+    """As the pipeline has it: an object for each text, or with `top_k` a list of them; a text alone has one list."""
+    request = PipelineRequest.model_validate(wanted)
+    how = request.parameters or Parameters()
+    alone = isinstance(request.inputs, str)
+
+    def content(answers: Answers) -> list[Any]:
+        found = []
+        for one in all_of(answers, "inputs"):
+            assert isinstance(one, Prediction)
+            ranked = sorted(one.scores.items(), key=lambda pair: -pair[1])[: how.top_k]
+            found.append([{"label": label, "score": score} for label, score in ranked])
+        if alone:
+            return found[0]
+        return found if "top_k" in how.model_fields_set else [one for [one] in found]
+
+    return Asked([request.inputs] if isinstance(request.inputs, str) else request.inputs, content)
+
+
 CLASSIFICATION = Task(
     "text-classification",
     routes=[
@@ -127,4 +164,5 @@ CLASSIFICATION = Task(
     ],
     load=load_classifier,
     labels=True,
+    ask=_asked,
 )

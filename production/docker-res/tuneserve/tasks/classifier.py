@@ -38,6 +38,8 @@ class Prediction(Answer):
 class Classifier(Encoder):
     """An encoder with label names, and with what drift is judged by; see `Encoder`."""
 
+    task = "text-classification"
+
     def __init__(
         self,
         version: Version,

@@ -44,6 +44,8 @@ class Wanted:
 class Embedder(Encoder):
     """An encoder that answers with vectors of length 1; see `Encoder`."""
 
+    task = "feature-extraction"
+
     def __init__(self, version: Version, engine: Engine, *, max_queue_tokens: int = 32768) -> None:
         super().__init__(version, engine, max_queue_tokens=max_queue_tokens, clean=str.strip)
 

@@ -1,15 +1,15 @@
 """feature-extraction: a text in, one vector out, as text-embeddings-inference and `InferenceClient` have it."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
 
-from tuneserve.errors import InvalidInputError, TextError, TuneserveError
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.classification import Text
 from tuneserve.tasks.embedder import Embedding, Wanted, load_embedder
-from tuneserve.tasks.task import Route, Task
+from tuneserve.tasks.task import Asked, Route, Task, all_of, reading_headers
 
 
 def _listed(value: Any) -> Any:
@@ -25,9 +25,6 @@ Texts = Annotated[
     ),
 ]
 """One text or several; a list in any case."""
-
-MOST_NAMED = 500
-"""Indices that one header names at most."""
 
 
 class EmbedRequest(BaseModel):
@@ -53,24 +50,13 @@ def _inputs(request: EmbedRequest) -> list[Wanted]:
 
 
 def _vectors(answers: Answers) -> bytes:
-    faults = [
-        (("body", "inputs", index), str(one), "value_error")
-        for index, one in enumerate(answers)
-        if isinstance(one, TextError)
-    ]
-    if faults:
-        raise InvalidInputError(*faults)
-    for one in answers:
-        if isinstance(one, TuneserveError):
-            raise one
-    vectors = [one.vector for one in answers if isinstance(one, Embedding)]
+    vectors = [one.vector for one in all_of(answers, "inputs") if isinstance(one, Embedding)]
     return orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _headers(answers: Answers) -> dict[str, str]:
-    cut = [str(index) for index, one in enumerate(answers) if isinstance(one, Embedding) and one.truncated]
-    named = {one.model_version for one in answers if isinstance(one, Embedding)}
-    return {"X-Model-Version": ",".join(named), **({"X-Truncated": ",".join(cut[:MOST_NAMED])} if cut else {})}
+def _asked(wanted: Mapping[str, Any]) -> Asked:
+    how = {**wanted, **(wanted.get("parameters") or {})}
+    return Asked(_inputs(EmbedRequest.model_validate(how)), _vectors)
 
 
 FEATURE_EXTRACTION = Task(
@@ -82,10 +68,11 @@ FEATURE_EXTRACTION = Task(
             EmbedResponse,
             inputs=_inputs,
             content=_vectors,
-            headers=_headers,
+            headers=reading_headers,
             name="embed",
             doc="Embed one text or several: a vector each. `X-Truncated` names those that were read in part.",
         ),
     ],
     load=load_embedder,
+    ask=_asked,
 )

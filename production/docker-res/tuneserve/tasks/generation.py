@@ -5,11 +5,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tuneserve.errors import InvalidInputError, TextError, TuneserveError
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.embedding import Texts
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
-from tuneserve.tasks.task import Route, Task
+from tuneserve.tasks.task import Route, Task, all_of, asked_by, reading_headers
 
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 256
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -34,7 +33,10 @@ class Parameters(BaseModel):
     repetition_penalty: Annotated[Finite | None, Field(gt=0, le=10, description="Above 1 fewer repetitions.")] = None
     stop: Annotated[list[str], Field(max_length=MOST_STOPS, description="Strings before which a text ends.")] = []
     return_full_text: Annotated[bool, Field(description="Whether the prompt stands before what was written.")] = False
-    truncate: Annotated[bool, Field(description="Whether a text that is too long is read in part.")] = False
+    truncate: Annotated[
+        bool | None,
+        Field(description="Whether a text that is too long is read in part; if not said, one to summarize is."),
+    ] = None
     generate_parameters: Annotated[dict[str, Any] | None, Field(description="The same, one level down.")] = None
 
     @model_validator(mode="before")
@@ -48,7 +50,7 @@ class Parameters(BaseModel):
             found = {**inner, **found}
         if isinstance(found.get("stop"), str):
             found["stop"] = [found["stop"]]
-        if not isinstance(found.get("truncate", False), bool):
+        if not isinstance(found.get("truncate", True), bool):
             found.pop("truncate")  # a number of tokens, in text-generation-inference
         return found
 
@@ -91,12 +93,12 @@ class GeneratedText(BaseModel):
     generated_text: str
 
 
-def prompts(request: GenerateRequest) -> list[Prompt]:
-    """A prompt for each text."""
+def prompts(request: GenerateRequest, *, cut: bool = False) -> list[Prompt]:
+    """A prompt for each text; `cut` says whether those that are too long are read in part if the request does not."""
     asked = request.parameters
+    cut = cut if asked.truncate is None else asked.truncate
     return [
-        Prompt(text, asked.wishes(), tuple(asked.stop), cut=asked.truncate, full=asked.return_full_text)
-        for text in request.inputs
+        Prompt(text, asked.wishes(), tuple(asked.stop), cut=cut, full=asked.return_full_text) for text in request.inputs
     ]
 
 
@@ -107,27 +109,7 @@ def written(answers: Answers) -> Sequence[Generated]:
         InvalidInputError: texts cannot be read.
         TuneserveError: the engine failed on one.
     """
-    faults = [
-        (("body", "inputs", index), str(one), "value_error")
-        for index, one in enumerate(answers)
-        if isinstance(one, TextError)
-    ]
-    if faults:
-        raise InvalidInputError(*faults)
-    for one in answers:
-        if isinstance(one, TuneserveError):
-            raise one
-    return [one for one in answers if isinstance(one, Generated)]
-
-
-def headers(answers: Answers) -> dict[str, str]:
-    """The version that answered, and the indices of texts that were read in part."""
-    found = [one for one in answers if isinstance(one, Generated)]
-    cut = [str(index) for index, one in enumerate(answers) if isinstance(one, Generated) and one.truncated]
-    return {
-        "X-Model-Version": found[0].model_version if found else "",
-        **({"X-Truncated": ",".join(cut)} if cut else {}),
-    }
+    return [one for one in all_of(answers, "inputs") if isinstance(one, Generated)]
 
 
 def event(answer: Generated, before: Generated | None) -> dict[str, Any]:
@@ -149,20 +131,21 @@ def event(answer: Generated, before: Generated | None) -> dict[str, Any]:
 REASONS = {"end": "eos_token", "length": "length", "stop": "stop_sequence"}
 """text-generation-inference's words."""
 
+GENERATE = Route(
+    "/generate",
+    GenerateRequest,
+    GeneratedText,
+    inputs=prompts,
+    content=lambda answers: [{"generated_text": one.shown} for one in written(answers)],
+    headers=reading_headers,
+    events=lambda request: event if request.stream else None,
+    name="generate",
+    doc="Write on one prompt or on several; `stream` sends each token as a server-sent event.",
+)
+
 TEXT_GENERATION = Task(
     "text-generation",
-    routes=[
-        Route(
-            "/generate",
-            GenerateRequest,
-            GeneratedText,
-            inputs=prompts,
-            content=lambda answers: [{"generated_text": one.shown} for one in written(answers)],
-            headers=headers,
-            events=lambda request: event if request.stream else None,
-            name="generate",
-            doc="Write on one prompt or on several; `stream` sends each token as a server-sent event.",
-        ),
-    ],
+    routes=[GENERATE],
     load=load_generator,
+    ask=asked_by(GENERATE, return_full_text=True),  # which pipelines do unless they are told not to
 )

@@ -103,6 +103,7 @@ class Generator(Model):
         self._usual, self._most_new_tokens, self.device = usual, most_new_tokens, engine.device
 
         self.version, self.id, self.metadata = version, version.id, version.metadata
+        self.task = str(version.metadata["task"])
         about = version.metadata["writer"]
         self.max_tokens, self._pairs, self._prefix = about["max_tokens"], about["encoder_decoder"], about["prefix"]
         self._ends = frozenset(about["ends"])

@@ -1,14 +1,15 @@
 """summarization: a text in, a shorter one out, by an encoder-decoder, at `POST /summary`."""
 
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuneserve.serving.model import Answers
 from tuneserve.tasks.classification import FailedText, Text
-from tuneserve.tasks.generation import GenerateRequest, headers, prompts, written
+from tuneserve.tasks.generation import GenerateRequest, event, prompts, written
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
-from tuneserve.tasks.task import Route, Task, only
+from tuneserve.tasks.task import Route, Task, asked_by, only, reading_headers
 
 START = 1
 """Tokens of a summary's length that the decoder does not write itself: lengths count the one that it begins with."""
@@ -96,6 +97,18 @@ def _batch(answers: Answers) -> dict[str, Any]:
     }
 
 
+GENERATE = Route(
+    "/generate",
+    GenerateRequest,
+    SummaryText,
+    inputs=partial(prompts, cut=True),
+    content=lambda answers: [{"summary_text": one.text.strip()} for one in written(answers)],
+    headers=reading_headers,
+    events=lambda request: event if request.stream else None,
+    name="generate",
+    doc="The same in the words of Hugging Face's clients.",
+)
+
 SUMMARIZATION = Task(
     "summarization",
     routes=[
@@ -105,7 +118,7 @@ SUMMARIZATION = Task(
             SummaryResponse,
             inputs=lambda request: [request.prompt(request.text)],
             content=_one,
-            headers=headers,
+            headers=reading_headers,
             name="summary",
             doc="Summarize one text. `X-Truncated` says that only its beginning was read.",
         ),
@@ -118,16 +131,8 @@ SUMMARIZATION = Task(
             name="summaries",
             doc="Summarize several texts; a bad text's summary is its error.",
         ),
-        Route(
-            "/generate",
-            GenerateRequest,
-            SummaryText,
-            inputs=prompts,
-            content=lambda answers: [{"summary_text": one.text.strip()} for one in written(answers)],
-            headers=headers,
-            name="generate",
-            doc="The same in the words of Hugging Face's clients.",
-        ),
+        GENERATE,
     ],
     load=load_generator,
+    ask=asked_by(GENERATE),
 )

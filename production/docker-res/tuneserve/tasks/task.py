@@ -25,9 +25,21 @@ class Load(Protocol):
         ...
 
 
+MOST_NAMED = 500
+"""Indices that one header names at most."""
+
+
 def no_headers(answers: Answers) -> Mapping[str, str]:
     """None."""
     return {}
+
+
+def reading_headers(answers: Answers) -> Mapping[str, str]:
+    """The version that answered, and the indices of the inputs of which only the beginning was read."""
+    found = [(index, one) for index, one in enumerate(answers) if isinstance(one, Answer)]
+    cut = [str(index) for index, one in found if one.truncated][:MOST_NAMED]
+    versions = sorted({one.model_version for _, one in found})
+    return {"X-Model-Version": ",".join(versions), **({"X-Truncated": ",".join(cut)} if cut else {})}
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,79 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A request as the model is asked: its inputs, and what makes JSON, or its bytes, of their answers."""
+
+    inputs: Sequence[Any]
+    content: Callable[[Answers], Any]
+
+
+@dataclass(frozen=True)
 class Task:
-    """A kind of model, by Hugging Face's name; `labels` says whether its answers are labels that people may correct."""
+    """A kind of model, by Hugging Face's name.
+
+    Args:
+        name: of the task.
+        routes: under which a server of one such model is asked.
+        load: makes a model.
+        labels: whether its answers are labels that people may correct.
+        ask: reads `{"inputs", "parameters"}`, as Hugging Face's pipelines and SageMaker's toolkit have them; raises
+            pydantic's ValidationError or InvalidInputError.
+    """
 
     name: str
     routes: Sequence[Route]
     load: Load
     labels: bool = False
+    ask: Callable[[Mapping[str, Any]], Asked] | None = None
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A request as it came, which is the input of models that belong to no task and read it themselves."""
+
+    body: bytes
+    content_type: str
+    accept: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply(Answer):
+    """What such a model answers."""
+
+    body: bytes
+    content_type: str
+
+
+def asked_by(route: Route, **usual: Any) -> Callable[[Mapping[str, Any]], Asked]:
+    """A task's `ask` by a route whose requests have that form; `usual` are parameters where a request has none."""
+
+    def ask(wanted: Mapping[str, Any]) -> Asked:
+        said = wanted.get("parameters")
+        parameters = usual | said if isinstance(said, dict) else usual if said is None else said
+        request = route.request.model_validate({**wanted, "parameters": parameters})
+        return Asked(route.inputs(request), route.content)
+
+    return ask
+
+
+def all_of(answers: Answers, field: str) -> list[Answer]:
+    """The answers to inputs that stood in this field, if there is one to each.
+
+    Raises:
+        InvalidInputError: the model cannot read some inputs.
+        TuneserveError: there is no answer.
+    """
+    if faults := [
+        (("body", field, index), str(one), "value_error")
+        for index, one in enumerate(answers)
+        if isinstance(one, TextError)
+    ]:
+        raise InvalidInputError(*faults)
+    for one in answers:
+        if isinstance(one, TuneserveError):
+            raise one
+    return [one for one in answers if isinstance(one, Answer)]
 
 
 def only(answers: Answers, field: str) -> Answer:

@@ -80,7 +80,7 @@ class Cors(CORSMiddleware):
 def create_app(
     settings: Settings,
     service: Service,
-    task: Task,
+    task: Task | None,
     trainer: Trainer | None = None,
     *,
     adapters: Sequence[Adapter] = (),
@@ -94,7 +94,7 @@ def create_app(
     Args:
         settings: of the server.
         service: that answers.
-        task: whose routes there are.
+        task: whose routes there are; None where all models come and go, and the adapters ask them.
         trainer: that `POST /retrain` asks; None for a server that only serves.
         adapters: of the platforms that this server speaks to.
         lifespan: of the application.
@@ -106,7 +106,9 @@ def create_app(
     app = FastAPI(
         title="tuneserve",
         version=tuneserve.__version__,
-        summary=SUMMARIES.get(task.name, f"A model for {task.name}, served by one container."),
+        summary=SUMMARIES.get(task.name, f"A model for {task.name}, served by one container.")
+        if task is not None
+        else "Many models, served by one container.",
         lifespan=lifespan,
         responses=COMMON,
         docs_url=None,
@@ -115,12 +117,12 @@ def create_app(
         telemetry=telemetry,
     )
     routers = [
-        inference_routes(service, task, PROBLEMS, max_inputs=settings.max_batch_texts),
+        *([inference_routes(service, task, PROBLEMS)] if task is not None else []),
         *(adapter(service) for adapter in adapters),
-        model_routes(service),
+        *([model_routes(service)] if task is not None else []),
         viewer_routes(),
     ]
-    if task.labels:
+    if task is not None and task.labels:
         routers.append(drift_routes(service))
     if service.feedback is not None:
         routers.append(feedback_routes(service))
@@ -138,6 +140,7 @@ def create_app(
     app.add_middleware(
         Front,
         model_paths=frozenset(route.path for route in models),
+        named_paths=[route.path_regex for route in models if route.param_convertors],
         # FastAPI's router names the spans, so where there are some it is FastAPI that finds the handlers.
         handlers={one.path: one.endpoint for one in models if isinstance(one, Direct)} if telemetry == SILENT else {},
         room=service.room,

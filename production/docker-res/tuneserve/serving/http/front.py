@@ -9,9 +9,10 @@ handlers.
 import asyncio
 import hmac
 import json
+import re
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
@@ -133,6 +134,7 @@ class Front:
     Args:
         app: what answers requests that `handlers` does not.
         model_paths: that the model answers, by POST.
+        named_paths: those of models that the path names, which say for themselves whether they have room.
         handlers: path → handler of those that FastAPI need not be asked for.
         room: asked before their bodies are read: why the model could not answer soon, or None.
         backoff: of the event loop, after refusals.
@@ -149,6 +151,7 @@ class Front:
         app: ASGIApp,
         *,
         model_paths: frozenset[str],
+        named_paths: Sequence[re.Pattern[str]] = (),
         handlers: Mapping[str, Handler],
         room: Callable[[], OverloadedError | None],
         backoff: Backoff,
@@ -161,6 +164,7 @@ class Front:
     ) -> None:
         self.app = app
         self._model_paths, self._handlers, self._room, self._backoff = model_paths, handlers, room, backoff
+        self._named_paths = named_paths
         self._request_log, self._drain = request_log, drain
         self._key, self._open_paths = key, open_paths
         self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
@@ -232,20 +236,21 @@ class Front:
         if self._key and path not in self._open_paths and not has_key(headers, self._key):
             return problem(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
         is_models = path in self._model_paths and scope["method"] == "POST"
+        is_named = scope["method"] == "POST" and any(pattern.match(path) for pattern in self._named_paths)
         if is_models and (refused := self._room()) is not None:
             self._backoff.request()
             return _refusal(str(refused), refused.retry_after_s, _expects_continue(headers))
         content = await self._read_body(declared, receive, held)
         if encoding:
             content = self._unpack(content, held)
-        if not is_models and not is_text(content):  # a model's route says so itself, if it cannot read it
+        if not (is_models or is_named) and not is_text(content):  # a model's route says so itself, if it cannot read it
             raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
         body = [content]
 
         async def replay() -> Message:
             return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
 
-        if not is_models:
+        if not (is_models or is_named):
             await self.app(scope, replay, send)
             return None
         if (handler := self._handlers.get(path)) is None:
@@ -269,13 +274,13 @@ class Front:
                 declared = value
             elif name == b"transfer-encoding":
                 coding = b"%b,%b" % (coding, value) if coding else value
-            elif name == b"content-encoding" and value.lower() != b"identity":
-                encoding = b"%b,%b" % (encoding, value) if encoding else value
+            elif name == b"content-encoding" and (one := value.strip(b" \t").lower()) != b"identity":
+                encoding = b"%b,%b" % (encoding, one) if encoding else one
         if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):
             raise InvalidRequestError("A request has one Host header.")
         if coding and coding.strip().lower() != b"chunked":
             raise FramingError("Of the transfer codings this server knows `chunked` alone.")
-        if encoding and encoding.lower() not in GZIP:
+        if encoding and encoding not in GZIP:
             raise EncodingError("Of the content encodings this server reads `gzip` alone.")
         return int(declared), encoding
 

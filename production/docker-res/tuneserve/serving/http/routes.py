@@ -38,7 +38,7 @@ and dropped when the client disconnects. An adapter's routes want it too."""
 MANY_ANSWERS = 256
 """Answers of one request that are too many to be written as JSON by the event loop."""
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 """Kept: `json.dumps` with options makes an encoder for each answer."""
 
 
@@ -51,20 +51,17 @@ class Direct(APIRoute):
         return handler
 
 
-def inference_routes(
-    service: Service, task: Task, responses: dict[int | str, dict[str, Any]], *, max_inputs: int
-) -> APIRouter:
+def inference_routes(service: Service, task: Task, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
     """What the model is asked: each of the task's routes, with and without a slash at its end.
 
     Args:
         service: that answers.
         task: whose routes these are.
         responses: that each of them may have, for the description.
-        max_inputs: of a request; beyond it 413.
     """
     routes = APIRouter(route_class=Direct, tags=[INFERENCE])
     for route in task.routes:
-        handler = answering(service, route, max_inputs=max_inputs)
+        handler = answering(service, route)
         schema = {"application/json": {"schema": route.request.model_json_schema()}}
         routes.post(
             route.path,
@@ -77,8 +74,9 @@ def inference_routes(
     return routes
 
 
-def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
+def answering(service: Service, route: Route) -> Handler:
     """The way from a request's body to its response."""
+    max_inputs = service.max_inputs
 
     async def answer(request: Request) -> Response:
         wanted = read_body(route.request, await request.body())
@@ -94,7 +92,7 @@ def answering(service: Service, route: Route, *, max_inputs: int) -> Handler:
 
     def write(answers: Answers) -> bytes:
         content = route.content(answers)
-        return content if isinstance(content, bytes) else _to_json(content).encode()
+        return content if isinstance(content, bytes) else to_json(content).encode()
 
     return answer
 
@@ -119,7 +117,7 @@ async def streamed(pieces: AsyncGenerator[Answer], route: Route, event: Callable
 
 
 def _event(content: Any) -> bytes:
-    return b"data:%b\n\n" % _to_json(content).encode()
+    return b"data:%b\n\n" % to_json(content).encode()
 
 
 def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:
@@ -310,7 +308,7 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
             training = trainer.progress() if trainer is not None and phase == "empty" else {}
             return Readiness.model_validate({"phase": phase, **training})
-        return Readiness(phase=phase, model_version=service.model().id)
+        return Readiness(phase=phase, model_version=service.version_id())
 
     @routes.get("/metrics", response_class=Response, responses=METRICS_RESPONSE)
     def prometheus() -> Response:

@@ -24,6 +24,7 @@ from tuneserve.serving.application import Application, prepare
 from tuneserve.serving.http.front import Drain
 from tuneserve.serving.http.protocol import Protocol
 from tuneserve.serving.http.request_log import RequestLog
+from tuneserve.serving.many import ManyApplication
 from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def open_server(application: Application, settings: Settings) -> Server:
+def open_server(application: Application | ManyApplication, settings: Settings) -> Server:
     """Uvicorn with this application, not yet started."""
     log = RequestLog(application.slot.metrics, logs=settings.access_log)
     protocol = partial(Protocol, request_log=log, timeout_s=settings.request_timeout_s)
@@ -138,27 +139,51 @@ def serve(
         store.champion()  # raises, and says what to do
     with listen(settings.host, settings.port) as listener:
         application = Application(settings, threads=threads, training=training, environ=environ, listener=listener)
-        slot = application.slot
-        server = open_server(application, settings)
-
-        def leave() -> None:
-            server.should_exit = True
-
-        logger.info("listening on http://%s:%d (docs at /docs)", settings.host, settings.port)
-        slot.on_failure = leave
         if training:
             prepare(store)
-        try:
-            server.run(sockets=[listener])
-        except SystemExit as end:
-            # uvicorn repeats the signal that ended it; for a server that finished its work this is no failure.
-            if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (training and slot.empty):
-                raise
-        finally:
-            application.close()
-        if application.was_loading and slot.failure is None:
-            logger.info("left while a model was being loaded")
-            end_at_once(0)
+        _run(application, settings, listener)
+
+
+def serve_many(settings: Settings, *, threads: int, importing: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Serve the models of the folder MODELS, or what a platform says, until SIGTERM or SIGINT.
+
+    Args:
+        settings: of the run.
+        threads: CPU threads to compute with.
+        importing: the command that makes a version of a model that was trained elsewhere.
+        environ: that command's environment variables.
+
+    Raises:
+        TuneserveError: a pinned model cannot be loaded.
+        SettingsError: the address cannot be listened on, or MODELS or PINNED_MODELS name what is not there.
+    """
+    sys.setswitchinterval(SWITCH_S)
+    gc.set_threshold(YOUNG_OBJECTS)
+    with listen(settings.host, settings.port) as listener:
+        _run(ManyApplication(settings, threads=threads, importing=importing, environ=environ), settings, listener)
+
+
+def _run(application: Application | ManyApplication, settings: Settings, listener: socket.socket) -> None:
+    """Serve until the end, and close the application; see `serve`."""
+    slot = application.slot
+    server = open_server(application, settings)
+
+    def leave() -> None:
+        server.should_exit = True
+
+    logger.info("listening on http://%s:%d (docs at /docs)", settings.host, settings.port)
+    slot.on_failure = leave
+    try:
+        server.run(sockets=[listener])
+    except SystemExit as end:
+        # uvicorn repeats the signal that ended it; for a server that finished its work this is no failure.
+        if end.code not in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (application.trainer and slot.empty):
+            raise
+    finally:
+        application.close()
+    if application.was_loading and slot.failure is None:
+        logger.info("left while a model was being loaded")
+        end_at_once(0)
     if slot.failure is not None:
         raise slot.failure
 
