@@ -3,16 +3,21 @@
     python production/build.py --help
 
 Ends with 0 when all is done, with 2 when there was nothing to start with (a bad argument, no engine), else with 1.
+Past 300 lines, because it is one file that needs nothing but the docker SDK.
 """
 
 import argparse
+import io
+import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,21 @@ VERSION = rf"{NUMBER}\.{NUMBER}\.{NUMBER}(?:-{WORD}(?:\.{WORD})*)?(?:\+[0-9a-zA-
 NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 HOST = r"[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+(?::[0-9]+)?|[a-zA-Z0-9-]+:[0-9]+"
 PREFIX = rf"(?:(?:{HOST}|{NAME})(?:/{NAME})*/?)?"
+HUB_NAME, REVISION = r"[a-zA-Z0-9][\w.-]*(?:/[a-zA-Z0-9][\w.-]*)?", r"[\w./-]*"
+
+TASKS = ("text-classification", "feature-extraction", "summarization", "text-generation")
+PAIRED = ("ForConditionalGeneration", "EncoderDecoder", "MTModel", "T5WithLMHead")
+FITTING = {
+    "text-classification": ("ForSequenceClassification",),
+    "summarization": PAIRED,
+    "text-generation": ("ForCausalLM", "LMHead", *PAIRED),
+}
+"""What the names of architectures that fit a task contain. The import has the last word; this one is said at once."""
+MODEL_FILES = (".json", ".txt", ".model", ".spm", ".jinja")
+"""What is sent of a model's folder beside *.safetensors."""
+STORE = "/opt/baked"
+"""Where Dockerfile.bake puts the store."""
+CHUNK = 1 << 20
 
 EXAMPLES = """\
 examples:
@@ -50,6 +70,8 @@ examples:
       for machines without a GPU: no CUDA, and torch's CPU wheels from an index that holds them
   build.py --proxy http://proxy.example.com:3128
       reach the network through a proxy while building
+  build.py --bake sshleifer/distilbart-cnn-12-6 --task summarization
+      build tuneserve-distilbart-cnn-12-6, which holds the model and answers with no network and no volume
 
 The engine is the one that DOCKER_HOST names, else this machine's.
 """
@@ -70,6 +92,15 @@ class NoEngineError(Exception):
     """No Docker engine answers."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model to bake: its name, and either its folder or, on the hub, the revision; empty for the newest."""
+
+    name: str
+    folder: Path | None = None
+    revision: str = ""
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad argument ends the program with 2."""
     parser = argparse.ArgumentParser(
@@ -83,7 +114,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     versioned = like(VERSION, "use a semantic version, such as 1.2.0, 1.2.0-rc.1 or 1.2.0-SNAPSHOT")
     prefixed = like(PREFIX, "use HOST[:PORT][/PATH] or PATH, without https://, with the path in lower case")
     add = parser.add_argument
-    add("--name", type=named, default="tuneserve", help="name of the image (default: %(default)s)")
+    add("--name", type=named, help="name of the image (default: tuneserve; with --bake, tuneserve-MODEL)")
     about = "semantic version (default: the package's, %(default)s); a tag cannot hold `+`, which becomes `_`"
     add("--version", type=versioned, default=read_version(PACKAGE), help=about)
     about = "registry and path before the name"
@@ -95,7 +126,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     about = "proxy while building, with the no_proxy of your shell; the image does not keep it"
     add("--proxy", metavar="URL", help=about)
     add("--no-cache", action="store_true", help="do every step anew")
+    about = "put a model into the image: a Hugging Face folder, or NAME[@REVISION] on the hub (or MODEL_REVISION)"
+    add("--bake", metavar="MODEL", help=about)
+    add("--task", choices=TASKS, help=f"what the baked model does (default: {TASKS[0]})")
     options = parser.parse_args(arguments)
+    if options.task and options.bake is None:
+        parser.error(
+            "--task says what a baked model does: name the model with --bake, or set TASK where the image runs"
+        )
+    options.task = options.task or TASKS[0]
+    try:
+        options.model = None if options.bake is None else find_model(options.bake, options.task)
+    except ValueError as error:
+        parser.error(f"--bake {options.bake}: {error}")
+    options.name = options.name or name_image(options.model)
     if options.push and not options.image_prefix:
         parser.error("--push needs --image-prefix: a bare name would go to Docker Hub's own library")
     return options
@@ -118,6 +162,38 @@ def split_pair(value: str) -> tuple[str, str]:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{value!r}: use KEY=VALUE")
     return key, content
+
+
+def find_model(said: str, task: str) -> Model:
+    """The model that the command line names, as far as it can be told without the job's libraries.
+
+    Raises:
+        ValueError: it is neither a model's folder nor could be a name on the hub, or it does not fit the task.
+    """
+    path = os.path.expanduser(said)  # noqa: PTH111  (Path's raises where there is no such user)
+    if not os.path.isdir(path):  # noqa: PTH112  (Path's raises when the name is too long)
+        name, at, revision = said.partition("@")
+        revision = revision if at else os.environ.get("MODEL_REVISION", "").strip()
+        if not (re.fullmatch(HUB_NAME, name) and re.fullmatch(REVISION, revision)) or (at and not revision):
+            raise ValueError("there is no such folder, and no name on the hub looks like that")
+        return Model(name, revision=revision)
+    folder = Path(os.path.abspath(path))  # noqa: PTH100  (with the name that was given, links or not)
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        raise ValueError("the folder has no config.json that can be read: it is no Hugging Face model") from None
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError("the folder has no *.safetensors; weights in pickles are not loaded")
+    words = FITTING.get(task, ("",))
+    if architectures and not any(word in str(name) for name in architectures for word in words):
+        raise ValueError(f"its config.json says {', '.join(map(str, architectures))}, which is not for --task {task}")
+    return Model(folder.name, folder)
+
+
+def name_image(model: Model | None) -> str:
+    """What an image is called unless --name says it: with a model in it, by that too."""
+    words = re.findall(r"[a-z0-9]+", model.name.rpartition("/")[2].lower()) if model else []
+    return "-".join(["tuneserve", *words])
 
 
 def read_version(module: Path) -> str:
@@ -179,13 +255,102 @@ def in_one_line(error: Exception) -> str:
     return said if len(said) <= 400 else f"{said[:200]} … {said[-200:]}"
 
 
-def build_image(client: Any, tags: list[str], arguments: dict[str, str], *, no_cache: bool) -> Any:
-    """Build, tell the progress, tag; return the image or raise BuildError."""
+def build_image(client: Any, arguments: dict[str, str], *, no_cache: bool, **what: Any) -> Any:
+    """Build, tell the progress; return the image or raise BuildError.
+
+    Args:
+        client: of the engine.
+        arguments: the ARGs of the Dockerfile.
+        no_cache: do every step anew.
+        what: the context and the stage, as the SDK calls them; by default the job's image.
+    """
     options = {"buildargs": arguments, "nocache": no_cache, "rm": True, "forcerm": True, "decode": True}
-    image = client.images.get(relay(client.api.build(path=str(CONTEXT), **options), "ID"))
-    for tag in tags:
-        image.tag(tag)
-    return image
+    what = what if "fileobj" in what else {"path": str(CONTEXT)} | what
+    return client.images.get(relay(client.api.build(**options, **what), "ID"))
+
+
+def bake_image(
+    client: Any, job: Any, options: argparse.Namespace, given: Mapping[str, str], facts: Mapping[str, str]
+) -> Any:
+    """Put the model into an image on top of the job's, with labels; return the image or raise BuildError.
+
+    The labels come last, in a step of their own, since only what was imported says its hash and the hub's revision.
+    """
+    model, task = options.model, options.task
+    asked = {"JOB": job.id, "TASK": task, "BAKED": f"/resources/{model.name}" if model.folder else model.name}
+    if not model.folder:
+        asked["MODEL_REVISION"] = model.revision
+        if not re.fullmatch(r"[0-9a-f]{40}", model.revision):
+            asked["ASKED"] = facts["CREATED"]  # what a name or a branch means may have changed since the last build
+    context = stream_context(CONTEXT / "Dockerfile.bake", model.folder)
+    built = build_image(client, {**given, **asked}, no_cache=options.no_cache, fileobj=context, custom_context=True)
+    version, base = read_baked(client, built)
+    about = {name.lower(): value for name, value in facts.items()} | {
+        "description": f"Serves {model.name} over HTTP ({task})."
+    }
+    labels = {f"org.opencontainers.image.{name}": value for name, value in about.items()} | {
+        "tuneserve.task": task,
+        "tuneserve.model": model.name,
+        "tuneserve.model.revision": base["revision"],
+        "tuneserve.model.sha256": base["sha256"],
+        "tuneserve.model.version": version,
+    }
+    pairs = " ".join(f"{key}={quote(value)}" for key, value in labels.items())
+    labelled = io.BytesIO(f"FROM {built.id}\nLABEL {pairs}\n".encode())  # the API's `labels` would be a step for each
+    return build_image(client, {}, no_cache=options.no_cache, fileobj=labelled)
+
+
+def quote(value: str) -> str:
+    """A value as a Dockerfile takes it literally."""
+    return json.dumps(value, ensure_ascii=False).replace("$", "\\$")
+
+
+def stream_context(dockerfile: Path, model: Path | None) -> Iterator[bytes]:
+    """A context with a Dockerfile and, as model/NAME/, what is read of a model: a tar that is made while it is sent."""
+    files = {"Dockerfile": dockerfile}
+    folders = ["model"]
+    if model:
+        found = [path for pattern in ("*", "*/*") for path in model.glob(pattern) if path.suffix in MODEL_FILES]
+        for path in sorted([*found, *model.glob("*.safetensors")]):
+            relative = path.relative_to(model)
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                files[f"model/{model.name}/{relative.as_posix()}"] = path
+        folders += sorted({name.rpartition("/")[0] for name in files if "/" in name})
+    for name in folders:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+        yield entry.tobuf(tarfile.PAX_FORMAT)
+    for name, path in files.items():
+        with path.open("rb") as file:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = os.fstat(file.fileno()).st_size, 0o644
+            yield entry.tobuf(tarfile.PAX_FORMAT)
+            left = entry.size
+            while left:
+                chunk = file.read(min(left, CHUNK))
+                if not chunk:
+                    raise OSError(f"{path} became shorter while it was read")
+                left -= len(chunk)
+                yield chunk
+        yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def read_baked(client: Any, image: Any) -> tuple[str, dict[str, str]]:
+    """The id of the version in an image, and what its metadata say of the model that was imported."""
+    container = client.containers.create(image.id)
+
+    def read(path: str) -> str:
+        chunks, _ = container.get_archive(f"{STORE}/{path}")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+            file = archive.extractfile(archive.getmembers()[0])
+            return file.read().decode() if file else ""
+
+    try:
+        version = read("champion").strip()
+        return version, json.loads(read(f"versions/{version}/metadata.json"))["base_model"]
+    finally:
+        container.remove()
 
 
 def push_tag(client: Any, tag: str) -> str:
@@ -228,17 +393,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     tags = name_tags(options.name, options.version, options.image_prefix)
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    build_args = {"TITLE": options.name, "VERSION": options.version, "REVISION": read_revision(), "CREATED": created}
-    if options.base_image:
-        build_args["BASE_IMAGE"] = options.base_image
+    facts = {"TITLE": options.name, "VERSION": options.version, "REVISION": read_revision(), "CREATED": created}
+    base = {"BASE_IMAGE": options.base_image} if options.base_image else {}
+    given = dict(options.build_arg)
     if options.proxy:
         exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost,127.0.0.1"
-        build_args |= name_proxy(options.proxy, exceptions)
+        given = name_proxy(options.proxy, exceptions) | given
     started = time.monotonic()
     warnings.filterwarnings("ignore", module="docker")  # an error says the same
     try:
         client = connect()
-        image = build_image(client, tags, build_args | dict(options.build_arg), no_cache=options.no_cache)
+        if options.model:  # on top of the stage without labels, which change from build to build and spoil the cache
+            job = build_image(client, base | given, no_cache=options.no_cache, target="job")
+            image = bake_image(client, job, options, given, facts)
+        else:
+            image = build_image(client, facts | base | given, no_cache=options.no_cache)
+        for tag in tags:
+            image.tag(tag)
         print(f"Built {' and '.join(tags)}: {image.attrs['Size'] / 1e9:.2f} GB in {time.monotonic() - started:.0f} s.")
         for tag in tags if options.push else []:
             print(f"Pushed {tag}, digest {push_tag(client, tag)}.")

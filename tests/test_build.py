@@ -1,11 +1,14 @@
 """build.py without an engine: its arguments, its names, and what it makes of the engine's messages."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import requests
 from conftest import serving
 
 import build
+from tuneserve.tasks.catalog import TASKS
 
 SCRIPT = Path(build.__file__)
 
@@ -281,6 +285,198 @@ def test_a_socket_that_may_not_be_opened_is_no_engine(monkeypatch: pytest.Monkey
 def test_the_help_names_every_option_and_shows_examples() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0
-    for option in ("--name", "--version", "--base-image", "--image-prefix", "--proxy", "--push", "--build-arg"):
+    options = ("--name", "--version", "--base-image", "--image-prefix", "--proxy", "--push", "--build-arg", "--bake")
+    for option in options:
         assert option in done.stdout
     assert "examples:" in done.stdout
+
+
+def make_folder(folder: Path, *architectures: str, **files: str) -> Path:
+    """A folder that looks like a summarizer, or like what is said."""
+    written = {"config.json": json.dumps({"architectures": architectures or ["BartForConditionalGeneration"]})}
+    for name, content in (written | {"model.safetensors": "weights"} | files).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+SUMMARIZING = ("--task", "summarization")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_every_task_can_be_baked() -> None:
+    assert set(build.TASKS) == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--task", "summarization"), "--bake"),
+        (("--bake", "org/name", "--task", "summary"), "invalid choice"),
+        (("--bake", ""), "no such folder"),
+        (("--bake", "/no/such/folder"), "no such folder"),
+        (("--bake", "./gone"), "no such folder"),
+        (("--bake", "~nobody-here/model"), "no such folder"),
+        (("--bake", "a/b/c"), "no such folder"),
+        (("--bake", "org/name@"), "no such folder"),
+        (("--bake", "x" * 5000 + "/"), "no such folder"),
+        (("--bake", "empty"), "no config.json"),
+        (("--bake", "broken"), "no config.json"),
+        (("--bake", "pickled", *SUMMARIZING), "pickles"),
+        (("--bake", "model"), "BartForConditionalGeneration, which is not for --task text-classification"),
+        (("--bake", "classifier", *SUMMARIZING), "BertForSequenceClassification, which is not for"),
+        (("--bake", "decoder", *SUMMARIZING), "GPT2LMHeadModel, which is not for"),
+        (("--bake", "classifier", "--task", "text-generation"), "BertForSequenceClassification, which is not for"),
+    ],
+)
+def test_a_model_that_cannot_be_baked_is_refused_before_the_engine_is_asked(
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "connect", lambda: pytest.fail("the engine was asked"))
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path / "broken", **{"config.json": "[]"})
+    (make_folder(tmp_path / "pickled", **{"pytorch_model.bin": ""}) / "model.safetensors").unlink()
+    make_folder(tmp_path / "model")
+    make_folder(tmp_path / "classifier", "BertForSequenceClassification")
+    make_folder(tmp_path / "decoder", "GPT2LMHeadModel")
+    with pytest.raises(SystemExit, match="2"):
+        build.main(arguments)
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("BertForSequenceClassification", "text-classification"),
+        ("T5ForConditionalGeneration", "summarization"),
+        ("MarianMTModel", "summarization"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("LlamaForCausalLM", "text-generation"),
+        ("BertModel", "feature-extraction"),
+        ("BertForMaskedLM", "feature-extraction"),
+    ],
+)
+def test_a_model_that_fits_its_task_is_taken(architecture: str, task: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", architecture)
+    assert build.parse_arguments(["--bake", str(folder), "--task", task]).model == build.Model("m", folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "variable", "model"),
+    [
+        ("org/Distil_BART-6.6", "", build.Model("org/Distil_BART-6.6")),
+        ("org/Distil_BART-6.6", "v1", build.Model("org/Distil_BART-6.6", revision="v1")),
+        ("org/Distil_BART-6.6@refs/pr/1", "v1", build.Model("org/Distil_BART-6.6", revision="refs/pr/1")),
+    ],
+)
+def test_a_hub_models_name_and_revision_are_read(
+    said: str, variable: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_REVISION", variable)
+    options = build.parse_arguments(["--bake", said, *SUMMARIZING])
+    assert options.model == model
+    assert options.name == "tuneserve-distil-bart-6-6"
+    assert build.parse_arguments(["--bake", said, *SUMMARIZING, "--name", "mine"]).name == "mine"
+
+
+def archive(**files: str) -> bytes:
+    """A tar of files."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content.encode()))
+    return written.getvalue()
+
+
+class FakeEngine:
+    """The SDK's client as far as a build uses it: it keeps what it was asked to build, and what it tagged."""
+
+    def __init__(self) -> None:
+        self.builds: list[dict[str, Any]] = []
+        self.tags: list[tuple[str, str]] = []
+        self.api, self.images, self.containers = self, self, self
+
+    def build(self, **asked: Any) -> list[dict[str, Any]]:
+        context = asked.get("fileobj")
+        self.builds.append(asked | ({"context": b"".join(context)} if context else {}))
+        return [{"aux": {"ID": f"image-{len(self.builds)}"}}]
+
+    def get(self, image: str) -> Any:
+        return SimpleNamespace(id=image, attrs={"Size": 1e9}, tag=lambda tag: self.tags.append((image, tag)))
+
+    def create(self, image: str) -> Any:
+        assert image == "image-2"
+        metadata = json.dumps({"base_model": {"revision": COMMIT, "sha256": "5ha"}})
+        held = {
+            "/opt/baked/champion": archive(champion="v-1\n"),
+            "/opt/baked/versions/v-1/metadata.json": archive(**{"metadata.json": metadata}),
+        }
+        return SimpleNamespace(get_archive=lambda path: ([held[path]], {}), remove=lambda: None)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setattr(build, "connect", lambda: engine)
+    return engine
+
+
+def test_a_folder_is_baked_on_top_of_the_jobs_stage(fake: FakeEngine, tmp_path: Path) -> None:
+    folder = make_folder(
+        tmp_path / "My $model",
+        **{"tokenizer.json": "{}", "1_Pooling/config.json": "{}", "training_args.bin": "no", "pytorch_model.bin": "no"},
+        **{"checkpoint-1/model.safetensors": "no", ".cache/x.json": "no"},
+    )
+    (folder / "weights-2.safetensors").symlink_to(folder / "model.safetensors")  # as the hub's cache has them
+    assert build.main(["--bake", str(folder), *SUMMARIZING, "--base-image", "debian:12", "--version", "1.2.3-rc"]) == 0
+    job, baked, labelled = fake.builds
+    assert (job["target"], job["buildargs"]) == ("job", {"BASE_IMAGE": "debian:12"})
+    assert baked["buildargs"] == {"JOB": "image-1", "TASK": "summarization", "BAKED": "/resources/My $model"}
+    assert baked["custom_context"]
+    with tarfile.open(fileobj=io.BytesIO(baked["context"])) as sent:
+        files = {entry.name.removeprefix("model/My $model/"): entry for entry in sent if entry.isfile()}
+        assert set(files) == {
+            *("Dockerfile", "config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"),
+            "weights-2.safetensors",
+        }
+        assert {entry.mode & 0o444 for entry in sent} == {0o444}
+        linked = sent.extractfile(files["weights-2.safetensors"])
+        assert linked is not None
+        assert linked.read() == b"weights"
+    dockerfile = labelled["context"].decode()
+    assert dockerfile.startswith("FROM image-2\nLABEL ")
+    for label in ('task="summarization"', 'model="My \\$model"', 'model.sha256="5ha"', 'model.version="v-1"'):
+        assert f" tuneserve.{label}" in dockerfile
+    assert fake.tags == [("image-3", "tuneserve-my-model:1.2.3-rc")]
+
+
+@pytest.mark.parametrize(("revision", "fixed"), [("", False), ("main", False), (COMMIT, True)])
+def test_a_hub_model_is_downloaded_in_the_build_and_asked_for_anew_unless_it_is_fixed(
+    fake: FakeEngine, revision: str, fixed: bool
+) -> None:
+    pinned = f"@{revision}" if revision else ""
+    assert build.main(["--bake", f"org/name{pinned}", *SUMMARIZING, "--build-arg", "HF_TOKEN=secret"]) == 0
+    arguments = fake.builds[1]["buildargs"]
+    assert (arguments.pop("ASKED", None) is None) == fixed
+    assert arguments == {
+        **{"JOB": "image-1", "TASK": "summarization", "BAKED": "org/name", "MODEL_REVISION": revision},
+        "HF_TOKEN": "secret",
+    }
+    with tarfile.open(fileobj=io.BytesIO(fake.builds[1]["context"])) as sent:
+        assert sent.getnames() == ["model", "Dockerfile"]
+    assert f'tuneserve.model.revision="{COMMIT}"' in fake.builds[2]["context"].decode()
+
+
+def test_without_a_model_there_is_one_build_with_labels(fake: FakeEngine) -> None:
+    assert build.main(["--name", "mine", "--version", "1.2.3"]) == 0
+    [asked] = fake.builds
+    assert "target" not in asked
+    assert {"TITLE": "mine", "VERSION": "1.2.3"}.items() <= asked["buildargs"].items()
+    assert [tag for _, tag in fake.tags] == ["mine:1.2.3", "mine:latest"]

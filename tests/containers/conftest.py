@@ -150,7 +150,7 @@ class Job:
 
     def _call(self, path: str, data: bytes | None = None) -> tuple[int, Any]:
         self.container.reload()  # after a restart the port is another one
-        published = (self.container.ports or {}).get("8000/tcp")
+        published = next((bound for bound in (self.container.ports or {}).values() if bound), None)
         if not published:
             return 0, None
         url = f"http://127.0.0.1:{published[0]['HostPort']}{path}"
@@ -192,13 +192,13 @@ def jobs(volume: Any) -> Iterator[list[Job]]:
 
 @pytest.fixture(scope="module")
 def start(engine: Any, image: Any, jobs: list[Job]) -> Callable[..., Job]:
-    """Start a container, as `docker run -d IMAGE [VERB]` does, with port 8000 published."""
+    """Start a container, as `docker run -d IMAGE [VERB]` does, with port 8000 published; `of` is another image."""
 
-    def run(verb: str | list[str] | None = None, *, models: str = "", **options: Any) -> Job:
+    def run(verb: str | list[str] | None = None, *, models: str = "", of: Any = None, **options: Any) -> Job:
         if models:
             options["volumes"] = {models: {"bind": "/models"}}
         options.setdefault("ports", {"8000/tcp": ("127.0.0.1", None)})
-        jobs.append(Job(engine.containers.create(image.id, verb, **options)))
+        jobs.append(Job(engine.containers.create((of or image).id, verb, **options)))
         jobs[-1].container.start()
         return jobs[-1]
 
