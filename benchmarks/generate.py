@@ -110,7 +110,11 @@ def read_gguf(file: Path, folder: Path) -> Path:
 
     place, name = str(file.parent), file.name
     AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(place, gguf_file=name).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=name)
+    config = type(read.config).from_dict({**read.config.to_dict(), "quantization_config": None})
+    model = AutoModelForCausalLM.from_config(config)  # one that was read from GGUF cannot be saved
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """What mixed batches write, while texts join and leave, is what transformers' `generate` writes on each alone."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
     GPT2Config,
@@ -28,8 +32,11 @@ LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2
 
 
 def make(kind: str) -> Any:
-    """A model of a few thousand weights, large enough for every text to be another."""
+    """A model of a few thousand weights, large enough for every text to be another; or a real one."""
     torch.manual_seed(0)
+    if "/" in kind:
+        pair = AutoConfig.from_pretrained(kind).is_encoder_decoder
+        return (AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM).from_pretrained(kind).eval()
     if kind == "gpt2":
         config: Any = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.6, **IDS)
         return GPT2LMHeadModel(config).eval()
@@ -46,7 +53,8 @@ def make(kind: str) -> Any:
     return T5ForConditionalGeneration(config).eval()
 
 
-KINDS = ["gpt2", "llama", "bart", "t5"]
+KINDS = ["gpt2", "llama", "bart", "t5", *os.environ.get("TUNESERVE_TEST_CHECKPOINTS", "").split()]
+"""Those that are made here, and folders or hub names of real ones."""
 WISHES = [
     Wishes(NEW),
     Wishes(NEW, num_beams=3, no_repeat_ngram_size=3, early_stopping=True),
@@ -83,7 +91,8 @@ def by_transformers(model: Any, ids: list[int], wishes: Wishes) -> list[int]:
             repetition_penalty=wishes.repetition_penalty,
             do_sample=False,
         )[0].tolist()[before:]
-    return found[: found.index(END) + 1] if END in found else found
+    end = model.generation_config.eos_token_id
+    return found[: found.index(end) + 1] if end in found else found
 
 
 class Page:
@@ -99,7 +108,7 @@ class Page:
         rows, read = self.decoder.rows, self.decoder.read(ids, begin)
         start = len(begin or ids)
         limits = Limits(
-            (END,),
+            (self.model.generation_config.eos_token_id,),
             start + wishes.min_new_tokens if wishes.min_new_tokens else 0,
             start + wishes.max_new_tokens,
             forced_last=getattr(self.model.config, "forced_eos_token_id", None),
