@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,11 @@ def make_texts(kind: str, checkpoint: Path) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer, chance = AutoTokenizer.from_pretrained(checkpoint), random.Random(0)
-    words = [word for word in tokenizer.get_vocab() if word.isalnum() and len(tokenizer(word).input_ids) < 3]
+    words = [
+        word
+        for word in tokenizer.get_vocab()
+        if word.isalnum() and len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1
+    ]
     return [" ".join(chance.choices(sorted(words), k=READ[kind])) for _ in range(64)]
 
 
@@ -129,19 +134,19 @@ def press(contender: Contender, port: int, texts: list[str], *, connections: int
     faults: list[str] = []
 
     def ask(first: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        for number in range(first, 10**6, connections):
-            began = time.perf_counter()
-            if began >= until:
-                return
-            body = contender.encode(texts[number % len(texts)])
-            connection.request("POST", contender.path, body, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            content = answer.read()
-            if answer.status != 200:
-                faults.append(content[:200].decode(errors="replace"))
-                return
-            took.append(time.perf_counter() - began)
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=600)) as connection:
+            for number in range(first, 10**6, connections):
+                began = time.perf_counter()
+                if began >= until:
+                    return
+                body = contender.encode(texts[number % len(texts)])
+                connection.request("POST", contender.path, body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                content = answer.read()
+                if answer.status != 200:
+                    faults.append(content[:200].decode(errors="replace"))
+                    return
+                took.append(time.perf_counter() - began)
 
     began = time.perf_counter()
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(connections)]
@@ -240,7 +245,7 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    listed = lambda text: text.split(",")  # noqa: E731
+    listed = lambda text: [one for one in text.split(",") if one]  # noqa: E731
     numbers = lambda text: [int(one) for one in text.split(",")]  # noqa: E731
     parser.add_argument("--kinds", type=listed, default=["summary", "text"])
     parser.add_argument("--peers", type=listed, default=["gunicorn", "litserve"])
