@@ -104,20 +104,24 @@ class Page:
         self.tokens: list[int] = []
 
     def join(self, name: int, ids: list[int], wishes: Wishes) -> None:
+        self.join_all({name: ids}, wishes)
+
+    def join_all(self, prompts: dict[int, list[int]], wishes: Wishes) -> None:
         begin = [self.model.config.decoder_start_token_id] if self.model.config.is_encoder_decoder else []
-        rows, read = self.decoder.rows, self.decoder.read(ids, begin)
-        start = len(begin or ids)
-        limits = Limits(
-            (self.model.generation_config.eos_token_id,),
-            start + wishes.min_new_tokens if wishes.min_new_tokens else 0,
-            start + wishes.max_new_tokens,
-            forced_last=getattr(self.model.config, "forced_eos_token_id", None),
-        )
-        self.texts[name] = search(begin or ids, wishes, limits, read.logits.device)
-        tokens, parents = self.texts[name].advance(read.logits)
-        self.decoder.join(read)
-        self.decoder.select([*range(rows), *(rows + parent for parent in parents)])
-        self.tokens += tokens
+        reads = self.decoder.read(list(prompts.values()), begin)
+        for (name, ids), read in zip(prompts.items(), reads, strict=True):
+            rows, start = self.decoder.rows, len(begin or ids)
+            limits = Limits(
+                (self.model.generation_config.eos_token_id,),
+                start + wishes.min_new_tokens if wishes.min_new_tokens else 0,
+                start + wishes.max_new_tokens,
+                forced_last=getattr(self.model.config, "forced_eos_token_id", None),
+            )
+            self.texts[name] = search(begin or ids, wishes, limits, read.logits.device)
+            tokens, parents = self.texts[name].advance(read.logits)
+            self.decoder.join(read)
+            self.decoder.select([*range(rows), *(rows + parent for parent in parents)])
+            self.tokens += tokens
 
     def step(self) -> Iterator[tuple[int, list[int]]]:
         """Write one token of each; those that are done leave."""
@@ -154,6 +158,16 @@ def test_texts_of_different_wishes_share_a_batch(model: Any, prompts: list[list[
     while page.texts:
         found.update(page.step())
     assert found == {name: by_transformers(model, prompts[name], wishes) for name, wishes in enumerate(WISHES)}
+
+
+def test_prompts_that_are_read_together_go_on_as_each_alone(model: Any, prompts: list[list[int]]) -> None:
+    page, found = Page(model), {}
+    page.join(9, prompts[4], WISHES[0])
+    page.join_all(dict(enumerate(prompts)), WISHES[1])
+    while page.texts:
+        found.update(page.step())
+    assert found.pop(9) == by_transformers(model, prompts[4], WISHES[0])
+    assert found == {name: by_transformers(model, ids, WISHES[1]) for name, ids in enumerate(prompts)}
 
 
 def test_equal_seeds_draw_equal_texts_whoever_else_is_there(prompts: list[list[int]]) -> None:

@@ -33,15 +33,15 @@ class Counting:
         self.log: list[tuple[Any, ...]] = []
         self._texts: list[tuple[Writing, Wishes]] = []
 
-    def join(self, ids: Sequence[int], wishes: Wishes) -> Writing:
-        self.log.append(("join", len(ids)))
-        self.sound = ids[0] != WORSE
-        if ids[0] in (BAD, WORSE):
+    def join(self, prompts: Sequence[tuple[Sequence[int], Wishes]]) -> list[Writing]:
+        self.log.append(("join", *(len(ids) for ids, _ in prompts)))
+        self.sound = all(ids[0] != WORSE for ids, _ in prompts)
+        if any(ids[0] in (BAD, WORSE) for ids, _ in prompts):
             raise RuntimeError("no")
-        writing = Writing()
-        self._texts.append((writing, wishes))
-        self._write([self._texts[-1]])
-        return writing
+        texts = [(Writing(), wishes) for _, wishes in prompts]
+        self._texts += texts
+        self._write(texts)
+        return [writing for writing, _ in texts]
 
     def step(self) -> None:
         self.steps.acquire()
@@ -122,12 +122,19 @@ def test_a_text_joins_those_under_way_and_leaves_before_them() -> None:
 def test_as_many_are_under_way_as_there_are_columns_for() -> None:
     with started(engine := Counting(max_tokens=100)) as heard:
         heard.order((10, 20), (10, 20), (10, 20), (10, 20))
-        wait_until(lambda: len(engine.log) == 3)
+        wait_until(lambda: ("join", 10, 10, 10) in engine.log)
         assert heard.writer.tokens_waiting == 30
         engine.steps.release(19)
-        wait_until(lambda: ("step", 3) in engine.log and engine.log.count(("join", 10)) == 4)
+        wait_until(lambda: ("join", 10) in engine.log)
         assert heard.writer.tokens_waiting == 0
-    assert [one for one in engine.log if one[0] == "join"] == [("join", 10)] * 4
+    assert engine.log.index(("join", 10)) == 20
+
+
+def test_prompts_are_read_with_those_of_like_length() -> None:
+    with started(engine := Counting(max_tokens=10**6)) as heard:
+        heard.order((1, 5), (100, 5), (2, 5), (60, 5), (5, 5), first=1)
+        wait_until(lambda: len(engine.log) == 3)
+        assert engine.log == [("join", 1, 2), ("join", 5), ("join", 60, 100)]
 
 
 @pytest.mark.parametrize("beams", [1, 5])
@@ -155,8 +162,9 @@ def test_long_prompts_do_not_hold_up_those_under_way() -> None:
         wait_until(lambda: len(engine.log) == 1)
         heard.order(*[(1000, 50)] * 4)
         engine.steps.release(3)
-        wait_until(lambda: len(engine.log) == 8)
-        assert [one[0] for one in engine.log[1:8]] == ["step", "join", "join", "step", "join", "join", "step"]
+        wait_until(lambda: len(engine.log) == 6)
+        assert [len(one) for one in engine.log if one[0] == "join"] == [2, 3, 3]
+        assert [one[0] for one in engine.log[1:]] == ["step", "join", "step", "join", "step"]
 
 
 def test_nobody_waits_for_a_text_any_more() -> None:
@@ -184,6 +192,19 @@ def test_a_prompt_that_fails_fails_alone() -> None:
         wait_until(lambda: heard.told[0][-1:] == [[1, 2, 3]])
         assert [str(one) for one in heard.told[1]] == ["The engine failed on this text."]
         assert not engine.cleared
+
+
+def test_a_prompt_that_fails_among_others_fails_alone() -> None:
+    with started(engine := Counting()) as heard:
+        heard.order((1, 9))
+        wait_until(lambda: len(engine.log) == 1)
+        bad, good = heard.order((3, 2), (3, 2))
+        bad.ids = [BAD] * 3
+        engine.steps.release(2)
+        wait_until(lambda: heard.told[2][-1:] == [[1, 2]])
+        assert [str(one) for one in heard.told[1]] == ["The engine failed on this text."]
+        assert engine.log[2:5] == [("join", 3, 3), ("join", 3), ("join", 3)]
+        assert good.told == 2
 
 
 def test_a_failure_in_the_midst_of_a_change_costs_what_is_under_way() -> None:

@@ -8,7 +8,7 @@ column is masked. Of an encoder-decoder the encoder's keys and values stand in a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -166,6 +166,13 @@ class Read:
     read_length: int = 0
 
 
+class _Part(NamedTuple):
+    """One layer's keys and values of one row, as a layer of a cache has them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class Decoder:
     """A loaded model, and the texts that it is writing.
 
@@ -195,25 +202,45 @@ class Decoder:
         return len(self._written.lengths)
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int], begin: Sequence[int] = ()) -> Read:
-        """Read a text: the prompt's token ids, or what the encoder reads.
+    def read(self, texts: Sequence[Sequence[int]], begin: Sequence[int] = ()) -> list[Read]:
+        """Read texts: prompts, in one pass, or what the encoder reads, one after another.
 
         Args:
-            ids: token ids.
+            texts: token ids of each.
             begin: with which the decoder of an encoder-decoder begins.
         """
-        device = self.model.device
-        row = torch.tensor([list(ids)], device=device)
-        if not self.pairs:
-            cache = DynamicCache(config=self.model.config)
-            output = self.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return Read(_last(output), cache.layers, len(ids))
+        return [self._read_pair(ids, begin) for ids in texts] if self.pairs else self._read_prompts(texts)
+
+    def _read_prompts(self, texts: Sequence[Sequence[int]]) -> list[Read]:
+        """Shorter prompts are padded behind, where nothing of them looks: a token attends to those before it alone."""
+        device, lengths = self.model.device, [len(ids) for ids in texts]
+        rows = torch.zeros((len(texts), max(lengths)), dtype=torch.int64, device=device)
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids)] = torch.tensor(list(ids))
+        lasts = sorted({length - 1 for length in lengths})
+        cache = DynamicCache(config=self.model.config)
+        kept = torch.tensor(lasts, device=device)
+        logits = self.model(input_ids=rows, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
+        return [
+            Read(
+                logits[row : row + 1, lasts.index(length - 1)].float(),
+                [
+                    _Part(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
+                    for layer in cache.layers
+                ],
+                length,
+            )
+            for row, length in enumerate(lengths)
+        ]
+
+    def _read_pair(self, ids: Sequence[int], begin: Sequence[int]) -> Read:
+        row = torch.tensor([list(ids)], device=self.model.device)
         states = self.model.get_encoder()(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state
         pair = EncoderDecoderCache(DynamicCache(config=self.model.config), DynamicCache(config=self.model.config))
         output = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=torch.ones_like(row),
-            decoder_input_ids=torch.tensor([list(begin)], device=device),
+            decoder_input_ids=torch.tensor([list(begin)], device=row.device),
             past_key_values=pair,
             use_cache=True,
         )

@@ -168,37 +168,49 @@ class Writer:
             except Exception as error:
                 self._lose(error)
 
-    def _next(self) -> Order | None:
-        """The next in the queue, if the engine has room for it; a text that is larger than all its room goes alone."""
+    def _next(self) -> list[Order]:
+        """The next in the queue for which the engine has room; a text that is larger than all its room goes alone."""
+        found: list[Order] = []
         with self._arrived:
-            if not self._queue:
-                return None
-            orders = [self._queue[0], *(order for order, _ in self._under_way)]
-            # All rows have a column for each token of the longest.
-            space = sum(one.wishes.num_beams for one in orders) * max(one.columns for one in orders)
-            if self._under_way and space > self._engine.max_tokens:
-                return None
-            order = self._queue.popleft()
-            self.tokens_waiting -= order.tokens
-            return order
+            under_way = [order for order, _ in self._under_way]
+            while self._queue:
+                orders = [*under_way, *found, self._queue[0]]
+                # All rows have a column for each token of the longest.
+                space = sum(one.wishes.num_beams for one in orders) * max(one.columns for one in orders)
+                if len(orders) > 1 and space > self._engine.max_tokens:
+                    break
+                if found and sum(len(one.ids) for one in found) >= READ_AT_ONCE:
+                    break
+                found.append(self._queue.popleft())
+                self.tokens_waiting -= found[-1].tokens
+        return found
 
     def _let_join(self) -> None:
-        read = 0
-        while read < READ_AT_ONCE and (order := self._next()) is not None:
-            read += len(order.ids)
-            self.metrics.stages["queue"].observe(time.monotonic() - order.queued_at)
-            try:
-                writing = self._engine.join(order.ids, order.wishes)
-            except Exception as error:
-                self._fail([order], error, f"on a prompt of {len(order.ids)} tokens")
-                if not self._engine.sound:
-                    self._lose(error)
-                continue
-            self.metrics.first_token.observe(time.monotonic() - order.queued_at)
+        for orders in _of_like_length(self._next()):
+            if not self._join(orders) and len(orders) > 1 and self._engine.sound:
+                for order in orders:  # one bad prompt fails alone
+                    self._join([order])
+
+    def _join(self, orders: Sequence[Order]) -> bool:
+        """Whether the engine has read these prompts; a single one that it fails on is told so."""
+        began = time.monotonic()
+        try:
+            writings = self._engine.join([(order.ids, order.wishes) for order in orders])
+        except Exception as error:
+            if len(orders) == 1 or not self._engine.sound:
+                self._fail(orders, error, f"on prompts of {sum(len(order.ids) for order in orders)} tokens")
+            if not self._engine.sound:
+                self._lose(error)
+            return False
+        now = time.monotonic()
+        for order, writing in zip(orders, writings, strict=True):
+            self.metrics.stages["queue"].observe(began - order.queued_at)
+            self.metrics.first_token.observe(now - order.queued_at)
             self.metrics.tokens.inc(len(order.ids))
             self.metrics.written.inc()
             self._under_way.append((order, writing))
-            self._tell()
+        self._tell()
+        return True
 
     def _step(self, began: float) -> None:
         """Write one token of each text; `began` is when this turn did, on the performance counter."""
@@ -256,3 +268,14 @@ class Writer:
         for order in lost:
             order.say(NoModelError("The engine has stopped."), done=True)
         self.on_death(error)
+
+
+def _of_like_length(orders: Sequence[Order]) -> list[list[Order]]:
+    """In groups that are read together: no prompt is padded to more than twice its length."""
+    groups: list[list[Order]] = []
+    for order in sorted(orders, key=lambda one: len(one.ids)):
+        if groups and len(order.ids) <= 2 * len(groups[-1][0].ids):
+            groups[-1].append(order)
+        else:
+            groups.append([order])
+    return groups

@@ -45,29 +45,35 @@ class TorchWriter:
         self._texts: list[tuple[Writing, Search]] = []
         self._tokens: list[int] = []
 
-    def join(self, ids: Sequence[int], wishes: Wishes) -> Writing:
+    def join(self, prompts: Sequence[tuple[Sequence[int], Wishes]]) -> list[Writing]:
         """See `WritingEngine`."""
-        row = self._decoder.rows
-        read = self._decoder.read(ids, self._begin)
-        config = self._model.generation_config
-        begin = self._begin or ids
-        limits = Limits(
+        begun = []
+        for (ids, wishes), read in zip(
+            prompts, self._decoder.read([ids for ids, _ in prompts], self._begin), strict=True
+        ):
+            made = search(self._begin or ids, wishes, self._limits(ids, wishes), read.logits.device)
+            begun.append((read, made, made.advance(read.logits)))
+        texts = []
+        with self._changing():
+            for read, made, (tokens, parents) in begun:
+                row = self._decoder.rows
+                self._decoder.join(read)
+                self._decoder.select([*range(row), *(row + parent for parent in parents)])
+                self._tokens += tokens
+                texts.append((Writing(), made))
+        self._texts += texts
+        self._tell()
+        return [writing for writing, _ in texts]
+
+    def _limits(self, ids: Sequence[int], wishes: Wishes) -> Limits:
+        config, start = self._model.generation_config, len(self._begin or ids)
+        return Limits(
             self._ends,
-            len(begin) + wishes.min_new_tokens,
-            len(begin) + wishes.max_new_tokens,
+            start + wishes.min_new_tokens,
+            start + wishes.max_new_tokens,
             forced_first=config.forced_bos_token_id if self._decoder.pairs else None,
             forced_last=config.forced_eos_token_id,
         )
-        made = search(begin, wishes, limits, read.logits.device)
-        tokens, parents = made.advance(read.logits)
-        text = Writing(), made
-        with self._changing():
-            self._decoder.join(read)
-            self._decoder.select([*range(row), *(row + parent for parent in parents)])
-        self._tokens += tokens
-        self._texts.append(text)
-        self._tell()
-        return text[0]
 
     def step(self) -> None:
         """See `WritingEngine`."""

@@ -27,8 +27,8 @@ class WritingEngine(Protocol):
     sound: bool
     """Whether what is under way can go on; False after a failure in the midst of a change, until it is cleared."""
 
-    def join(self, ids: Sequence[int], wishes: Wishes) -> Writing:
-        """Read a prompt, and write the first token after it."""
+    def join(self, prompts: Sequence[tuple[Sequence[int], Wishes]]) -> list[Writing]:
+        """Read prompts, and write the first token after each."""
         ...
 
     def step(self) -> None:
