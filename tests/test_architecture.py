@@ -201,7 +201,7 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    network = ("attention", "decoder", "embedding", "forward", "head", "optimizer", "search")
+    network = ("attention", "decoder", "embedding", "forward", "head", "optimizer", "page", "search")
     assert apart == {*(f"tuneserve.network.{name}" for name in network), *ENGINES}
     askers = {
         (name, other)
@@ -217,9 +217,10 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.forward"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.head"),
         ("tuneserve.serving.engines.choice", "tuneserve.serving.engines.torch_engine"),
-        ("tuneserve.serving.engines.torch_writer", "tuneserve.network.decoder"),
+        ("tuneserve.network.page", "tuneserve.network.decoder"),
+        ("tuneserve.network.page", "tuneserve.network.search"),
         ("tuneserve.serving.engines.torch_writer", "tuneserve.network.forward"),
-        ("tuneserve.serving.engines.torch_writer", "tuneserve.network.search"),
+        ("tuneserve.serving.engines.torch_writer", "tuneserve.network.page"),
         ("tuneserve.tasks.generator", "tuneserve.serving.engines.torch_writer"),
     }
     for name in ("tuneserve.serving.engines.choice", "tuneserve.tasks.generator"):

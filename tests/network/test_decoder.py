@@ -2,7 +2,6 @@
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +17,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from tuneserve.network.decoder import Decoder
-from tuneserve.network.search import Limits, Search, search
-from tuneserve.network.wishes import Wishes
+from tuneserve.network.page import Page
+from tuneserve.network.wishes import Wishes, Writing
 
 WORDS, BEGIN, END, NEW = 120, 1, 2, 28
 IDS = {"vocab_size": WORDS, "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": 0}
@@ -44,6 +44,10 @@ def make(kind: str) -> Any:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
         config = LlamaConfig(hidden_size=32, intermediate_size=64, initializer_range=0.6, **heads, **IDS)
         return LlamaForCausalLM(config).eval()
+    if kind == "mistral":  # of which each token sees the last eight alone
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "sliding_window": 8}
+        sliding = MistralConfig(hidden_size=32, intermediate_size=64, initializer_range=0.6, **heads, **IDS)
+        return MistralForCausalLM(sliding).eval()
     if kind == "bart":
         sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 256}
         ends = {"decoder_start_token_id": END, "forced_eos_token_id": END, "forced_bos_token_id": None}
@@ -53,7 +57,7 @@ def make(kind: str) -> Any:
     return T5ForConditionalGeneration(config).eval()
 
 
-KINDS = ["gpt2", "llama", "bart", "t5", *os.environ.get("TUNESERVE_TEST_CHECKPOINTS", "").split()]
+KINDS = ["gpt2", "llama", "mistral", "bart", "t5", *os.environ.get("TUNESERVE_TEST_CHECKPOINTS", "").split()]
 """Those that are made here, and folders or hub names of real ones."""
 WISHES = [
     Wishes(NEW),
@@ -95,92 +99,63 @@ def by_transformers(model: Any, ids: list[int], wishes: Wishes) -> list[int]:
     return found[: found.index(end) + 1] if end in found else found
 
 
-class Page:
-    """Texts that a decoder writes, a row or several each."""
+Prompts = dict[str, tuple[list[int], Wishes]]
 
-    def __init__(self, model: Any) -> None:
-        self.decoder, self.model = Decoder(model), model
-        self.texts: dict[int, Search] = {}
-        self.tokens: list[int] = []
 
-    def join(self, name: int, ids: list[int], wishes: Wishes) -> None:
-        self.join_all({name: ids}, wishes)
+def write(model: Any, texts: Prompts, *, at_once: int, chance: random.Random) -> dict[str, list[int]]:
+    """What a page writes on prompts of which so many are under way at the most, and which join when chance will."""
+    page, waiting = Page(model), list(texts)
+    under_way: dict[str, Writing] = {}
+    found: dict[str, list[int]] = {}
+    while waiting or under_way:
+        room = at_once - len(under_way)
+        if joining := waiting[: room if not under_way else chance.randint(0, room)]:
+            waiting = waiting[len(joining) :]
+            under_way.update(zip(joining, page.join([texts[name] for name in joining]), strict=True))
+        page.step()
+        found.update({name: text.ids for name, text in under_way.items() if text.done})
+        under_way = {name: text for name, text in under_way.items() if not text.done}
+    return found
 
-    def join_all(self, prompts: dict[int, list[int]], wishes: Wishes) -> None:
-        begin = [self.model.config.decoder_start_token_id] if self.model.config.is_encoder_decoder else []
-        reads = self.decoder.read(list(prompts.values()), begin)
-        for (name, ids), read in zip(prompts.items(), reads, strict=True):
-            rows, start = self.decoder.rows, len(begin or ids)
-            limits = Limits(
-                (self.model.generation_config.eos_token_id,),
-                start + wishes.min_new_tokens if wishes.min_new_tokens else 0,
-                start + wishes.max_new_tokens,
-                forced_last=getattr(self.model.config, "forced_eos_token_id", None),
-            )
-            self.texts[name] = search(begin or ids, wishes, limits, read.logits.device)
-            tokens, parents = self.texts[name].advance(read.logits)
-            self.decoder.join(read)
-            self.decoder.select([*range(rows), *(rows + parent for parent in parents)])
-            self.tokens += tokens
 
-    def step(self) -> Iterator[tuple[int, list[int]]]:
-        """Write one token of each; those that are done leave."""
-        logits = self.decoder.step(self.tokens)
-        self.tokens, index, row = [], [], 0
-        for name, text in list(self.texts.items()):
-            rows = text.rows
-            tokens, parents = text.advance(logits[row : row + rows])
-            self.tokens += tokens
-            index += [row + parent for parent in parents]
-            row += rows
-            if text.done:
-                yield name, self.texts.pop(name).ids
-        self.decoder.select(index)
+def each_alone(model: Any, texts: Prompts) -> dict[str, list[int]]:
+    return {name: by_transformers(model, ids, wishes) for name, (ids, wishes) in texts.items()}
 
 
 @pytest.mark.parametrize("wishes", WISHES, ids=["likeliest", "3 beams", "4 beams", "2 beams", "penalties"])
 def test_texts_that_join_and_leave_are_those_of_transformers(
     model: Any, prompts: list[list[int]], wishes: Wishes
 ) -> None:
-    chance, page, waiting, found = random.Random(2), Page(model), list(range(len(prompts))), {}
-    while waiting or page.texts:
-        while waiting and len(page.texts) < 4 and (not page.texts or chance.random() < 0.5):
-            page.join(name := waiting.pop(0), prompts[name], wishes)
-        found.update(page.step())
-    assert found == {name: by_transformers(model, ids, wishes) for name, ids in enumerate(prompts)}
-    assert page.decoder.rows == 0
+    texts = {f"{number}": (ids, wishes) for number, ids in enumerate(prompts)}
+    assert write(model, texts, at_once=4, chance=random.Random(2)) == each_alone(model, texts)
 
 
 def test_texts_of_different_wishes_share_a_batch(model: Any, prompts: list[list[int]]) -> None:
-    page, found = Page(model), {}
-    for name, (ids, wishes) in enumerate(zip(prompts, WISHES, strict=False)):
-        page.join(name, ids, wishes)
-    while page.texts:
-        found.update(page.step())
-    assert found == {name: by_transformers(model, prompts[name], wishes) for name, wishes in enumerate(WISHES)}
+    texts = {f"{number}": one for number, one in enumerate(zip(prompts, WISHES, strict=False))}
+    assert write(model, texts, at_once=9, chance=random.Random(3)) == each_alone(model, texts)
 
 
-def test_prompts_that_are_read_together_go_on_as_each_alone(model: Any, prompts: list[list[int]]) -> None:
-    page, found = Page(model), {}
-    page.join(9, prompts[4], WISHES[0])
-    page.join_all(dict(enumerate(prompts)), WISHES[1])
-    while page.texts:
-        found.update(page.step())
-    assert found.pop(9) == by_transformers(model, prompts[4], WISHES[0])
-    assert found == {name: by_transformers(model, ids, WISHES[1]) for name, ids in enumerate(prompts)}
+def test_a_text_that_is_dropped_changes_no_other(model: Any, prompts: list[list[int]]) -> None:
+    page = Page(model)
+    texts = page.join(list(zip(prompts, WISHES, strict=False)))
+    for _ in range(3):
+        page.step()
+    page.drop(texts[1:3])
+    before = texts[1].ids
+    while not all(text.done for text in (texts[0], *texts[3:])):
+        page.step()
+    assert texts[1].ids == before
+    assert not texts[1].done
+    for number in (0, 3, 4):
+        assert texts[number].ids == by_transformers(model, prompts[number], WISHES[number])
 
 
 def test_equal_seeds_draw_equal_texts_whoever_else_is_there(prompts: list[list[int]]) -> None:
     model, drawn = make("gpt2"), Wishes(NEW, do_sample=True, temperature=0.9, top_k=50, top_p=0.95, seed=7)
 
     def draw(wishes: Wishes, *others: list[int]) -> list[int]:
-        page, found = Page(model), {}
-        for name, ids in enumerate(others, 1):
-            page.join(name, ids, replace(drawn, seed=name))
-        page.join(0, prompts[0], wishes)
-        while page.texts:
-            found.update(page.step())
-        return found[0]
+        texts = {f"{name}": (ids, replace(drawn, seed=name)) for name, ids in enumerate(others, 1)}
+        return write(model, {**texts, "it": (prompts[0], wishes)}, at_once=9, chance=random.Random(0))["it"]
 
     alone = draw(drawn)
     assert draw(drawn, prompts[1], prompts[2]) == alone

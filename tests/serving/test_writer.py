@@ -10,9 +10,8 @@ import pytest
 from wire import wait_until
 
 from tuneserve.errors import EngineError, NoModelError, TuneserveError
-from tuneserve.network.wishes import Wishes
+from tuneserve.network.wishes import Wishes, Writing
 from tuneserve.serving import writer as writer_module
-from tuneserve.serving.engines.writing import Writing
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.writer import MEASURED, Order, Writer
 

@@ -1,6 +1,7 @@
 """Models that write: imported, served over HTTP, whole and streamed, and refused where they do not fit."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,7 +12,13 @@ import tiny
 import torch
 import writers
 from fastapi.testclient import TestClient
-from transformers import AutoTokenizer, BartForConditionalGeneration, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BartForConditionalGeneration,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from wire import wait_until
 
 import tuneserve
@@ -184,6 +191,17 @@ def test_a_model_that_does_not_fit_the_task_is_refused(environment: dict[str, st
     encoder = tiny.make_base_model(folders["summarization"].parent / "encoder")
     with pytest.raises(BaseModelError, match="TASK=text-generation"):
         bring_in(str(encoder), settings(environment, "text-generation"), threads=1)
+
+
+def test_a_model_that_keeps_other_states_than_keys_and_values_is_refused(
+    environment: dict[str, str], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["text-generation"], tmp_path / "mamba")
+    ids = {"vocab_size": writers.WORDS, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, **ids)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(BaseModelError, match=r"\(mamba\) (does not write token by token|writes otherwise)"):
+        bring_in(str(tmp_path / "mamba"), settings(environment, "text-generation"), threads=1)
 
 
 def test_weights_that_changed_do_not_serve(environment: dict[str, str], folders: dict[str, Path]) -> None:

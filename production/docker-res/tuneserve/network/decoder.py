@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 FIRST_ROWS, FIRST_COLUMNS = 4, 64
@@ -218,25 +218,19 @@ class Decoder:
         for row, ids in zip(rows, texts, strict=True):
             row[: len(ids)] = torch.tensor(list(ids))
         lasts = sorted({length - 1 for length in lengths})
-        cache = DynamicCache(config=self.model.config)
+        cache = self._new_cache()
         kept = torch.tensor(lasts, device=device)
         logits = self.model(input_ids=rows, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
-        return [
-            Read(
-                logits[row : row + 1, lasts.index(length - 1)].float(),
-                [
-                    _Part(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
-                    for layer in cache.layers
-                ],
-                length,
-            )
-            for row, length in enumerate(lengths)
-        ]
+        found = []
+        for row, length in enumerate(lengths):
+            parts = [_Part(*(one[row : row + 1, :, :length] for one in (it.keys, it.values))) for it in cache.layers]
+            found.append(Read(logits[row : row + 1, lasts.index(length - 1)].float(), parts, length))
+        return found
 
     def _read_pair(self, ids: Sequence[int], begin: Sequence[int]) -> Read:
         row = torch.tensor([list(ids)], device=self.model.device)
         states = self.model.get_encoder()(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state
-        pair = EncoderDecoderCache(DynamicCache(config=self.model.config), DynamicCache(config=self.model.config))
+        pair = EncoderDecoderCache(self._new_cache(), self._new_cache())
         output = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=torch.ones_like(row),
@@ -297,6 +291,10 @@ class Decoder:
             )
         written.lengths += 1
         return _last(output)
+
+    def _new_cache(self) -> Any:
+        """One that keeps all columns, also of layers that look at the last few alone: their mask says so."""
+        return Cache(layers=[DynamicLayer() for _ in range(self._layers)])
 
     @property
     def _channels(self) -> int:

@@ -1,6 +1,6 @@
-"""How a text is to be written; read by both halves, so it loads nothing."""
+"""How a text is to be written, and what was; read by both halves, so it loads nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +19,11 @@ class Wishes:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Writing:
+    """A text that is being written: the token ids so far, and whether that is all; of beams, none before the end."""
+
+    ids: list[int] = field(default_factory=list)
+    done: bool = False

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tuneserve.errors import EngineError, NoModelError, OverloadedError, TuneserveError
-from tuneserve.network.wishes import Wishes
-from tuneserve.serving.engines.writing import Writing, WritingEngine
+from tuneserve.network.wishes import Wishes, Writing
+from tuneserve.serving.engines.writing import WritingEngine
 from tuneserve.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)

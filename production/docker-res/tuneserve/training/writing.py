@@ -18,6 +18,8 @@ from tuneserve.errors import BaseModelError
 from tuneserve.files import write_json
 from tuneserve.lifecycle.store import Store
 from tuneserve.logs import in_one_line
+from tuneserve.network.page import Page
+from tuneserve.network.wishes import Wishes
 from tuneserve.settings import Settings
 from tuneserve.training.base_model import BaseModel
 from tuneserve.training.publication import GOLDEN_TEXTS, versions
@@ -29,6 +31,10 @@ GOLDEN_TOKENS = 8
 
 MOST_TOKENS = 1 << 16
 """Positions of a model that does not say how many it has."""
+
+
+Golden = tuple[str, list[int], list[int]]
+"""A prompt, its token ids, and those of what is written on it."""
 
 
 def publish(base: BaseModel, settings: Settings, store: Store, *, threads: int) -> Version:
@@ -50,7 +56,9 @@ def publish(base: BaseModel, settings: Settings, store: Store, *, threads: int) 
     with new_version(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_golden_writings(temporary, write_on(model, tokenizer, about, GOLDEN_TEXTS))
+        writings = write_on(model, tokenizer, about, GOLDEN_TEXTS)
+        write_golden_writings(temporary, [(text, found) for text, _, found in writings])
+        rehearse(model, writings, f"{base.name} ({model.config.model_type})")
         metadata = {
             "task": settings.task,
             "fingerprint": fingerprint,
@@ -110,8 +118,10 @@ def describe(model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def write_on(model: Any, tokenizer: Any, about: dict[str, Any], texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Texts, and the ids that transformers itself writes on each, always the likeliest."""
+def write_on(
+    model: Any, tokenizer: Any, about: dict[str, Any], texts: Sequence[str]
+) -> list[tuple[str, list[int], list[int]]]:
+    """Texts, their ids, and those that transformers itself writes on each, always the likeliest."""
     found = []
     for text in texts:
         room = about["max_tokens"] - (0 if about["encoder_decoder"] else GOLDEN_TOKENS)
@@ -125,5 +135,23 @@ def write_on(model: Any, tokenizer: Any, about: dict[str, Any], texts: Sequence[
             pad_token_id=about["ends"][0] if about["ends"] else 0,
             **options,
         )[0].tolist()
-        found.append((text, written[1:] if about["encoder_decoder"] else written[ids.shape[1] :]))
+        found.append((text, ids[0].tolist(), written[1:] if about["encoder_decoder"] else written[ids.shape[1] :]))
     return found
+
+
+def rehearse(model: Any, writings: Sequence[Golden], name: str) -> None:
+    """Write the same all at once, as a server does.
+
+    Raises:
+        BaseModelError: it cannot be done with this kind of model, or other texts come of it.
+    """
+    page = Page(model)
+    try:
+        texts = page.join([(ids, Wishes(len(wanted))) for _, ids, wanted in writings])
+        while not all(text.done for text in texts):
+            page.step()
+        alike = sum(text.ids[:1] == wanted[:1] for text, (_, _, wanted) in zip(texts, writings, strict=True))
+    except Exception as error:  # models of other kinds raise whatever met them
+        raise BaseModelError(f"{name} does not write token by token as is done here: {in_one_line(error)}") from error
+    if 2 * alike <= len(writings):
+        raise BaseModelError(f"{name} writes otherwise among other texts than alone, so it is not served.")

@@ -1,18 +1,9 @@
 """What writes: prompts in, one token of each text at a time out. Everything else of serving stands on this side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from tuneserve.network.wishes import Wishes
-
-
-@dataclass(eq=False, slots=True)
-class Writing:
-    """A text that is being written: the token ids so far, and whether that is all; of beams, none before the end."""
-
-    ids: list[int] = field(default_factory=list)
-    done: bool = False
+from tuneserve.network.wishes import Wishes, Writing
 
 
 class WritingEngine(Protocol):
