@@ -19,6 +19,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 from wire import wait_until
 
 import tuneserve
@@ -26,6 +27,7 @@ from tuneserve.artifact import describe_files
 from tuneserve.errors import BaseModelError, StoreError, TextError
 from tuneserve.files import write_json
 from tuneserve.serving.application import Application
+from tuneserve.serving.engines import torch_writer
 from tuneserve.settings import Settings
 from tuneserve.tasks.generator import Generated, Prompt
 from tuneserve.training.imported import bring_in
@@ -151,6 +153,16 @@ def test_text_is_generated_whole_and_streamed(client: Any, folders: dict[str, Pa
     assert [event["generated_text"] for event in events[:-1]] == [None] * (len(events) - 1)
     assert events[-1]["generated_text"].strip() == wanted
     assert events[-1]["details"]["finish_reason"] in ("length", "eos_token")
+
+
+def test_layers_that_are_laid_out_anew_compute_the_same(folders: dict[str, Path]) -> None:
+    model = GPT2LMHeadModel.from_pretrained(folders["text-generation"]).eval()
+    ids = torch.arange(5, 20)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+        torch_writer.lay_out(model)
+        assert not any(isinstance(one, Conv1D) for one in model.modules())
+        assert torch.allclose(model(ids).logits, before, rtol=1e-5, atol=1e-4)
 
 
 def test_a_stop_string_ends_a_text_before_it(client: Any) -> None:

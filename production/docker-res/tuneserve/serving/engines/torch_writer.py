@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import logging as transformers_logging
+from transformers.pytorch_utils import Conv1D
 
 from tuneserve.artifact import Version
 from tuneserve.errors import StoreError
@@ -44,7 +45,20 @@ def load(version: Version, settings: Settings, *, threads: int) -> Page:
     if missing := sorted(found["missing_keys"]):  # transformers would start these weights at random
         raise StoreError(f"The model in {version.folder} has no weights {', '.join(missing)}.")
     cast(model, precision)
+    lay_out(model)
     on_gpu = device.type == "cuda"
     tokens = settings.max_batch_tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
     logger.info("engine: torch on the %s, %s, %d tokens under way", "GPU" if on_gpu else "CPU", precision, tokens)
     return Page(model, max_tokens=tokens)
+
+
+def lay_out(model: torch.nn.Module) -> None:
+    """Turn GPT-2's Conv1D, with weights [in, out], into linear layers, which take half the time in bf16 for one row."""
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, Conv1D):
+                linear = torch.nn.Linear(1, 1)
+                linear.in_features, linear.out_features = layer.weight.shape
+                linear.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+                linear.bias = layer.bias
+                setattr(module, name, linear)
