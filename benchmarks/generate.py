@@ -176,7 +176,7 @@ def measure(kind: str, contender: Contender, checkpoint: Path, texts: list[str],
         tempfile.TemporaryDirectory() as folder,
         Server(contender, store=Path(folder), checkpoint=checkpoint, folder=Path(folder), base=environment) as server,
     ):
-        ready_s = wait(contender, server, texts[0])
+        ready_s = server.wait_until_answered(texts[0])
         for connections in options.connections:
             figures = press(contender, server.port, texts, connections=connections, seconds=options.seconds)
             written = figures["answers"] * WRITTEN[kind] / figures["seconds"]
@@ -189,20 +189,6 @@ def measure(kind: str, contender: Contender, checkpoint: Path, texts: list[str],
     return found
 
 
-def wait(contender: Contender, server: Server, text: str) -> float:
-    """Seconds until the server has answered this text."""
-    began = time.perf_counter()
-    while True:
-        try:
-            contender.ask(server.port, text)
-            return time.perf_counter() - began
-        except BenchError as error:
-            if time.perf_counter() - began > START_S:
-                raise BenchError(f"gave no answer in {START_S} s: {error}") from error
-            time.sleep(0.2)
-
-
-START_S = 300
 CACHE = BENCHMARKS.parent / "data" / "bench-generate"
 
 

@@ -1,9 +1,21 @@
 -- Posts the lines of a file in turn, each a JSON body: wrk --script post.lua URL -- FILE. Prints its figures as JSON.
+-- With a second file, whose lines are names, the body's model is the next of these: -- FILE NAMES.
 local requests, turn = {}, 0
 
 function init(args)
+   local bodies, names = {}, {}
    for body in io.lines(args[1]) do
-      requests[#requests + 1] = wrk.format("POST", nil, {["Content-Type"] = "application/json"}, body)
+      bodies[#bodies + 1] = body
+   end
+   for name in args[2] and io.lines(args[2]) or function() end do
+      names[#names + 1] = name
+   end
+   for number = 1, math.max(#bodies, #names) do
+      local headers = {["Content-Type"] = "application/json"}
+      if #names > 0 then
+         headers["X-Amzn-SageMaker-Target-Model"] = names[(number - 1) % #names + 1]
+      end
+      requests[number] = wrk.format("POST", nil, headers, bodies[(number - 1) % #bodies + 1])
    end
 end
 

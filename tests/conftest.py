@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from tuneserve.settings import PROJECT, Settings
 
@@ -26,6 +26,14 @@ FOREIGN = ("HF_", "MLFLOW_", "OTEL_", "PET_", "TRANSFORMERS_")
 REQUIRE_ALL = os.environ.get("TUNESERVE_REQUIRE_ALL") == "1"
 
 
+OFFLINE = [
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_DATASETS_OFFLINE"),
+]
+"""Where the hub's libraries keep that they ask nobody, as a job's process tells them when nobody answers."""
+
+
 def is_foreign(name: str) -> bool:
     """Whether an environment variable of whoever runs the tests would change what is tested."""
     name = name.upper()
@@ -34,6 +42,20 @@ def is_foreign(name: str) -> bool:
 
 for _name in filter(is_foreign, list(os.environ)):  # here, before anything reads them, and for all child processes
     del os.environ[_name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchanged() -> Iterator[None]:
+    """What a module changes in this process ends with it: variables, the log's level, and whether the hub is asked."""
+    environment, level = dict(os.environ), logging.getLogger().level
+    hub = {(name, key): getattr(sys.modules.get(name), key, False) for name, key in OFFLINE}
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.getLogger().setLevel(level)
+    for (name, key), value in hub.items():
+        if name in sys.modules:
+            setattr(sys.modules[name], key, value)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,7 +78,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def python(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Run a Python of its own that finds the package and nothing of this process's environment."""
 
-    def run(*arguments: str | Path, timeout_s: float = 60, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str | Path, timeout_s: float = 240, **variables: str) -> "subprocess.CompletedProcess[str]":
         environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
@@ -225,5 +247,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one small trained model."""
     folder = tmp_path_factory.mktemp("trained")
+    import tiny  # here, since it brings torch, which most tests need as little as those who wait for them
+
     tiny.train(tiny.write_csv(folder / "reviews.csv", tiny.sentences(160)), folder)
     return folder / "MODEL"

@@ -61,7 +61,7 @@ def within(name: str, room: str) -> bool:
 def test_the_modules_are_found_and_their_imports_seen() -> None:
     names = ("training.job", "serving.service", "lifecycle.store", *GROUND)
     assert {f"tuneserve.{name}" for name in names} <= set(MODULES)
-    assert set(ENTRIES) == {"run", "app"}
+    assert set(ENTRIES) == {"run", "app", "function"}
     assert {"tuneserve.training.job", "tuneserve.serving.http.server"} <= set(imports(ENTRIES["run"]))  # in functions
     assert "tuneserve.training.checks" in set(imports(MODULES["tuneserve.training.job"]))
 
@@ -201,7 +201,7 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    network = ("attention", "decoder", "embedding", "forward", "head", "optimizer", "page", "search")
+    network = ("attention", "cache", "decoder", "embedding", "forward", "head", "optimizer", "page", "search")
     assert apart == {*(f"tuneserve.network.{name}" for name in network), *ENGINES}
     askers = {
         (name, other)
@@ -210,6 +210,7 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
         for other in apart & set(imports(tree))
     }
     assert askers == {
+        ("tuneserve.network.decoder", "tuneserve.network.cache"),
         ("tuneserve.network.forward", "tuneserve.network.attention"),
         ("tuneserve.network.head", "tuneserve.network.embedding"),
         ("tuneserve.network.optimizer", "tuneserve.network.forward"),
@@ -225,6 +226,13 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
     }
     for name in ("tuneserve.serving.engines.choice", "tuneserve.tasks.generator"):
         assert not ENGINES & set(imports_of_its_own(MODULES[name]))
+
+
+def test_scipy_is_for_training_alone() -> None:
+    """A function on AWS Lambda has none, and an import within a function would be found missing late."""
+    users = {name for name, tree in MODULES.items() if "scipy" in {one.split(".")[0] for one in imports(tree)}}
+    assert users
+    assert all(within(name, "training") for name in users), users
 
 
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow"}
@@ -264,6 +272,12 @@ def test_the_serving_half_loads_neither_torch_nor_transformers_nor_datasets(pyth
 
 def test_the_server_does_not_load_what_reads_files(python: Python) -> None:
     assert not loaded(python, "tuneserve.serving.http.server", "app") & (HEAVY | {"fsspec", "tqdm"})
+
+
+def test_a_serverless_function_loads_no_server(python: Python) -> None:
+    found = loaded(python, "tuneserve.serving.fixed", "tuneserve.adapters.lambda_function")
+    assert "fastapi" in found
+    assert not found & (HEAVY | {"uvicorn", "uvloop", "httptools", "multiprocessing", "cronsim"})
 
 
 def test_an_import_does_nothing(python: Python, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import requests
 from conftest import serving
 
 import build
+import ecr
 from tuneserve.tasks.catalog import TASKS
 
 SCRIPT = Path(build.__file__)
@@ -217,6 +219,17 @@ def test_an_error_among_the_messages_is_raised(messages: list[dict[str, Any]], w
         build.relay(messages, "Digest")
 
 
+def test_what_refused_a_base_image_is_the_error() -> None:
+    messages = [
+        {"stream": "Step 4/9 : RUN echo REFUSED: no\n"},
+        {"stream": "\x1b[91mREFUSED: the base brings torch 1.0\n\x1b[0m"},
+        {"stream": "Removing intermediate container 1\n"},
+        {"error": "The command '/bin/sh -c ...' returned a non-zero code: 1"},
+    ]
+    with pytest.raises(build.BuildError, match=r"^the base brings torch 1\.0$"):
+        build.relay(messages, "ID")
+
+
 @pytest.mark.parametrize("host", ["unix:///no/such/socket", "tcp://127.0.0.1:9"])
 def test_no_engine_is_an_error_in_one_line(host: str) -> None:
     command = [sys.executable, str(SCRIPT)]
@@ -313,6 +326,8 @@ def test_every_task_can_be_baked() -> None:
     [
         (("--task", "summarization"), "--bake"),
         (("--bake", "org/name", "--task", "summary"), "invalid choice"),
+        (("--bake", "org/name", "--target", "sagemaker"), "an image of its own"),
+        (("--target", "lambda"), "name the model with --bake"),
         (("--bake", ""), "no such folder"),
         (("--bake", "/no/such/folder"), "no such folder"),
         (("--bake", "./gone"), "no such folder"),
@@ -327,6 +342,8 @@ def test_every_task_can_be_baked() -> None:
         (("--bake", "classifier", *SUMMARIZING), "BertForSequenceClassification, which is not for"),
         (("--bake", "decoder", *SUMMARIZING), "GPT2LMHeadModel, which is not for"),
         (("--bake", "classifier", "--task", "text-generation"), "BertForSequenceClassification, which is not for"),
+        (("--bake", "version", "--task", "text-classification"), "a version for --task feature-extraction"),
+        (("--bake", "unreadable"), "metadata.json cannot be read"),
     ],
 )
 def test_a_model_that_cannot_be_baked_is_refused_before_the_engine_is_asked(
@@ -344,6 +361,8 @@ def test_a_model_that_cannot_be_baked_is_refused_before_the_engine_is_asked(
     make_folder(tmp_path / "model")
     make_folder(tmp_path / "classifier", "BertForSequenceClassification")
     make_folder(tmp_path / "decoder", "GPT2LMHeadModel")
+    make_folder(tmp_path / "version", "BertModel", **{"metadata.json": json.dumps({"task": "feature-extraction"})})
+    make_folder(tmp_path / "unreadable", **{"metadata.json": "["})
     with pytest.raises(SystemExit, match="2"):
         build.main(arguments)
     assert words in capsys.readouterr().err.splitlines()[-1]
@@ -364,6 +383,18 @@ def test_a_model_that_cannot_be_baked_is_refused_before_the_engine_is_asked(
 def test_a_model_that_fits_its_task_is_taken(architecture: str, task: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", architecture)
     assert build.parse_arguments(["--bake", str(folder), "--task", task]).model == build.Model("m", folder)
+
+
+def test_a_version_of_a_store_says_its_task_and_is_sent_whole(tmp_path: Path) -> None:
+    about = {"metadata.json": json.dumps({"task": "feature-extraction"}), "engine/weights.bin": "graph", ".hidden": ""}
+    folder = make_folder(tmp_path / "version", "BertModel", **about)
+    options = build.parse_arguments(["--bake", str(folder)])
+    assert options.task == "feature-extraction"
+    stream = io.BytesIO(b"".join(build.stream_context(build.CONTEXT / "Dockerfile.bake", options.model.folder)))
+    with tarfile.open(fileobj=stream) as archive:
+        sent = {name.removeprefix("model/version/") for name in archive.getnames()}
+    assert {"config.json", "metadata.json", "model.safetensors", "engine/weights.bin"} < sent
+    assert ".hidden" not in sent
 
 
 @pytest.mark.parametrize(
@@ -395,12 +426,16 @@ def archive(**files: str) -> bytes:
     return written.getvalue()
 
 
+VERSIONS = {"python": "3.12", "torch": "2.13.0+cu130", "transformers": "5.24.0", "cuda": "13.0", "driver": "580"}
+
+
 class FakeEngine:
     """The SDK's client as far as a build uses it: it keeps what it was asked to build, and what it tagged."""
 
     def __init__(self) -> None:
         self.builds: list[dict[str, Any]] = []
         self.tags: list[tuple[str, str]] = []
+        self.logins: list[tuple[str, str]] = []
         self.api, self.images, self.containers = self, self, self
 
     def build(self, **asked: Any) -> list[dict[str, Any]]:
@@ -409,12 +444,22 @@ class FakeEngine:
         return [{"aux": {"ID": f"image-{len(self.builds)}"}}]
 
     def get(self, image: str) -> Any:
-        return SimpleNamespace(id=image, attrs={"Size": 1e9}, tag=lambda tag: self.tags.append((image, tag)))
+        about = {"Size": 1e9, "Config": {"Labels": {"tuneserve.task": "of the image below"}}}
+        return SimpleNamespace(id=image, attrs=about, tag=lambda tag: self.tags.append((image, tag)))
+
+    def login(self, username: str, password: str, *, registry: str, reauth: bool) -> None:
+        assert (username, reauth) == ("AWS", True)
+        self.logins.append((registry, password))
+
+    def push(self, repository: str, *, tag: str, auth_config: Any, **_: Any) -> list[dict[str, Any]]:
+        self.logins.append((f"{repository}:{tag}", (auth_config or {}).get("password", "")))
+        return [{"aux": {"Digest": "sha256:3"}}]
 
     def create(self, image: str) -> Any:
-        assert image == "image-2"
         metadata = json.dumps({"base_model": {"revision": COMMIT, "sha256": "5ha"}})
         held = {
+            "/opt/venv/facts.json": archive(**{"facts.json": json.dumps(VERSIONS)}),
+            "/opt/venv/sbom.cdx.json": archive(**{"sbom.cdx.json": '{"bomFormat": "CycloneDX"}'}),
             "/opt/baked/champion": archive(champion="v-1\n"),
             "/opt/baked/versions/v-1/metadata.json": archive(**{"metadata.json": metadata}),
         }
@@ -474,9 +519,161 @@ def test_a_hub_model_is_downloaded_in_the_build_and_asked_for_anew_unless_it_is_
     assert f'tuneserve.model.revision="{COMMIT}"' in fake.builds[2]["context"].decode()
 
 
+def test_a_function_takes_its_model_out_of_the_image_that_was_baked(fake: FakeEngine, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "reviews", "BertForSequenceClassification")
+    options = ["--target", "lambda", "--base-image", "debian:12", "--build-arg", "ARCH=arm64", "--version", "1.2.3-rc"]
+    assert build.main(["--bake", str(folder), *options]) == 0
+    *_, labelled, function = fake.builds
+    assert labelled["context"].startswith(b"FROM image-2")
+    assert (function["dockerfile"], function["target"]) == ("Dockerfile.serve", "lambda")
+    arguments = {"BASE_IMAGE": "debian:12", "ARCH": "arm64", "BAKED": "image-3"}
+    assert function["buildargs"] == arguments | {"REQUIREMENTS": "requirements-lambda.txt"}
+    assert function["labels"]["tuneserve.task"] == "of the image below"
+    assert function["labels"]["org.opencontainers.image.description"].startswith("Serves reviews on AWS Lambda")
+    assert fake.tags == [("image-4", "tuneserve-reviews-lambda:1.2.3-rc")]
+
+
+def test_a_server_without_torch_is_one_build_and_a_model_goes_on_top_of_it(fake: FakeEngine, tmp_path: Path) -> None:
+    assert build.main(["--target", "serve", "--base-image", "debian:12", "--version", "1.2.3-rc"]) == 0
+    [served] = fake.builds
+    assert (served["dockerfile"], served["target"]) == ("Dockerfile.serve", "serve")
+    assert served["labels"]["org.opencontainers.image.version"] == "1.2.3-rc"
+    folder = make_folder(tmp_path / "reviews", "BertForSequenceClassification")
+    assert build.main(["--target", "serve", "--bake", str(folder), "--version", "1.2.3-rc"]) == 0
+    job, on, baked, labelled = fake.builds[1:]
+    assert (job["target"], on["target"]) == ("job", "serve")
+    assert (baked["buildargs"]["JOB"], baked["buildargs"]["ON"]) == ("image-2", "image-3")
+    assert labelled["context"].startswith(b"FROM image-4")
+    assert [tag for _, tag in fake.tags] == ["tuneserve-serve:1.2.3-rc", "tuneserve-reviews-serve:1.2.3-rc"]
+
+
+@pytest.mark.parametrize(("name", "own"), [("lambda", {"awslambdaric"}), ("serve", set())])
+def test_libraries_of_images_without_torch_have_the_jobs_pins(name: str, own: set[str]) -> None:
+    names = ("requirements.txt", f"requirements-{name}.txt")
+    pins = [(build.CONTEXT / "docker-res" / one).read_text().splitlines() for one in names]
+    job, other = ({line for line in lines if not line.startswith("#")} for lines in pins)
+    assert {line.partition("==")[0] for line in other - job} == own
+
+
+LOCKS = build.CONTEXT / "locks"
+REQUIREMENTS = sorted(path.name for path in (build.CONTEXT / "docker-res").glob("requirements*.txt"))
+
+
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_every_pin_is_locked_with_hashes_but_torchs(name: str) -> None:
+    locked = (LOCKS / name).read_text()
+    entries = re.findall(r"^([a-z0-9-]+==[^ ;]+).*\\\n((?: +--hash=sha256:[0-9a-f]{64}.*\n)+)", locked, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^\S+==", locked, re.MULTILINE)), "make lock"
+    pins = [line for line in (build.CONTEXT / "docker-res" / name).read_text().splitlines() if "==" in line]
+    wanted = {pin.replace("_", "-") for pin in pins if not pin.startswith("torch==")}
+    assert wanted <= {pin for pin, _ in entries}, "make lock"
+    assert not any(pin.startswith(("torch==", "nvidia-")) for pin, _ in entries)
+
+
+@pytest.mark.parametrize("options", [[], ["--target", "serve"], ["--bake", "org/name"]])
+def test_the_list_of_libraries_is_copied_out_of_the_image(options: list[str], fake: FakeEngine, tmp_path: Path) -> None:
+    assert build.main([*options, "--sbom", str(tmp_path / "sbom.json")]) == 0
+    assert json.loads((tmp_path / "sbom.json").read_text()) == {"bomFormat": "CycloneDX"}
+
+
+def test_a_list_of_libraries_needs_a_folder_before_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments(["--sbom", "/no/such/sbom.json"])
+    assert "there is no folder /no/such" in capsys.readouterr().err
+
+
 def test_without_a_model_there_is_one_build_with_labels(fake: FakeEngine) -> None:
     assert build.main(["--name", "mine", "--version", "1.2.3"]) == 0
     [asked] = fake.builds
     assert "target" not in asked
     assert {"TITLE": "mine", "VERSION": "1.2.3"}.items() <= asked["buildargs"].items()
     assert [tag for _, tag in fake.tags] == ["mine:1.2.3", "mine:latest"]
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (["--transformers", "5.24.0"], {"TRANSFORMERS": "5.24.0"}),
+        (["--torch", "2.14.0", "--target", "sagemaker"], {"TORCH": "2.14.0"}),
+    ],
+)
+def test_chosen_libraries_stand_in_the_tag(
+    options: list[str], given: dict[str, str], fake: FakeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build.main([*options, "--base-image", "ubuntu:24.04", "--version", "1.2.3+4"]) == 0
+    assert (given | {"BASE_IMAGE": "ubuntu:24.04"}).items() <= fake.builds[0]["buildargs"].items()
+    assert [tag for _, tag in fake.tags] == ["tuneserve:1.2.3_4-transformers5.24.0-torch2.13.0-py312-cu130"]
+    assert "transformers 5.24.0, CUDA 13.0, driver 580 or later." in capsys.readouterr().out
+
+
+def test_a_tag_says_that_there_is_no_cuda() -> None:
+    facts = VERSIONS | {"torch": "2.13.0+cpu", "cuda": ""}
+    assert build.name_tags("job", "1.2.3-rc", "", facts) == ["job:1.2.3-rc-transformers5.24.0-torch2.13.0-py312-cpu"]
+
+
+@pytest.mark.parametrize("version", ["newest", ">=5", "5.24.0; rm", "5.24.0+cpu", ""])
+@pytest.mark.parametrize("option", ["--transformers", "--torch"])
+def test_a_library_is_chosen_by_a_version(option: str, version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments([option, version])
+    assert "a version as PyPI has it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--transformers", "4.57.6"], "need 5 or later"),
+        (["--torch", "2.13.0", "--target", "lambda", "--bake", "org/name"], "neither transformers nor torch"),
+    ],
+)
+def test_libraries_that_no_image_can_have_are_refused(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.parse_arguments(options)
+    assert words in capsys.readouterr().err
+
+
+HOSTS = [f"{account}.dkr.ecr.eu-west-1.amazonaws.com" for account in (123456789012, 763104351884)]
+
+
+class FakeRegistry:
+    """Amazon's registry, which has one repository; its password says whose it is."""
+
+    def __init__(self, *, account: str, region: str) -> None:
+        self._password = f"{account} {region}"
+
+    def credentials(self) -> tuple[str, str]:
+        return "AWS", self._password
+
+    def create(self, name: str) -> bool:
+        return name != "team/there"
+
+
+@pytest.mark.parametrize(("name", "made"), [("there", False), ("new", True)])
+def test_amazons_registries_are_logged_in_to_and_given_the_repository(
+    name: str, made: bool, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ecr, "Registry", FakeRegistry)
+    pushing = ["--image-prefix", f"{HOSTS[0]}/team", "--push", "--name", name, "--version", "1.2.3-rc"]
+    assert build.main([*pushing, "--base-image", f"{HOSTS[1]}/pytorch:2"]) == 0
+    tag = f"{HOSTS[0]}/team/{name}:1.2.3-rc"
+    assert fake.logins == [(HOSTS[1], "763104351884 eu-west-1"), (tag, "123456789012 eu-west-1")]
+    said = capsys.readouterr().out
+    assert f"Pushed {tag}, digest sha256:3." in said
+    assert (f"Made the repository {HOSTS[0]}/team/{name}." in said) == made
+
+
+def test_other_registries_have_the_login_that_docker_has(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ecr, "Registry", lambda **_: pytest.fail("it was asked"))
+    assert build.main(["--image-prefix", "registry.example.com/1", "--push", "--version", "1.2.3-rc"]) == 0
+    assert fake.logins == [("registry.example.com/1/tuneserve:1.2.3-rc", "")]
+
+
+def test_amazons_refusal_is_one_sentence(
+    fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    assert build.main(["--image-prefix", HOSTS[0], "--push"]) == 1
+    said = f"build.py: {HOSTS[0]}: a registry of Amazon needs boto3: pip install boto3\n"
+    assert capsys.readouterr().err == said

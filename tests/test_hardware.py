@@ -84,11 +84,13 @@ def test_affinity_limits_a_real_process_and_torch_keeps_to_it(python: Python) ->
 
 @pytest.mark.parametrize(("quota", "threads"), [(0.25, 1), (1.0, 1), (2.9, 2), (16.0, 16)])
 def test_auto_takes_whole_cpus_and_one_at_least(quota: float, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "GOMP_SPINCOUNT"):
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "GOMP_SPINCOUNT")
+    for name in names:
         monkeypatch.setenv(name, "before")  # so that it is put back afterwards
     monkeypatch.setattr(hardware, "cpu_quota", lambda: quota)
     assert set_threads("auto") == threads
     assert os.environ["OMP_NUM_THREADS"] == os.environ["RAYON_NUM_THREADS"] == str(threads)
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
     assert set_threads(7) == 7
     assert os.environ["OMP_NUM_THREADS"] == os.environ["RAYON_NUM_THREADS"] == "7"
 
@@ -162,10 +164,23 @@ def test_the_tightest_group_limits_memory(
     assert hardware.memory_limit(tmp_path / "proc", tmp_path / "cgroup") == (granted or whole)
 
 
-def test_memory_is_that_of_a_process_and_all_its_descendants(tmp_path: Path) -> None:
-    for pid, parent, pages in [(1, 0, 1), (7, 1, 10), (8, 7, 100), (9, 8, 1000), (10, 1, 10000)]:
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a ) b) S {parent} {' '.join('0' * 19)} {pages} 0\n")
+@pytest.mark.parametrize("lists", [True, False])
+def test_memory_is_that_of_a_process_and_all_its_descendants(tmp_path: Path, lists: bool) -> None:
+    if lists:  # as most kernels do, for each thread
+        for pid, thread, children in [(7, 7, "11 "), (7, 70, "8 "), (8, 8, "9 999 "), (9, 9, "")]:
+            (tmp_path / f"{pid}/task/{thread}").mkdir(parents=True)
+            (tmp_path / f"{pid}/task/{thread}/children").write_text(children)
+    # Process 11 has the size of 7, its parent: it is about to become another program.
+    for pid, parent, size, pages in [
+        (1, 0, 9, 1),
+        (7, 1, 5, 10),
+        (8, 7, 6, 100),
+        (9, 8, 7, 1000),
+        (10, 1, 8, 10000),
+        (11, 7, 5, 9),
+    ]:
+        (tmp_path / str(pid)).mkdir(exist_ok=True)
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a ) b) S {parent} {' '.join('0' * 18)} {size} {pages} 0\n")
     assert hardware.memory_used(tmp_path, 7) == 1110 * os.sysconf("SC_PAGE_SIZE")
     before = hardware.memory_used()
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

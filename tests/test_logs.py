@@ -101,3 +101,20 @@ def test_a_full_disk_is_said_once_and_the_log_goes_on(python: Python, tmp_path: 
     kept = messages((disk.path / "tuneserve.log").read_text())
     assert kept[-1] == "room again"
     assert len(kept) < 2000
+
+
+def test_a_handler_of_somebody_elses_writes_no_secret(python: Python) -> None:
+    code = (
+        "from tuneserve.redaction import remember\n"
+        "remember({'API_KEY': 'hunter2-long'})\n"
+        "logging.basicConfig(stream=sys.stdout)\n"
+        "logging.root.handlers[0].addFilter(logs.let_pass)\n"
+        "logging.root.handlers[0].addFilter(lambda record: print(record.exc_info, record.exc_text) or True)\n"
+        "try: raise OSError('hunter2-long is wrong')\n"
+        "except OSError: logging.getLogger('a').exception('said %s', 'hunter2-long')\n"
+    )
+    done = python("-c", IMPORTS + code)
+    assert done.stdout.splitlines()[0] == "None None"
+    assert "Traceback" in done.stdout
+    assert "said " in done.stdout
+    assert "hunter2" not in done.stdout

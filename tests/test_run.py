@@ -2,13 +2,17 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tuneserve.artifact import Version
+from tuneserve.errors import DeviceError, SettingsError, TrainingError
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.feedback_database import FILE
+from tuneserve.serving.engines.choice import load_torch_engine
 from tuneserve.settings import PROJECT, Settings
 from tuneserve.signals import Stop
 
@@ -104,3 +108,36 @@ def test_what_a_verb_does_not_take_is_refused_with_what_it_does(run: Run, argume
     code, said = run(*arguments)
     assert code == 2
     assert "usage" in said
+
+
+def test_the_failure_file_of_a_platform_holds_no_secret(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TrainingError("https://me:geheim@host/data.csv?sig=geheim cannot be read with the key verborgen")
+
+    variables = {"PLATFORM": "sagemaker", "SAGEMAKER_BASE_DIR": str(tmp_path), "HF_TOKEN": "verborgen"}
+    for name, value in (variables | {"DATASET": "/x.csv", "LOG_PATH": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules["run"].VERBS, "train", fail)
+    run("train")
+    said = (tmp_path / "output" / "failure").read_text()
+    assert "host/data.csv" in said
+    assert "geheim" not in said
+    assert "verborgen" not in said
+
+
+@pytest.mark.parametrize(("verb", "library"), [("train", "torch"), ("import", "torch"), ("predict", "pyarrow")])
+def test_where_a_verbs_libraries_are_missing_it_says_so(
+    run: Run, verb: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, said = run(verb, *(["FOLDER"] if verb == "import" else []))
+    assert code == SettingsError.exit_code
+    assert f"{verb} needs {library}, which is not installed" in said
+
+
+def test_a_version_that_only_torch_runs_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match="Only torch runs version v-1"):
+        load_torch_engine(Version(Path("v-1"), {}), Settings(), threads=1)

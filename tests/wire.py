@@ -4,7 +4,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from fastapi.telemetry import TelemetryConfig
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.batcher import Batcher
-from tuneserve.serving.http.app import create_app
+from tuneserve.serving.http.app import Adapter, create_app
 from tuneserve.serving.http.front import Drain
 from tuneserve.serving.http.protocol import Protocol
 from tuneserve.serving.http.request_log import RequestLog
@@ -27,6 +27,7 @@ from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 from tuneserve.tasks.classification import CLASSIFICATION
 from tuneserve.tasks.classifier import Classifier
+from tuneserve.tasks.task import Task
 
 BODY = b'{"text": "film"}'
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -37,7 +38,7 @@ def write(body: bytes = BODY, *headers: str, path: str = "/inference", http: str
     return "\r\n".join(lines).encode() + body
 
 
-def wait_until(condition: Callable[[], object], *, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], *, seconds: float = 300) -> None:
     """Wait until the condition holds; for other tests on the same cores the bound is far off."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -49,7 +50,7 @@ class Client:
     """A connection whose answers are read one after another."""
 
     def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=240)
         self._file = self.socket.makefile("rb")
 
     def send(self, request: bytes) -> None:
@@ -79,12 +80,17 @@ class Client:
 
 
 def app_of(
-    settings: Settings, slot: Slot, trainer: Trainer | None = None, feedback: Feedback | None = None, **options: Any
+    settings: Settings,
+    slot: Slot,
+    trainer: Trainer | None = None,
+    feedback: Feedback | None = None,
+    task: Task = CLASSIFICATION,
+    **options: Any,
 ) -> FastAPI:
-    """The application over a slot that classifies."""
+    """The application over a slot, in which a model for the task is."""
     limits = {"timeout_s": settings.request_timeout_s, "max_inputs": settings.max_batch_texts}
     service = Service.of(slot, feedback, **limits)
-    return create_app(settings, service, CLASSIFICATION, trainer, **options)
+    return create_app(settings, service, task, trainer, **options)
 
 
 @contextmanager
@@ -95,6 +101,8 @@ def served(
     feedback: Feedback | None = None,
     trainer: Trainer | None = None,
     telemetry: TelemetryConfig = SILENT,
+    adapters: Sequence[Adapter] = (),
+    task: Task = CLASSIFICATION,
     **options: Any,
 ) -> Iterator[int]:
     """The port of a server over the slot."""
@@ -102,7 +110,8 @@ def served(
         drain = Drain()
         log = RequestLog(slot.metrics, logs=settings.access_log)
         protocol = partial(Protocol, request_log=log, timeout_s=settings.request_timeout_s)
-        app = app_of(settings, slot, trainer, feedback, telemetry=telemetry, drain=drain, listener=listener)
+        more = {"telemetry": telemetry, "adapters": adapters, "drain": drain, "listener": listener, "task": task}
+        app = app_of(settings, slot, trainer, feedback, **more)
         options = {"http": protocol, "log_config": None, "timeout_graceful_shutdown": 5, **options}
         server = Server(uvicorn.Config(app, **options), drain)
         thread = threading.Thread(target=server.run, args=[[listener]])

@@ -18,4 +18,4 @@ if settings.models:
     importing = [sys.executable, str(Path(__file__).with_name("run.py").resolve()), "import"]
     app = ManyApplication(settings, threads=threads, importing=importing, environ=os.environ).asgi
 else:
-    app = Application(settings, threads=threads).asgi
+    app = Application(settings, threads=threads, environ=os.environ).asgi

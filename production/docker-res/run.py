@@ -8,13 +8,14 @@ predict       write the champion's answers to the rows of INPUT to OUTPUT
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
-import        make a version of a model that was trained elsewhere, for TASK: import <its Hugging Face folder or name>
+import        make a version of a model that was trained elsewhere, for TASK: import <its folder or its name on the hub>
 feedback      count the labels people have sent by day and origin; with `list`, `trust` or `remove` and an id, a day, an
               origin or one client of it: show them, let them be trained on, take them out
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from tuneserve.signals import Stop, end_with_parent
 
 if TYPE_CHECKING:
+    from tuneserve.adapters.start import Start
     from tuneserve.settings import Settings
 
 
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> int:
     stop = Stop()
     stop.listen()  # first: a container's process 1 ignores signals without a handler
     from tuneserve import logs
+    from tuneserve.adapters.platforms import start_of
     from tuneserve.errors import TuneserveError
     from tuneserve.hardware import run_in_background, set_threads
     from tuneserve.redaction import redact, remember
@@ -58,7 +61,10 @@ def main(arguments: list[str]) -> int:
     stop.once = wanted.child or "TORCHELASTIC_RUN_ID" in os.environ
     quoted = unquote(os.environ)
     remember(os.environ)
+    start = start_of("" if wanted.child else wanted.verb, os.environ)
     try:
+        os.environ.update(start.variables())
+        remember(os.environ)
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
@@ -73,7 +79,14 @@ def main(arguments: list[str]) -> int:
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         say_taken(quoted, wanted.verb)
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
+        require_libraries(wanted.verb)
+        start.prepare()
+        if wanted.verb == "serve" and start.folder is not None:
+            serve_folder(settings, start.folder, threads)
+            return 0
         VERBS[wanted.verb](settings, stop, threads, *wanted.arguments)
+        if wanted.verb == "train" and start.leads:
+            hand_over(settings, start)
     except SystemExit as end:
         if stop.signal is not None:
             name = signal.Signals(stop.signal).name
@@ -85,11 +98,30 @@ def main(arguments: list[str]) -> int:
         if launch.write_error_file(error, os.environ):
             return 0
         logs.report(error)
+        start.fail(str(error))
         return error.exit_code
     except Exception:  # that nobody foresaw; a library's words may repeat a URL with its password
         print(redact(traceback.format_exc()), file=sys.stderr)
+        start.fail(redact(traceback.format_exc(limit=0)).strip())
         return 1
     return 0
+
+
+NEEDS = {"train-serve": "torch", "train": "torch", "import": "torch", "predict": "pyarrow"}
+"""What the image without torch lacks, by the verbs that want it."""
+
+
+def require_libraries(verb: str) -> None:
+    """Refuse a verb where its libraries are not installed.
+
+    Raises:
+        SettingsError: one is not.
+    """
+    from tuneserve.errors import SettingsError
+
+    library = NEEDS.get(verb)
+    if library and importlib.util.find_spec(library) is None:
+        raise SettingsError(f"{verb} needs {library}, which is not installed: this place can serve, and not {verb}.")
 
 
 def say_taken(quoted: list[str], verb: str) -> None:
@@ -123,7 +155,7 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
         multimodel(settings, stop, threads)
         return
     if not settings.model:
-        server.serve(settings, threads=threads)
+        server.serve(settings, threads=threads, environ=os.environ)
         return
     named = json.dumps([settings.task, settings.model, settings.model_revision])
     served = settings.data_path / "served"
@@ -132,6 +164,29 @@ def serve(settings: "Settings", stop: Stop, threads: int) -> None:
     mark_used(folder)
     with in_use(served, ".", most=MOST_SERVED):
         server.serve(settings, threads=threads, **child(settings, "import", settings.model))
+
+
+def serve_folder(settings: "Settings", folder: Path, threads: int) -> None:
+    """Serve what a platform has put into a folder until a signal arrives."""
+    from tuneserve.adapters.catalog import adapters_of
+    from tuneserve.serving.http import server
+
+    made = child(settings, "import")
+    server.serve_folder(
+        settings,
+        folder,
+        threads=threads,
+        importing=made["training"][:-1],
+        environ=made["environ"],
+        adapters=adapters_of(settings, environ=os.environ),
+    )
+
+
+def hand_over(settings: "Settings", start: "Start") -> None:
+    """Put the champion where the platform looks for it."""
+    from tuneserve.lifecycle.store import Store
+
+    start.hand_over(Store(settings.model_path).champion().folder)
 
 
 def multimodel(settings: "Settings", stop: Stop, threads: int) -> None:

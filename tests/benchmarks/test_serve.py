@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import embed
 import generate
 import pytest
 from load import press, read_figures, run_wrk, share_equal, write_bodies
@@ -54,7 +55,7 @@ def test_every_text_is_one_line_of_json_that_holds_it(contender: Contender, tmp_
 
 def test_every_peer_has_its_files_and_pins() -> None:
     folder = PROJECT / "benchmarks" / "peers"
-    names = (CONTENDERS.keys() | generate.contenders("text").keys()) - {OURS}
+    names = (CONTENDERS.keys() | generate.contenders("text").keys() | embed.CONTENDERS.keys()) - {OURS}
     for name in names:
         pins = (folder / f"requirements-{name}.txt").read_text().splitlines()
         assert all("==" in pin or pin.startswith("#") for pin in pins)

@@ -117,17 +117,17 @@ class Job:
         """Everything it has printed."""
         return str(self.container.logs().decode())
 
-    def says(self, words: str, *, within_s: float = 120) -> None:
+    def says(self, words: str, *, within_s: float = 300) -> None:
         """Wait until it prints these words."""
         eventually(lambda: words in self.log or self._ended(), within_s=within_s)
         assert words in self.log
 
-    def is_ready(self, *, within_s: float = 120) -> None:
+    def is_ready(self, *, within_s: float = 300) -> None:
         """Wait until it serves."""
         eventually(lambda: self.get("/readyz")[0] == 200 or self._ended(), within_s=within_s)
         assert self.get("/readyz")[0] == 200, self.log
 
-    def ends(self, *, within_s: float = 120) -> int:
+    def ends(self, *, within_s: float = 300) -> int:
         """Wait until it ends; return its exit code."""
         assert eventually(self._ended, within_s=within_s), self.log
         return int(self.container.attrs["State"]["ExitCode"])
@@ -136,9 +136,9 @@ class Job:
         """Request a path; status 0 when no one answers."""
         return self._call(path)
 
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """Send JSON to a path; status 0 when no one answers."""
-        return self._call(path, json.dumps(body).encode())
+        return self._call(path, json.dumps(body).encode(), headers)
 
     def read(self, path: str) -> str:
         """A file in it, also after its end."""
@@ -148,14 +148,20 @@ class Job:
             assert file is not None, f"{path} is no file"
             return file.read().decode()
 
-    def _call(self, path: str, data: bytes | None = None) -> tuple[int, Any]:
+    def libraries(self) -> dict[str, str]:
+        """The versions of the Python libraries that its image lists."""
+        listed = json.loads(self.read("/opt/venv/sbom.cdx.json"))
+        assert (listed["bomFormat"], listed["specVersion"]) == ("CycloneDX", "1.6")
+        return {one["name"]: one["version"] for one in listed["components"]}
+
+    def _call(self, path: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         self.container.reload()  # after a restart the port is another one
         published = next((bound for bound in (self.container.ports or {}).values() if bound), None)
         if not published:
             return 0, None
         url = f"http://127.0.0.1:{published[0]['HostPort']}{path}"
         try:
-            with DIRECT.open(urllib.request.Request(url, data, JSON), timeout=10) as reply:
+            with DIRECT.open(urllib.request.Request(url, data, JSON | (headers or {})), timeout=60) as reply:
                 return reply.status, json.load(reply)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)

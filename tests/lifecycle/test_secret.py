@@ -27,7 +27,7 @@ def test_processes_that_make_it_at_once_agree(tmp_path: Path) -> None:
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         for _ in range(4)
     ]
-    found = {child.communicate("\n", timeout=60)[0] for child in children}
+    found = {child.communicate("\n", timeout=240)[0] for child in children}
     assert found == {read_secret(tmp_path).hex() + "\n"}
     assert [(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [(SECRET, 0o600)]
 

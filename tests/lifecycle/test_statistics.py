@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
+from tuneserve.lifecycle import statistics
 from tuneserve.lifecycle.statistics import (
     chi_square,
     fisher,
@@ -98,3 +99,21 @@ def test_the_bootstrap_covers_the_true_difference_as_often_as_it_says() -> None:
         assert low <= high
         below += low > 0.02
     assert 0.02 < below / 400 < 0.08
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.09, 0.3, 0.9999, 1.0, 1.5, 4.0])
+def test_kolmogorovs_distribution_is_scipys(distance: float) -> None:
+    assert statistics._kolmogorov(distance) == pytest.approx(special.kolmogorov(distance), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 76, 999])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.8, 1.0, 1.3, 4.0])
+def test_the_distribution_of_chi_square_is_scipys(freedom: int, share: float) -> None:
+    wanted = special.chdtrc(freedom, share * freedom)
+    assert statistics._chi_square(freedom, share * freedom) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (400, 500), (50_000, 50_700), (3, 0)])
+def test_the_sign_test_is_exact_for_many_texts_too(gained: int, lost: int) -> None:
+    wanted = special.bdtrc(lost - 1, gained + lost, 0.5) if lost else 1.0
+    assert sign_test(gained, lost) == pytest.approx(wanted, rel=1e-6)

@@ -83,7 +83,7 @@ def test_one_at_a_time_and_none_after_the_end(make: Make) -> None:
 
 
 def test_a_training_is_told_once_however_often_its_server_is(make: Make, tmp_path: Path) -> None:
-    note, go = tmp_path / "note", tmp_path / "go"
+    note, go, ready = tmp_path / "note", tmp_path / "go", tmp_path / "ready"
     counting = f"""
 import signal, time
 from pathlib import Path
@@ -91,14 +91,15 @@ told = []
 def note(number, frame):
     told.append(number)
     Path({str(note)!r}).write_text(str(len(told)))
-signal.signal(signal.SIGTERM, note)
 Path({str(note)!r}).write_text("0")
+signal.signal(signal.SIGTERM, note)
+Path({str(ready)!r}).touch()  # after the note: a signal in the midst of writing it would be written over
 while not Path({str(go)!r}).exists():
     time.sleep(0.01)
 """
     trainer = make(counting)
     trainer.start("a test")
-    wait_until(note.exists)
+    wait_until(ready.exists)
     trainer.interrupt()
     wait_until(lambda: note.read_text() == "1")
     for _ in range(3):

@@ -1,5 +1,6 @@
 """What mixed batches write, while texts join and leave, is what transformers' `generate` writes on each alone."""
 
+import copy
 import os
 import random
 from dataclasses import replace
@@ -23,6 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tuneserve.network import cache
+from tuneserve.network.decoder import Decoder
 from tuneserve.network.page import Page
 from tuneserve.network.wishes import Wishes, Writing
 
@@ -161,3 +164,29 @@ def test_equal_seeds_draw_equal_texts_whoever_else_is_there(prompts: list[list[i
     assert draw(drawn, prompts[1], prompts[2]) == alone
     assert draw(replace(drawn, seed=8)) != alone
     assert draw(replace(drawn, do_sample=False)) == by_transformers(model, prompts[0], Wishes(NEW))
+
+
+def logits(model: Any, prompts: list[list[int]]) -> tuple[Decoder, torch.Tensor]:
+    decoder = Decoder(model)
+    for read in decoder.read(prompts, [END] if decoder.pairs else ()):
+        decoder.join(read)
+    return decoder, torch.stack([decoder.step([token + row for row in range(len(prompts))]) for token in (5, 9, 7)])
+
+
+def test_wider_tables_change_nothing(model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, wanted = logits(model, prompts)
+    monkeypatch.setitem(cache.WIDER, torch.float32, torch.float64)
+    decoder, found = logits(copy.deepcopy(model), prompts)
+    assert decoder._written.tables[0].keys.dtype == torch.float64
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_on_the_cpu_has_wider_tables() -> None:
+    decoder, found = logits(make("gpt2").to(torch.bfloat16), [[5, 6]])
+    assert decoder._written.tables[0].keys.dtype == torch.float32
+    assert found.isfinite().all()
+
+
+def test_a_tables_length_has_no_bound_under_either_of_transformers_names() -> None:
+    table = cache.Table()
+    assert (table.get_max_length(), table.get_max_cache_shape()) == (-1, -1)

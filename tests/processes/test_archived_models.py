@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from wire import wait_until
 
-from tuneserve.archives import unpack
+from tuneserve.archives import find_program, unpack
 from tuneserve.serving.model import wait_for
-from tuneserve.tasks.handler import Handler, Invocation, Response, find_program
+from tuneserve.tasks.handler import Handler, Invocation, Response
 
 INSTALL = """
 import os

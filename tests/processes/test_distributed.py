@@ -23,7 +23,7 @@ from tuneserve.settings import Settings
 from tuneserve.training import launch
 
 
-def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
+def finish(process: "subprocess.Popen[str]", seconds: float = 240) -> str:
     output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
     return output
@@ -114,14 +114,14 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     wait_until(lambda: any(checkpoints.glob("*/*.safetensors")))
     workers = workers_of(process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == code, output
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     if number == signal.SIGTERM:
         process = start(shared)
         assert any("resuming in epoch" in line for line in process.stdout or [])
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=240)
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_an_error_that_would_repeat_itself_ends_the_run_at_once(
     environment: dict[str, str], changed: dict[str, str], code: int, words: str
 ) -> None:
     process = start(environment, PROCESSES="2", **changed)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == code, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output
@@ -223,7 +223,7 @@ def test_an_error_of_one_process_alone_ends_the_others(environment: dict[str, st
     store.prepare()
     with hold(store.lock):
         process = start(environment, PROCESSES="2")
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
     assert process.returncode == 9, output
     assert output.count("error: ") == 1, output
     assert "Traceback" not in output
@@ -232,6 +232,6 @@ def test_an_error_of_one_process_alone_ends_the_others(environment: dict[str, st
 def test_workers_that_keep_dying_are_an_error(environment: dict[str, str]) -> None:
     """A user's own mistake in the launcher's variables: no worker can be started at all."""
     process = start(environment, PROCESSES="2", PET_NNODES="many")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 7, output
     assert "The workers ended with exit code 1; the lines above say why." in output

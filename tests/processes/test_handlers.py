@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from wire import wait_until
 
+from tuneserve.archives import find_program
 from tuneserve.errors import HandlerError, NoModelError, OverloadedError, TimeoutExceededError
 from tuneserve.serving.metrics import Metrics
-from tuneserve.tasks.handler import Handler, Invocation, Response, find_program
+from tuneserve.tasks.handler import Handler, Invocation, Response
 
 Make = Callable[..., Handler]
 PLAIN = {"PATH": "/usr/bin:/bin"}

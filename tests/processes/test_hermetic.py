@@ -38,10 +38,21 @@ def test_the_environment_is_clean() -> None:
     assert not [name for name in os.environ if conftest.is_foreign(name)]
 
 
-@pytest.mark.parametrize(("reason", "code"), [("no command", 1), ("no GPU is here", 0)])
-def test_where_all_is_required_only_a_gpus_tests_may_skip(reason: str, code: int, tmp_path: Path) -> None:
-    file = tmp_path / "test_skips.py"
-    file.write_text(f"import pytest\n\ndef test_it():\n    pytest.skip({reason!r})\n")
+SKIPS = "import pytest\n\ndef test_it():\n    pytest.skip({!r})\n"
+SETS = "import os\n\ndef test_it():\n    os.environ.update(OMP_NUM_THREADS='7', PATH='')\n"
+FINDS = "import os\n\ndef test_it():\n    assert 'OMP_NUM_THREADS' not in os.environ and os.environ['PATH']\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "code"),
+    [
+        pytest.param([SETS, FINDS, SKIPS.format("no GPU is here")], 0, id="what a module sets ends with it"),
+        pytest.param([SKIPS.format("no command")], 1, id="where all is required only a GPU's tests may skip"),
+    ],
+)
+def test_what_all_tests_share(tests: list[str], code: int, tmp_path: Path) -> None:
+    for number, test in enumerate(tests):
+        (tmp_path / f"test_{number}.py").write_text(test)
     path = os.pathsep.join(map(str, (PROJECT / "tests", conftest.PACKAGE)))
-    done = run("-p", "conftest", "--rootdir", str(tmp_path), str(file), PYTHONPATH=path, TUNESERVE_REQUIRE_ALL="1")
+    done = run("-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path), PYTHONPATH=path, TUNESERVE_REQUIRE_ALL="1")
     assert done.returncode == code, done.stdout

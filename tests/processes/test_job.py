@@ -20,7 +20,7 @@ def test_a_signal_ends_a_real_run_with_its_code_and_the_next_run_resumes(
     process = start(environment)
     wait_until(lambda: any(checkpoints.glob("*/*.safetensors")))
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == code, output
     assert "the same command goes on from there" in output
     assert f"{number.name}: ended with exit code {code}" in output
@@ -38,7 +38,7 @@ def test_a_child_takes_one_signal_and_ignores_the_rest(environment: dict[str, st
     wait_until(lambda: any(checkpoints.glob("*/*.safetensors")))
     for number in [signal.SIGINT, signal.SIGTERM] * 5:
         process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode in (130, 143), output
     assert "the same command goes on from there" in output
     assert not list(checkpoints.glob("*/.*"))
@@ -46,7 +46,7 @@ def test_a_child_takes_one_signal_and_ignores_the_rest(environment: dict[str, st
 
 def test_without_a_terminal_progress_is_plain_lines(environment: dict[str, str]) -> None:
     process = start(environment)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "\r" not in output
     assert "validation_accuracy=" in output

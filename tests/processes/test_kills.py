@@ -1,6 +1,6 @@
 """The whole loop is killed at seeded moments, again and again: the store stays whole, and the next start goes on.
 
-TUNESERVE_KILLS=200 make test-processes ARGS="-s tests/processes/test_kills.py"     a line for a kill
+TUNESERVE_KILLS=200 make test-processes ARGS="-s -n0 tests/processes/test_kills.py"     a line for a kill
 """
 
 import os

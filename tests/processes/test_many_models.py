@@ -3,19 +3,24 @@
 import json
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import many
 import pytest
 import tiny
 import writers
 from processes.test_server import Start, environment, start
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tuneserve.artifact import read_version
 from tuneserve.hardware import memory_used
 from tuneserve.lifecycle.store import Store
-from tuneserve.settings import PROJECT
+from tuneserve.settings import PROJECT, Settings
+from tuneserve.tasks.catalog import load_model
+from tuneserve.tasks.classifier import Prediction
 
 __all__ = ["environment", "start"]
 RUN = PROJECT / "production" / "docker-res" / "run.py"
@@ -93,6 +98,40 @@ def test_models_come_and_go_and_what_was_imported_is_there_again(
     assert not (tmp_path / "none").exists()
 
 
+def test_versions_on_one_frozen_body_share_it(start: Start, environment: dict[str, str], tmp_path: Path) -> None:
+    labels = {"first": {"bad": "bad", "good": "good"}, "second": {"bad": "cold", "good": "hot"}}
+    (tmp_path / "many").mkdir()
+    for name, of in labels.items():
+        rows = [(text, of[label]) for text, label in tiny.sentences(160)]
+        version = tiny.train(tiny.write_csv(tmp_path / name / "t.csv", rows), tmp_path / name, TRAIN_BODY="0")
+        (tmp_path / "many" / name).symlink_to(version.folder)
+    environment |= {"MODELS": str(tmp_path / "many"), "REQUEST_TIMEOUT_S": "300", "DATA_PATH": str(tmp_path / "data")}
+    server = start(environment, "run.py", "serve")
+    server.wait_for(200, "/ping")
+    texts = ["a great film", "awful"] * 8
+    asked = {"inputs": texts, "parameters": {"top_k": None}}
+
+    def ask(name: str) -> list[dict[str, float]]:
+        with httpx.Client(base_url=server.url, timeout=300, headers=ALONE) as client:
+            found = client.post(f"/models/{name}/invoke", json=asked).json()
+            return [{one["label"]: one["score"] for one in of} for of in found]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [*labels] * 8))
+    for index, name in enumerate(labels):
+        version = read_version((tmp_path / "many" / name).resolve())
+        alone = load_model(version, Settings.from_environ({"DEVICE": "cpu"}), threads=1)
+        wanted = [one.scores for one in alone.predict(texts) if isinstance(one, Prediction)]
+        alone.close()
+        for found in answers[index::2]:
+            assert found == [pytest.approx(one, abs=0.02) for one in wanted]
+    shown = httpx.get(f"{server.url}/models").json()["models"]
+    assert min(one["bytes"] for one in shown) < 40_000 < 100_000 < max(one["bytes"] for one in shown)
+    code, output = server.end()
+    assert code == 0, output
+    assert output.count("a body is loaded") == output.count("engine: OpenVINO") == 1
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -106,3 +145,15 @@ def test_what_cannot_be_served_ends_at_once(python: Any, tmp_path: Path, variabl
     done = python(RUN, "serve", **tiny.paths(tmp_path), **variables)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
+
+
+def test_many_archives_in_little_memory_give_no_wrong_answer(store: Path, tmp_path: Path) -> None:
+    version = str(Store(store).champion().folder)
+    options = ["--archives", "30", "--loaded", "6", "--clients", "6", "--seconds", "6", "--version", version]
+    run = many.find_out(many.parse(options), tmp_path)
+    assert run.undeserved == []
+    assert max(run.memory) <= run.limit
+    assert run.figures["model_evictions_total"] > 0
+    assert run.figures['model_loads_total{outcome="loaded"}'] > 6
+    assert sum(run.statuses["one"].values()) > 6
+    assert "| undeserved answers | 0 |" in many.tabulate(run)

@@ -60,7 +60,7 @@ class Server:
 
     def output(self) -> str:
         """What it says until it has ended."""
-        return self.process.communicate(timeout=60)[0]
+        return self.process.communicate(timeout=240)[0]
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)

@@ -15,7 +15,7 @@ from wire import wait_until
 
 from tuneserve.lifecycle.store import Store
 
-HITS = 20
+HITS, EPOCHS = 20, 160
 PATIENCE_S = 300
 """Seconds for what takes seconds: other tests may run on the same cores."""
 CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
@@ -31,7 +31,7 @@ def long_run(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     data = tiny.write_csv(tmp_path / "many.csv", tiny.sentences(600))
     return environment | {
         "DATASET": str(data),
-        "N_EPOCHS": "160",
+        "N_EPOCHS": str(EPOCHS),
         "LR": "5e-4",
         "DROPOUT": "0.1",
         "CHECKPOINT_MINUTES": "0.003",
@@ -41,22 +41,24 @@ def long_run(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
 def test_twenty_random_signals_change_no_bit_of_the_weights(long_run: dict[str, str], tmp_path: Path) -> None:
     log = tmp_path / "log"
 
-    def start(environment: dict[str, str]) -> ForkServerProcess:
+    def start(environment: dict[str, str], *, epochs: int = 0) -> ForkServerProcess:
+        """Start a run, and wait until it trains, or has done so many epochs."""
         log.write_text("")
         process = fork(run_job, environment, log)
-        wait_until(lambda: "texts cut at" in log.read_text() or not process.is_alive())  # now the training begins
+        wait_until(lambda: "texts cut at" in log.read_text() or not process.is_alive())
+        wait_until(lambda: log.read_text().count(" epoch=") >= epochs or not process.is_alive())
         return process
 
     whole = long_run | {"MODEL_PATH": str(tmp_path / "whole")}
     process, began = start(whole), time.monotonic()
     process.join(PATIENCE_S)
     assert process.exitcode == 0, log.read_text()
-    length_s = time.monotonic() - began
+    epoch_s = (time.monotonic() - began) / EPOCHS
 
     chance = random.Random(20)
     for number in ([*CODES] * HITS)[:HITS]:
-        process = start(long_run)
-        time.sleep(chance.uniform(0, 1.5 * length_s / HITS))
+        process = start(long_run, epochs=chance.randrange(EPOCHS // HITS))
+        time.sleep(chance.uniform(0, epoch_s))
         assert process.is_alive(), f"the run was over too soon; it must be longer\n{log.read_text()}"
         os.kill(process.pid or 0, number)
         process.join(PATIENCE_S)

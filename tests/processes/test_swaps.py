@@ -1,7 +1,7 @@
 """Requests at a bounded rate while versions are swapped: each is answered with 200 by the version that it names.
 
     TUNESERVE_SWAPS=50 TUNESERVE_REQUESTS=1000000 TUNESERVE_RATE=700 \
-        make test-processes ARGS="-s tests/processes/test_swaps.py"       half an hour, a line for a swap
+        make test-processes ARGS="-s -n0 tests/processes/test_swaps.py"       half an hour, a line for a swap
 """
 
 import asyncio

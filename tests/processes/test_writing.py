@@ -41,9 +41,10 @@ def test_summaries_for_the_clients_there_are(served: Any, tmp_path: Path) -> Non
     text, summary = "the film was very good and the food was cold", "the film was very good"
     asked = {"text": text, "min_length": 2, "max_length": 20}
     assert httpx.post(f"{server.url}/summary", json=asked).json() == {"summary": summary, "Device": "cpu"}
-    client = InferenceClient(f"{server.url}/generate")
-    assert client.summarization(text).summary_text == summary
-    assert client.summarization(text, generate_parameters={"max_new_tokens": 3}).summary_text == "the film"
+    for url in (f"{server.url}/generate", server.url):
+        client = InferenceClient(url)
+        assert client.summarization(text).summary_text == summary
+        assert client.summarization(text, generate_parameters={"max_new_tokens": 3}).summary_text == "the film"
     assert httpx.get(f"{server.url}/").status_code == 200
     assert server.end()[0] == 0
 
@@ -55,6 +56,9 @@ def test_generated_text_for_the_clients_there_are(served: Any, tmp_path: Path) -
     assert len(whole.split()) > 2
     assert client.text_generation("a great film", max_new_tokens=9, return_full_text=True) == "a great film" + whole
     assert "".join(client.text_generation("a great film", max_new_tokens=9, stream=True)) == whole
+    at_the_root = InferenceClient(server.url)
+    assert at_the_root.text_generation("a great film", max_new_tokens=9) == whole
+    assert "".join(at_the_root.text_generation("a great film", max_new_tokens=9, stream=True)) == whole
     *_, last = client.text_generation("a great film", max_new_tokens=9, stream=True, details=True)
     assert last.generated_text == whole
     assert last.details is not None

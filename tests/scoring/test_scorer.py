@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tuneserve import load
 from tuneserve.errors import DataError
-from tuneserve.scoring import job
+from tuneserve.lifecycle.store import Store
+from tuneserve.scoring import job, scorer
 from tuneserve.scoring.scorer import Scorer
+from tuneserve.serving.model import Model
 from tuneserve.settings import Settings
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -54,3 +58,28 @@ def test_it_travels_to_another_process_even_after_use(python: Python, store: Pat
 def test_a_table_that_does_not_say_which_column_holds_the_text_is_refused(store: Path) -> None:
     with pytest.raises(DataError, match="which column holds the text; its columns are one, two"):
         Scorer(store)(pa.table({"one": ["film"], "two": ["film"]}))
+
+
+def test_a_process_loads_a_version_once_however_many_scorers_come_to_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[dict[str, object]] = []
+    one, other = {"omp_num_threads": 1}, {"omp_num_threads": 1, "long_text": "window"}
+
+    def counted(folder: str, **settings: object) -> Model:
+        loads.append(settings)
+        return load(folder, **settings)
+
+    monkeypatch.setattr(scorer, "load", counted)
+    for settings in (one, one, other):
+        pickle.loads(pickle.dumps(Scorer(store, **settings)))(ROWS)  # as engines do for each task
+    assert loads == [one, other]
+
+
+def test_a_new_scorer_of_a_store_asks_the_champion_of_now(store: Path, tmp_path: Path) -> None:
+    models = Store(tmp_path / "models")
+    first = store / "versions" / Store(store).champion().id
+    for name in ("20260101T000000Z-00000000", "20260102T000000Z-00000000"):
+        shutil.copytree(first, models.versions_folder / name)
+        models.promote(name)
+        assert set(Scorer(models.root)(ROWS).column("model_version").to_pylist()) == {name}

@@ -157,12 +157,12 @@ def test_newcomers_do_not_wait_a_backoff_each(fill: Callable[..., Full], monkeyp
 
     def sleep(seconds: float) -> None:
         begun.release()
-        go_on.acquire(timeout=60)
+        go_on.acquire(timeout=240)
 
     monkeypatch.setattr(backoff, "time", SimpleNamespace(sleep=sleep))
     busy = full.connect()
     busy.send(write())
-    assert begun.acquire(timeout=60)
+    assert begun.acquire(timeout=240)
     newcomers = [full.connect() for _ in range(60)]
     for newcomer in newcomers:
         newcomer.send(LIVEZ)
@@ -171,7 +171,7 @@ def test_newcomers_do_not_wait_a_backoff_each(fill: Callable[..., Full], monkeyp
             go_on.release()
             assert busy.read()[0] == 429
             busy.send(write())
-            assert begun.acquire(timeout=60)
+            assert begun.acquire(timeout=240)
         assert {newcomer.read()[0] for newcomer in newcomers} == {200}
     finally:
         go_on.release(1000)

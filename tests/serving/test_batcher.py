@@ -27,7 +27,7 @@ class Held:
 
     def __call__(self, engine: Any) -> None:
         self.began.set()
-        assert self.turns.acquire(timeout=10)
+        assert self.turns.acquire(timeout=240)
 
     def free(self) -> None:
         for _ in range(1000):

@@ -26,8 +26,8 @@ from tuneserve.serving.http.front import SMALL_BYTES, Bodies, Front
 from tuneserve.serving.http.protocol import MAX_PIPELINED, SLICE_BYTES, Protocol
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
+from tuneserve.tasks.body import CHUNK_BATCHES, CHUNKS, TOKENIZERS
 from tuneserve.tasks.classifier import Classifier
-from tuneserve.tasks.encoder import CHUNK_BATCHES, CHUNKS, TOKENIZERS
 from tuneserve.text import Tokens
 
 READ_BYTES = 256 << 10
@@ -195,7 +195,7 @@ def test_many_answers_are_written_by_another_thread(
 def test_few_large_requests_are_tokenized_at_once(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     active = most = 0
     lock, both = threading.Lock(), threading.Event()
-    read = classifier.read
+    read = classifier.body.read
 
     def watched(texts: Any) -> list[Any]:
         nonlocal active, most
@@ -211,7 +211,7 @@ def test_few_large_requests_are_tokenized_at_once(classifier: Classifier, monkey
             with lock:
                 active -= 1
 
-    monkeypatch.setattr(classifier, "read", watched)
+    monkeypatch.setattr(classifier.body, "read", watched)
 
     async def ask() -> list[Any]:
         return await asyncio.gather(*(classifier.answer(["film " * 1000]) for _ in range(8)))
@@ -246,17 +246,17 @@ def test_a_small_request_waits_for_few_chunks_of_large_ones(
 
     answers = asyncio.run(ask())
     assert [len(one) for one in answers] == [1] + [500] * 9
-    assert (classifier._coming, batcher.tokens_waiting) == (0, 0)
+    assert (classifier.body._coming, batcher.tokens_waiting) == (0, 0)
 
 
 async def reach(classifier: Classifier, coming: int, *tasks: "asyncio.Task[Any]") -> None:
     """Wait until large requests wait for so many tokens of the queue; fail if one has ended, or none is added."""
     for _ in range(2000):
-        if classifier._coming >= coming:
+        if classifier.body._coming >= coming:
             return
         assert not [task for task in tasks if task.done()], "a request that should wait was refused"
         await asyncio.sleep(0.01)
-    pytest.fail(f"{classifier._coming} tokens are coming, not {coming}")
+    pytest.fail(f"{classifier.body._coming} tokens are coming, not {coming}")
 
 
 def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answered(
@@ -276,10 +276,10 @@ def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answ
         await reach(classifier, 2 * each, *accepted)
         unknown = asyncio.create_task(classifier.answer(texts, deadline=deadline))  # no batch has been measured yet
         await reach(classifier, 3 * each, unknown, *accepted)
-        assert classifier._unanswered == 6000
+        assert classifier.body._unanswered == 6000
         unknown.cancel()
         await asyncio.wait([unknown])
-        assert classifier._unanswered == 4000
+        assert classifier.body._unanswered == 4000
         classifier.batcher._measured = MEASURED
         late = asyncio.create_task(classifier.answer(texts, deadline=deadline))
         with pytest.raises(AssertionError, match="was refused"):
@@ -294,12 +294,12 @@ def test_large_requests_that_would_all_be_late_are_refused_while_others_are_answ
         return await asyncio.gather(*accepted)
 
     assert [len(one) for one in asyncio.run(ask())] == [500, 500]
-    assert classifier._unanswered == 0
+    assert classifier.body._unanswered == 0
 
 
 def test_the_ids_of_a_large_request_take_four_bytes_each(classifier: Classifier) -> None:
     texts = ["good film", "", "film " * 5000] * 200
-    for few, many in zip(classifier.read(texts), classifier._read_many(texts), strict=True):
+    for few, many in zip(classifier.body.read(texts), classifier.body._read_many(texts), strict=True):
         assert isinstance(few, Tokens) == isinstance(many, Tokens)
         if isinstance(many, Tokens):
             assert isinstance(many.ids, array)

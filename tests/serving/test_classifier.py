@@ -27,7 +27,7 @@ def test_scores_are_probabilities_and_the_label_is_the_likeliest(classifier: Cla
     [one] = classifier.predict(["film"])  # [CLS] 2, film 6, [SEP] 3: the logits are -0.13 and 0.13
     assert one.label == "good"
     assert sum(one.scores.values()) == pytest.approx(1)
-    total = sum(classifier._encoder.encode(["film"])[0].ids) / 100
+    total = sum(classifier.body.encoder.encode(["film"])[0].ids) / 100
     assert one.scores["good"] == pytest.approx(1 / (1 + math.exp(-2 * total)))
 
 

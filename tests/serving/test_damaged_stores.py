@@ -99,7 +99,7 @@ def whole(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def echo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ENGINES", [Choice(lambda *about, **options: EchoEngine())])
     monkeypatch.setattr(gate, "run_trial", try_all)
-    monkeypatch.setattr(follower, "_set_aside", lambda: None)  # half a second each time, in a large process
+    monkeypatch.setattr(follower, "set_aside", lambda: None)  # half a second each time, in a large process
     monkeypatch.setattr(files, "sync", lambda path: None)  # what the disk takes is not looked at here
 
 

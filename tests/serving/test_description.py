@@ -11,6 +11,7 @@ import pytest
 from pydantic import SecretStr
 from wire import Client, served
 
+from tuneserve.adapters.catalog import adapters_of
 from tuneserve.lifecycle.feedback import Feedback
 from tuneserve.lifecycle.feedback_database import FILE
 from tuneserve.lifecycle.store import Store
@@ -33,8 +34,9 @@ def port(settings: Settings, slot: Slot, tmp_path: Path) -> Iterator[int]:
     store.prepare()
     trainer = Trainer([sys.executable, "-c", "import time; time.sleep(600)"], store, serves=lambda: False)
     feedback = Feedback(settings.model_path / FILE, max_rows=1000, keep_texts=False)
-    changed = settings.model_copy(update={"api_key": SecretStr(KEY)})
-    with served(changed, slot, feedback=feedback, trainer=trainer) as port:
+    paths = {"aip_health_route": "/vertex/health", "aip_predict_route": "/vertex/predict"}
+    changed = settings.model_copy(update={"api_key": SecretStr(KEY), **paths})
+    with served(changed, slot, feedback=feedback, trainer=trainer, adapters=adapters_of(changed)) as port:
         yield port
     trainer.close()
 

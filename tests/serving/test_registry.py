@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wire import wait_until
 
 from tuneserve.errors import ConflictError, NoModelError, NotFoundError, OutOfMemoryError, StoreError
 from tuneserve.serving.model import Answer, Model
@@ -58,7 +59,8 @@ class House:
         self.loads, self.answers = threading.Event(), threading.Event()
         self.loads.set()
         self.answers.set()
-        self.most = 0
+        self.most = self.most_used = 0
+        self.takes: dict[str, int] = {}
 
     def find(self, name: str) -> Path:
         folder = self.root / name
@@ -77,11 +79,11 @@ class House:
             raise ValueError("no such layer")
         self.open.append(folder.name)
         self.opened.append(folder.name)
-        self.most = max(self.most, len(self.open))
+        self.most, self.most_used = max(self.most, len(self.open)), max(self.most_used, self.used())
         return Named(folder, self)
 
     def used(self) -> int:
-        return SIZE * len(self.open)
+        return sum(self.takes.get(name, SIZE) for name in self.open)
 
 
 @pytest.fixture
@@ -343,3 +345,65 @@ def test_a_server_that_ends_unloads_all_and_begins_no_load(make: Callable[..., S
     house.loads.set()
     assert all(one.exception(10) is not None for one in waiting)
     assert len(house.opened) <= 3  # two were being loaded
+
+
+def test_what_loads_take_beyond_their_files_is_learned(make: Callable[..., Service], house: House) -> None:
+    house.takes = dict.fromkeys("abcde", 4 * SIZE)
+    service = make(limit=10 * SIZE)
+    for name in "abcdeab":
+        assert ask(service, name) == name
+    assert (house.most, house.most_used) == (2, 8 * SIZE)
+    assert models(service).evicted == 5
+
+
+@pytest.mark.parametrize("evicts", [True, False])
+def test_a_model_that_takes_more_than_there_is_drives_out_others_or_is_refused(
+    make: Callable[..., Service], house: House, evicts: bool
+) -> None:
+    house.takes = {"d": 8 * SIZE, "e": 20 * SIZE}
+    service = make(limit=10 * SIZE, evicts=evicts)
+    for name in "abc":
+        assert ask(service, name) == name
+    if evicts:
+        assert ask(service, "d") == "d"
+        assert house.open == ["b", "c", "d"]
+    else:
+        with pytest.raises(OutOfMemoryError, match="'d' has files of 0 MiB"):
+            ask(service, "d")
+        assert house.open == ["a", "b", "c"]
+    with pytest.raises(OutOfMemoryError, match="'e'"):
+        ask(service, "e")
+    assert house.used() <= 10 * SIZE
+    assert ask(service, "a") == "a"  # where others took more, a model that is alone is judged by its files
+
+
+def test_headroom_is_left_where_there_is_a_choice(make: Callable[..., Service], house: House) -> None:
+    service = make(limit=4 * SIZE, headroom=SIZE)
+    for name in "abcd":
+        assert ask(service, name) == name
+    assert house.most == 3
+    house.takes["e"] = 4 * SIZE
+    assert ask(service, "e") == "e"
+    assert house.open == ["e"]
+
+
+@pytest.mark.parametrize("finds", [True, False])
+def test_a_request_for_a_model_that_is_unloaded_while_it_is_loaded_loads_it_again_if_it_may(
+    make: Callable[..., Service], house: House, finds: bool
+) -> None:
+    service = make() if finds else make(find=None)
+    house.loads.clear()
+    if not finds:
+        models(service).load("a", house.root / "a")
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask, service, "a")
+        wait_until(lambda: models(service).entries())
+        gone = models(service).unload("a")
+        house.loads.set()
+        if finds:
+            assert asked.result(30) == "a"
+            assert house.opened == ["a", "a"]
+        else:
+            with pytest.raises(NotFoundError):
+                asked.result(30)
+        gone.result(30)

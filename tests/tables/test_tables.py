@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tabular import COMPRESS, read, write
 
@@ -206,6 +208,35 @@ def test_rows_are_bounded_one_by_one_and_a_long_one_below_the_bound_is_read(
     (tmp_path / name).write_bytes(begin[: len(begin) - len(row)] + (row + filling * count + end) * 20)
     rows = list(read_file(tmp_path / name, "f", lambda _: Columns("text", "label")))
     assert [len(text) for _, text, _ in rows][-20:] == [len(filling) * count] * 20
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        (pa.string(), "f, row 3 has"),
+        (pa.large_string(), "f, row 3 has"),
+        (pa.dictionary(pa.int8(), pa.string()), "f has"),
+    ],
+)
+def test_a_text_among_columns_with_types_is_bounded_too(
+    name: str, kind: pa.DataType, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW_CHARACTERS", 100)
+
+    def read(longest: str) -> list[str]:
+        texts = ["a film", None, longest, "another"]
+        table = pa.table({"text": pa.array(texts, kind), "label": ["good", "bad", "good", "bad"]})
+        if name == "a.parquet":
+            pq.write_table(table, tmp_path / name)
+        else:
+            with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+        return [text for _, text, _ in read_file(tmp_path / name, "f", lambda _: Columns("text", "label"))]
+
+    assert "é" * 100 in read("é" * 100)
+    with pytest.raises(DataError, match=f"^{where} more than 100 characters"):
+        read("é" * 101)
 
 
 def test_a_text_in_a_file_of_its_own_is_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,16 @@ def test_tampered_weights_of_the_package_are_refused_and_it_is_never_imported(
     assert PACKAGE not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_cannot_be_read_is_said(name: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "mine", "model.safetensors")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / name)  # to itself: nobody can read it, not even root
+    message = refusal(folder, tmp_path)
+    assert len(message) < 600
+    assert name in message
+
+
 def test_a_hub_name_is_downloaded_without_pickles_and_known_by_its_commit(
     hub: tuple[str, Path], ask_hub: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -313,6 +313,24 @@ def test_two_files_for_one_split_are_refused(pair: tuple[str, str], tmp_path: Pa
     assert all(name in message for name in pair)
 
 
+def test_splits_in_the_folder_of_one_are_the_data_set_or_refused(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "channels"
+    for name in ("train", "validation", "test"):
+        write(folder / "train" / f"{name}.csv", f"text,label\n{name},x\n")
+    write(folder / "train-manifest", "[]")
+    sources = read(str(folder), Columns(), cache=cache)
+    assert {split: source.rows["text"][:] for split, source in sources.items()} == {
+        "train": ["train"],
+        "valid": ["validation"],
+        "test": ["test"],
+    }
+    write(folder / "test" / "part-0.csv", "text,label\na,x\n")
+    assert "train/test.csv is named as another split's" in refusal(folder, cache)
+    write(tmp_path / "other" / "train" / "part-0.csv", "text,label\na,x\n")
+    write(tmp_path / "other" / "train" / "part-1.csv", "text,label\nb,x\n")
+    assert read(str(tmp_path / "other"), Columns(), cache=cache)["train"].rows["text"][:] == ["a", "b"]
+
+
 def test_parts_of_a_split_are_read_together_and_each_row_keeps_its_number(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "reviews"
     write(folder / "train.csv", "text,label\na,x\nb,y\n")

@@ -100,18 +100,21 @@ def test_a_number_format_that_costs_accuracy_may_not_serve() -> None:
     ]
 
 
-def exported(folder: Path, kind: str = "bert") -> TokenizedSplit:
+def exported(folder: Path, kind: str = "bert", *, states: bool = False) -> TokenizedSplit:
     """A version's graph in a folder, and a split whose labels are what that graph answers."""
     split = tiny.make_split(LENGTHS * 4)
-    assert openvino_graph.export(tiny.make_classifier(kind).eval(), folder, split, threads=1) is not None
+    assert openvino_graph.export(tiny.make_classifier(kind).eval(), folder, split, threads=1, states=states) is not None
     texts = [split.text_ids(row) for row in range(len(split))]
     answers = int8_graph.graph_logits(folder, texts, int8=False, threads=1, max_tokens=32).argmax(axis=1)
     return TokenizedSplit(split.ids, split.starts, answers, split.truncated)
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("bert", "packed"), ("modernbert", "packed"), ("deberta-v2", "padded")])
-def test_an_int8_graph_answers_nearly_as_the_other_one(kind: str, layout: str, tmp_path: Path) -> None:
-    split = exported(tmp_path, kind)
+@pytest.mark.parametrize(
+    ("kind", "layout", "states"),
+    [("bert", "packed", False), ("modernbert", "packed", True), ("deberta-v2", "padded", True)],
+)
+def test_an_int8_graph_answers_nearly_as_the_other_one(kind: str, layout: str, states: bool, tmp_path: Path) -> None:
+    split = exported(tmp_path, kind, states=states)
     description = int8_graph.quantize(tmp_path, split, split, threads=1, seed=0, most_accuracy_lost=0.5)
     found = description["int8"]
     assert description["layout"] == layout

@@ -47,7 +47,9 @@ SERVE = {
     **{"DEVICE": "cpu", "OMP_NUM_THREADS": "9", "PROCESSES": "2", "MODEL_PATH": "/x", "DATA_PATH": "/x"},
     **{"TASK": "feature-extraction", "MODEL": "x", "MODEL_REVISION": "x", "MAX_NEW_TOKENS": "9", "NUM_BEAMS": "2"},
     **{"NO_REPEAT_NGRAM_SIZE": "2", "EARLY_STOPPING": "0", "MODELS": "x", "MEMORY_LIMIT": "1GiB"},
-    **{"PINNED_MODELS": "x"},
+    **{"PINNED_MODELS": "x", "PLATFORM": "sagemaker", "MODEL_NAME": "x", "INFERENCE_REPLY": "ancestor"},
+    **{"SERVERLESS_ROUTE": "/log"},
+    **{"AIP_HTTP_PORT": "9", "AIP_HEALTH_ROUTE": "/x", "AIP_PREDICT_ROUTE": "/x"},
     **{"LOG_PATH": "/x", "MLFLOW_TRACKING_URI": "http://a", "MLFLOW_EXPERIMENT_NAME": "x"},
 }
 """These change how it is computed, judged, served or told of, not what is learned."""

@@ -40,7 +40,7 @@ def test_a_class_of_ones_own_is_named_once(tmp_path: Path, monkeypatch: pytest.M
     for text, one, other in zip(TEXTS, by_torch.predict(TEXTS), by_graph.predict(TEXTS), strict=True):
         assert isinstance(one, Prediction)
         assert isinstance(other, Prediction)
-        wanted = scores(network, by_torch.read([text])[0])
+        wanted = scores(network, by_torch.body.read([text])[0])
         assert list(one.scores.values()) == pytest.approx(wanted, abs=1e-4)
         assert list(other.scores.values()) == pytest.approx(wanted, abs=1e-3)
     assert by_torch.predict(TEXTS[:1])[0].label == "good"  # type: ignore[union-attr]

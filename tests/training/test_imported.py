@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tuneserve
-from tuneserve.errors import BaseModelError, DataError, NoModelError
+from tuneserve.errors import BaseModelError, DataError, NoModelError, StoreError
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
@@ -85,6 +85,50 @@ def test_other_labels_than_the_datas_are_untested_and_only_first(environment: di
     rename(foreign, ["1", "5"])
     with pytest.raises(DataError, match="name texts with the model's labels"):  # there is a champion now
         bring_in(str(foreign), settings(environment), threads=1)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "decision.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_a_version_of_another_store_is_taken_over_as_it_is(environment: dict[str, str], store: Path) -> None:
+    given = Store(store).champion()
+    settings_here = settings(environment | {"DATASET": "/nowhere", "NUM_MAX_POSITIONS": "512"})
+    version = bring_in(str(given.folder), settings_here, threads=1)
+    here = Store(Path(environment["MODEL_PATH"]))
+    assert here.champion().id == version.id == given.id
+    assert files(version.folder) == files(given.folder)
+    decision = read_decision(version)
+    assert decision is not None
+    assert "the store it comes from" in decision.sentence
+    assert bring_in(str(given.folder), settings_here, threads=1).id == version.id
+    assert len(here.versions()) == 1
+
+
+def test_beside_a_champion_a_version_waits_to_be_promoted(
+    environment: dict[str, str], store: Path, foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    champion = bring_in(str(foreign), settings(environment), threads=1)
+    version = bring_in(str(Store(store).champion().folder), settings(environment), threads=1)
+    here = Store(Path(environment["MODEL_PATH"]))
+    assert here.champion().id == champion.id
+    assert read_decision(version) is None  # what the other store decided is not said here
+    assert f"`run.py promote {version.id}`" in caplog.text
+    assert here.promote(version.id).id == version.id
+
+
+def test_a_version_that_is_damaged_or_for_another_task_is_not_taken_over(
+    environment: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(Store(store).champion().folder, tmp_path / "version")
+    with pytest.raises(BaseModelError, match="is for TASK=text-classification"):
+        bring_in(str(folder), settings(environment, TASK="feature-extraction"), threads=1)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match="its SHA-256 differs"):
+        bring_in(str(folder), settings(environment), threads=1)
+    assert Store(Path(environment["MODEL_PATH"])).champion_id() is None
 
 
 def test_what_is_no_classifier_is_refused(environment: dict[str, str], tiny_bert: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tuneserve.artifact import Version
     from tuneserve.serving.model import Model
 
 __version__ = "0.1.0"
@@ -30,15 +31,26 @@ def load(folder: str | os.PathLike[str], **settings: object) -> "Model":
         StoreError: there is no such version, or it is damaged.
         DeviceError: the device asked for cannot be had.
     """
-    from pathlib import Path
-
-    from tuneserve.artifact import METADATA, read_version
     from tuneserve.hardware import set_threads
-    from tuneserve.lifecycle.store import Store
     from tuneserve.settings import Settings
     from tuneserve.tasks.catalog import load_model
 
-    path = Path(folder).expanduser()
-    version = read_version(path) if (path / METADATA).exists() else Store(path).champion()
+    version = find_version(folder)
     chosen = Settings.model_validate(settings)
     return load_model(version, chosen, threads=set_threads(chosen.omp_num_threads))
+
+
+def find_version(folder: str | os.PathLike[str]) -> "Version":
+    """What `load` would load: the champion of a store, or the version whose folder this is.
+
+    Raises:
+        NoModelError: the store has no champion.
+        StoreError: there is no such version, or it is damaged.
+    """
+    from pathlib import Path
+
+    from tuneserve.artifact import METADATA, read_version
+    from tuneserve.lifecycle.store import Store
+
+    path = Path(folder).expanduser()
+    return read_version(path) if (path / METADATA).exists() else Store(path).champion()

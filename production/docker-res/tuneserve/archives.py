@@ -80,6 +80,19 @@ def unpack(
         raise ArchiveError(_sentence(archive, entry, "it is damaged or incomplete")) from error
 
 
+def find_program(folder: Path, name: str = "inference.py") -> Path | None:
+    """The code of an unpacked archive: in `code/`, or beside the weights; None if it has none.
+
+    Args:
+        folder: of the archive.
+        name: of the file, as SAGEMAKER_PROGRAM has it; `.py` may be left out.
+    """
+    name = name.removesuffix(".py") + ".py"
+    if Path(name).name != name:
+        return None
+    return next((path for path in (folder / "code" / name, folder / name) if path.is_file()), None)
+
+
 class _Stream:
     """The unpacked bytes of an archive, within bounds."""
 

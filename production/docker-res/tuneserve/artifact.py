@@ -4,6 +4,7 @@
 <version>/engine/        the exported graph, if there is one
 <version>/golden.json    a few texts and the answers that the model gave when it was saved
 <version>/golden-int8.json   those of the int8 graph, if there is one
+<version>/head.safetensors   the head alone, where the body was frozen: others on the same body may share it
 <version>/drift.json     five figures of its answer to each held-out text, and no text
 <version>/report/        the test in full
 <version>/metadata.json  written last: a folder without it is not a version
@@ -11,7 +12,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 METADATA = "metadata.json"
 GOLDEN = "golden.json"
 GOLDEN_INT8 = "golden-int8.json"
+HEAD = "head.safetensors"
 UNFINISHED = ".unfinished-"
 NEVER_ANSWER = ("report/", "drift.json")
 """Files that are looked into and that no answer depends on, by the beginnings of their names."""
@@ -73,6 +75,12 @@ class Exported(Part):
     int8: Quantized | None = None
 
 
+class Body(Part):
+    """The frozen body that a version's head reads."""
+
+    sha256: str
+
+
 class Metadata(Part):
     """What the store and the engines read of `metadata.json`."""
 
@@ -84,6 +92,7 @@ class Metadata(Part):
     metrics: dict[str, Figures] = {}
     data: Findings | None = None
     engine: Exported | None = None
+    body: Body | None = None
     files: dict[str, Count] = {}
     sha256: dict[str, str] = {}
 
@@ -240,13 +249,19 @@ def is_whole(version: Version) -> bool:
     return damage(version) is None
 
 
-def damage(version: Version) -> str | None:
+def damage(version: Version, names: Collection[str] | None = None) -> str | None:
     """What is wrong with the first file that answers and is not as it was written; None if all are.
 
     Versions from before the hashes are checked by the sizes of these files.
+
+    Args:
+        version: to look at.
+        names: of files that alone are looked at; None for all.
     """
     sizes = {name: size for name, size in version.metadata.get("files", {}).items() if _answers(name)}
     hashes: dict[str, str] = version.metadata.get("sha256", {})
+    if names is not None:
+        sizes, hashes = ({name: of[name] for name in names if name in of} for of in (sizes, hashes))
     if not hashes and sizes:
         logger.info("version %s was saved without hashes; its files are checked by their sizes", version.id)
     for name in sizes | hashes:
@@ -271,13 +286,13 @@ def _answers(name: str) -> bool:
     return not name.startswith(NEVER_ANSWER)
 
 
-def require_whole(version: Version) -> None:
-    """Make sure that the files that answer are those that were written.
+def require_whole(version: Version, names: Collection[str] | None = None) -> None:
+    """Make sure that the files that answer, or those of these names, are those that were written.
 
     Raises:
         StoreError: one is not.
     """
-    if wrong := damage(version):
+    if wrong := damage(version, names):
         raise StoreError(
             f"version {version.id} is damaged: {wrong}. Restore the file, or choose another version: run.py versions."
         )

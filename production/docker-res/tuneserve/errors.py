@@ -131,6 +131,12 @@ class TooLargeError(TuneserveError):
     status = 413
 
 
+class NotAcceptableError(TuneserveError):
+    """The client wants its answer in a form that is not written here."""
+
+    status = 406
+
+
 class EncodingError(TuneserveError):
     """The body is in an encoding that this server does not read."""
 

@@ -73,18 +73,43 @@ def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
 
 
 def memory_used(proc: Path = Path("/proc"), pid: int | None = None) -> int:
-    """Bytes of this process, and of all that it has started, that are in memory; shared ones count for each."""
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
-    for folder in proc.iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):  # it has ended
-                found = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                parents[int(folder.name)], pages[int(folder.name)] = int(found[1]), int(found[21])
-    family = {pid or os.getpid()}
-    while more := {one for one, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sum(pages.get(one, 0) for one in family) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of this process, and of all that it has started, that are in memory; shared ones count for each.
+
+    A child that is not yet another program than its parent shares its memory, as its size tells, and is not counted.
+    """
+    family = [pid or os.getpid()]
+    if (proc / f"{family[0]}/task/{family[0]}/children").exists():
+        for member in family:  # grows while it is walked
+            family += _children(proc / str(member))
+        stats = {one: _stat(proc / str(one)) for one in family}
+    else:  # this kernel lists no children
+        stats = {int(one.name): _stat(one) for one in proc.iterdir() if one.name.isdigit()}
+        for member in family:
+            family += [one for one, (parent, _, _) in stats.items() if parent == member]
+    own = [one for one in family if one in stats and stats[one][1] != stats.get(stats[one][0], NOTHING)[1]]
+    return sum(stats[one][2] for one in own) * os.sysconf("SC_PAGE_SIZE")
+
+
+NOTHING = (0, 0, 0)
+
+
+def _stat(folder: Path) -> tuple[int, int, int]:
+    """The parent of a process, its size in bytes, and its pages in memory; NOTHING if it has ended."""
+    try:
+        found = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(found[1]), int(found[20]), int(found[21])
+    except OSError:
+        return NOTHING
+
+
+def _children(folder: Path) -> list[int]:
+    """What the threads of a process have started."""
+    found: list[int] = []
+    with suppress(OSError):  # it has ended
+        for thread in (folder / "task").iterdir():
+            with suppress(OSError):
+                found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def give_memory_back() -> None:
@@ -97,6 +122,7 @@ def set_threads(setting: int | Literal["auto"]) -> int:
     """Choose the number of CPU threads and set it for all libraries; call it before torch or NumPy is imported."""
     threads = max(1, math.floor(cpu_quota())) if setting == "auto" else setting
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's products are small: threads that wait for busy cores cost more
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

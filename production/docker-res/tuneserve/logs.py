@@ -60,6 +60,22 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def hide_secrets(record: logging.LogRecord) -> None:
+    """Format a record, and its traceback, without secrets."""
+    record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        record.exc_info = None
+
+
+def let_pass(record: logging.LogRecord) -> bool:
+    """The filter of a handler that is not ours: all records, without secrets and with the traceback in the message."""
+    hide_secrets(record)
+    if record.exc_text:
+        record.msg, record.exc_text = f"{record.msg}\n{record.exc_text}", None
+    return True
+
+
 class Queued(QueueHandler):
     """Hands every record to a thread that formats and writes it, so that a slow disk or reader blocks no caller.
 
@@ -77,10 +93,7 @@ class Queued(QueueHandler):
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Format now what may change or is large, without secrets; leave the rest to the thread."""
         record = copy.copy(record)
-        record.msg, record.args = redact(record.getMessage()), None
-        if record.exc_info:
-            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
-            record.exc_info = None
+        hide_secrets(record)
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:

@@ -47,7 +47,14 @@ def _bytes(value: Any) -> Any:
     return int(float(found[1]) * (1000 if found[3] == "B" else 1024) ** power)
 
 
+ROUTE = r"^(/[\w.~:@/-]*)?$"
+"""A path of ours without escapes."""
+
 WORDS = {
+    "model_name": "letters, digits, `.`, `_` and `-`",
+    "aip_health_route": "a path (`/health`)",
+    "aip_predict_route": "a path (`/predict`)",
+    "serverless_route": "a path (`/log`)",
     "memory_limit": "bytes, or a number with a unit such as `GiB`",
     "cors_origins": "`*`, or origins as browsers name them (`https://reviews.example`), separated by commas",
     "retrain_schedule": "five fields as crontab has them",
@@ -58,7 +65,7 @@ WORDS = {
 QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
 COMMENT = re.compile(r"\s#")
 OF_LIBRARIES = re.compile(
-    "(?:AWS|AZURE|GOOGLE|HF|HUGGING_FACE|MLFLOW|OTEL|PET|TUNESERVE)_.*|(?:HTTPS?|ALL|NO)_PROXY|JOB_COMPLETION_INDEX",
+    "(?:AWS|AZURE|GOOGLE|HF|HUGGING_FACE|MLFLOW|OTEL|PET|SAGEMAKER|TUNESERVE)_.*|(?:HTTPS?|ALL|NO)_PROXY|JOB_COMPLETION_INDEX",
     re.IGNORECASE,
 )
 """Variables that are read elsewhere; in their values a `#` is theirs to judge."""
@@ -71,6 +78,10 @@ class Settings(BaseModel):
     """The resolved configuration of one run. Immutable; saved with every model, without its secrets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    platform: Literal["none", "sagemaker"] = "none"
+    """Whose folders, files and variables `train` and `serve` go by: `sagemaker` is what an image of that stage sets;
+    `none`: these variables alone."""
 
     task: Literal["text-classification", "feature-extraction", "summarization", "text-generation"] = (
         "text-classification"
@@ -207,6 +218,26 @@ class Settings(BaseModel):
 
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
+
+    model_name: str = Field(default="model", pattern=r"^[\w.-]{1,200}$")
+    """Name by which clients of the Open Inference Protocol (KServe, Triton, MLServer) ask for the model. KServe's
+    `{{.Name}}` is it there."""
+
+    inference_reply: Literal["full", "ancestor"] = "full"
+    """What `POST /inference` answers. `ancestor`: each label with its probability as a string, and nothing else."""
+
+    serverless_route: str = Field(default="", pattern=ROUTE)
+    """Path at which `{"log"}` is answered `{"prediction"}`, as the serverless classifier did that this project grew
+    from: `/log`. Empty: there is none."""
+
+    aip_http_port: int = Field(default=0, ge=0, le=65535)
+    """Port on which Vertex AI, which sets it, asks; it replaces PORT. 0: PORT holds."""
+
+    aip_health_route: str = Field(default="", pattern=ROUTE)
+    """Path of the health route that Vertex AI asks, which sets it. Empty: there is none."""
+
+    aip_predict_route: str = Field(default="", pattern=ROUTE)
+    """Path to which Vertex AI posts `{"instances"}`, which sets it. Empty: there is none."""
 
     api_key: SecretStr = SecretStr("")
     """When set, requests want it as `Authorization: Bearer …` or `X-API-Key`."""
@@ -398,6 +429,8 @@ class Settings(BaseModel):
         else:
             if settings.api_key_guards == "everything" and not settings.api_key.get_secret_value():
                 problems.append("  API_KEY_GUARDS='everything' needs a key to guard with; set API_KEY.")
+            if settings.aip_http_port:
+                settings = settings.model_copy(update={"port": settings.aip_http_port})
             if settings.model and settings.models:
                 problems.append("  MODEL and MODELS are both set; a server has one model, or a folder of them.")
         if problems:

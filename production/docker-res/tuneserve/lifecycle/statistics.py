@@ -1,4 +1,7 @@
-"""Tests of whether two samples come from one distribution, and intervals of shares: what chance alone explains."""
+"""Tests of whether two samples come from one distribution, and intervals of shares: what chance alone explains.
+
+Distributions are in closed form, in the standard library's functions: a server does without SciPy.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,19 +22,15 @@ def kolmogorov_smirnov(first: Array, second: Array) -> tuple[float, float]:
 
     Equal values make the p-value too large, never too small.
     """
-    from scipy.special import kolmogorov
-
     values = np.unique(np.concatenate([first, second]))
     shares = [np.searchsorted(np.sort(one), values, side="right") / len(one) for one in (first, second)]
     distance = float(np.abs(shares[0] - shares[1]).max())
     size = len(first) * len(second) / (len(first) + len(second))
-    return distance, float(kolmogorov(math.sqrt(size) * distance))
+    return distance, _kolmogorov(math.sqrt(size) * distance)
 
 
 def chi_square(first: Array, second: Array) -> float:
     """The p-value of two lists of counts by label having the same shares; the rarest labels are counted as one."""
-    from scipy.special import chdtrc
-
     counts = np.stack([first, second]).astype(np.float64)
     counts = counts[:, np.argsort(counts.sum(axis=0))]
     expected = counts.sum(axis=0) * counts.sum(axis=1).min() / counts.sum()
@@ -43,7 +42,7 @@ def chi_square(first: Array, second: Array) -> float:
     if counts.shape[1] < 2:
         return 1.0
     wanted = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / counts.sum()
-    return float(chdtrc(counts.shape[1] - 1, ((counts - wanted) ** 2 / wanted).sum()))
+    return _chi_square(counts.shape[1] - 1, float(((counts - wanted) ** 2 / wanted).sum()))
 
 
 def rank_sum(first: Array, second: Array) -> float:
@@ -59,16 +58,9 @@ def rank_sum(first: Array, second: Array) -> float:
 
 def fisher(first: int, first_texts: int, second: int, second_texts: int) -> float:
     """The two-sided p-value of Fisher's exact test: `first` of `first_texts` against `second` of `second_texts`."""
-    from scipy.special import gammaln
-
-    def ways(total: int, chosen: Array) -> Array:
-        """Logarithm of the binomial coefficient."""
-        found: Array = gammaln(total + 1) - gammaln(chosen + 1) - gammaln(total - chosen + 1)
-        return found
-
     both = first + second
     possible = np.arange(max(0, both - second_texts), min(both, first_texts) + 1)
-    log_shares = ways(first_texts, possible) + ways(second_texts, both - possible)
+    log_shares = _log_ways(first_texts, possible) + _log_ways(second_texts, both - possible)
     shares = np.exp(log_shares - log_shares.max())
     shares /= shares.sum()
     seen = shares[first - possible[0]]
@@ -108,9 +100,8 @@ def sign_test(gained: int, lost: int) -> float:
 
     It is exact, for a handful of texts too (McNemar, Note on the sampling error of the difference, 1947).
     """
-    from scipy.special import bdtrc
-
-    return float(bdtrc(lost - 1, gained + lost, 0.5)) if lost else 1.0
+    count = gained + lost
+    return float(np.exp(_log_ways(count, np.arange(lost, count + 1)) - count * math.log(2)).sum()) if lost else 1.0
 
 
 def paired_bootstrap(right: Array, right_before: Array, *, seed: int = 0) -> tuple[float, float]:
@@ -132,3 +123,32 @@ def paired_bootstrap(right: Array, right_before: Array, *, seed: int = 0) -> tup
     differences = (draws[:, 0] - draws[:, 1]) / count
     low, high = np.quantile(differences, [1 - CONFIDENCE, CONFIDENCE])
     return float(low), float(high)
+
+
+def _kolmogorov(distance: float) -> float:
+    """The chance of this distance or a larger one, times the square root of the size (Kolmogorov, 1933)."""
+    if distance < 0.1:
+        return 1.0
+    if distance < 1:  # of the two series for the same the one that needs few terms here
+        steps = [math.exp(-(((2 * k - 1) * math.pi / distance) ** 2) / 8) for k in range(1, 6)]
+        return 1 - math.sqrt(2 * math.pi) / distance * sum(steps)
+    return 2 * math.fsum((-1.0) ** (k - 1) * math.exp(-2 * (k * distance) ** 2) for k in range(1, 6))
+
+
+def _chi_square(freedom: int, value: float) -> float:
+    """The chance of this value or a larger one with so many degrees of freedom, a whole number."""
+    half = value / 2
+    if half <= 0:
+        return 1.0
+    powers = np.arange(freedom % 2 / 2, freedom / 2)
+    whole = math.erfc(math.sqrt(half)) if freedom % 2 else 0.0
+    return min(1.0, whole + float(np.exp(powers * math.log(half) - half - _log_gamma(powers + 1)).sum()))
+
+
+def _log_ways(total: int, chosen: Array) -> Array:
+    """The logarithms of binomial coefficients."""
+    found: Array = math.lgamma(total + 1) - _log_gamma(chosen + 1) - _log_gamma(total - chosen + 1)
+    return found
+
+
+_log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])

@@ -200,6 +200,30 @@ class Packed:
         return states[:, None]
 
 
+class LastStates:
+    """Keeps what the head reads of each text while a batch goes through the model: the first token's last state.
+
+    Make it after the forward pass, whose packed way leaves one state a text.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._states: torch.Tensor | None = None
+        self._hook = model.base_model.register_forward_hook(self._keep)
+
+    def take(self) -> torch.Tensor:
+        """The states [texts, channels] of the batch that went through last; they are not kept any longer."""
+        assert self._states is not None
+        states, self._states = self._states, None
+        return states[:, 0]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+
+    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._states = output[0]
+
+
 def choose_forward(model: PreTrainedModel, *, learns: bool = True) -> Packed | Padded:
     """The fastest way that gives this model's own logits, found by trying on a few made-up texts.
 

@@ -70,13 +70,21 @@ class Graph:
         threads: CPU threads to use.
         max_tokens: the longest text.
         int8: whether to run the quantized graph; `precision` is then that of what it did not quantize.
+        states: whether results are what the head reads, float32 [texts, channels], and not what it makes of it.
 
     Raises:
-        StoreError: the files are missing or damaged.
+        StoreError: the files are missing or damaged, or the graph does not give its states.
     """
 
     def __init__(
-        self, folder: Path, *, precision: Precision, threads: int, max_tokens: int, int8: bool = False
+        self,
+        folder: Path,
+        *,
+        precision: Precision,
+        threads: int,
+        max_tokens: int,
+        int8: bool = False,
+        states: bool = False,
     ) -> None:
         self.max_tokens = max_tokens
         try:
@@ -86,6 +94,9 @@ class Graph:
             self.precision: Precision = (
                 precision if precision in self.description.get("formats", [precision]) else "fp32"
             )
+            self._output = 1 if states else 0
+            if states and self.description.get("states") is not True:
+                raise ValueError("it does not give what the head reads")
             core = load_openvino().Core()
             # Weights in memory of one's own: a file that is cut short, or a volume that goes away, under a mapped one
             # would kill the process.
@@ -132,10 +143,10 @@ class Graph:
         self._request.wait_for(int(1000 * seconds))
 
     def result(self) -> Array:
-        """Wait for what was begun: logits float32 [texts, labels]."""
+        """Wait for what was begun: logits float32 [texts, labels], or states."""
         self._request.wait()
-        logits: Array = self._request.get_output_tensor(0).data[: self._running.texts].copy()
-        return logits
+        found: Array = self._request.get_output_tensor(self._output).data[: self._running.texts].copy()
+        return found
 
     def warm_up_shapes(self, max_batch_tokens: int, *, seconds: float) -> int:
         """Run the shapes that batches of this size can have, those of single texts first, until the time is over.

@@ -10,8 +10,8 @@ from typing import cast
 
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
-    MinLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -45,7 +45,7 @@ def rules(wishes: Wishes, limits: Limits, device: torch.device) -> LogitsProcess
     if wishes.no_repeat_ngram_size:
         found.append(NoRepeatNGramLogitsProcessor(wishes.no_repeat_ngram_size))
     if limits.min_length > 0 and limits.ends:
-        found.append(MinLengthLogitsProcessor(limits.min_length, list(limits.ends), device=str(device)))
+        found.append(GoesOn(limits))
     if limits.forced_first is not None:
         found.append(ForcedBOSTokenLogitsProcessor(limits.forced_first))
     if limits.forced_last is not None:
@@ -59,6 +59,20 @@ def rules(wishes: Wishes, limits: Limits, device: torch.device) -> LogitsProcess
         if wishes.top_p < 1.0:
             found.append(TopPLogitsWarper(wishes.top_p, min_tokens_to_keep=keep))
     return found
+
+
+class GoesOn(LogitsProcessor):
+    """No text ends before its least length. transformers' own looks at every word for that, at every step."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._ends, self._min_length = list(limits.ends), limits.min_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """See transformers."""
+        if input_ids.shape[1] < self._min_length:
+            scores = cast("torch.FloatTensor", scores.clone())
+            scores[:, self._ends] = -math.inf
+        return scores
 
 
 class Search:

@@ -1,11 +1,12 @@
 """A model as a function of tables, for notebooks, and for Ray, Spark and others that spread it over machines."""
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 
-from tuneserve import load
+from tuneserve import find_version, load
 from tuneserve.scoring.job import answer
 from tuneserve.serving.model import Model
 from tuneserve.tables.parquet import append_answers
@@ -15,7 +16,8 @@ from tuneserve.tables.rows import Columns, require_columns
 class Scorer:
     """Puts the answers of one version behind the rows of a table, in the columns that `predict` writes.
 
-    It can be pickled: what travels is how to load the model, which each process does when it scores its first table.
+    It can be pickled: what travels is how to load the model, which each process does when it scores its first table,
+    once for all Scorers of one version and settings: engines unpickle one for every task, in processes that they keep.
 
     Args:
         folder: a store, of which the champion answers, or the folder of one version; read where the scoring is done.
@@ -35,7 +37,7 @@ class Scorer:
             TuneserveError: the model cannot be loaded; see `tuneserve.load`.
         """
         if self._model is None:
-            self._model = load(self.folder, **self.settings)
+            self._model = _load(os.fspath(find_version(self.folder).folder), tuple(sorted(self.settings.items())))
         types = [(name, str(kind)) for name, kind in zip(table.column_names, table.schema.types, strict=True)]
         text = require_columns(types, Columns(self.text_column), "The table", labelled=False).text
         texts = table.column(text).to_pylist()
@@ -43,3 +45,8 @@ class Scorer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
+
+
+@lru_cache(maxsize=1)
+def _load(folder: str, settings: tuple[tuple[str, object], ...]) -> Model:
+    return load(folder, **dict(settings))

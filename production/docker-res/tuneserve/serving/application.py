@@ -1,16 +1,13 @@
 """The composition root: everything that a server consists of, put together once, for `run.py serve` and `app.py`."""
 
-import asyncio
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
-from fastapi import FastAPI
-
-from tuneserve.adapters.catalog import ADAPTERS
+from tuneserve.adapters.catalog import adapters_of
 from tuneserve.artifact import Version
 from tuneserve.errors import BusyError, NoModelError, StoreError
 from tuneserve.lifecycle.drift import Window
@@ -21,8 +18,7 @@ from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import FailedTrainingError, Job, Trainer
 from tuneserve.serving.follower import Follower
 from tuneserve.serving.http.app import Adapter, create_app
-from tuneserve.serving.http.front import Drain
-from tuneserve.serving.http.traces import Traces
+from tuneserve.serving.lifetime import LOAD_S, Root
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Model
 from tuneserve.serving.service import Service
@@ -35,24 +31,22 @@ from tuneserve.text import CHARACTERS_PER_TOKEN
 
 logger = logging.getLogger(__name__)
 
-LOAD_S = 0.5
-"""Seconds that a model which is just being loaded is waited for."""
-
 BUSY_S = 15.0
 """Seconds after which a first training is tried again that another process's training kept away."""
 
 
-class Application:
-    """The ASGI application `asgi` and the threads behind it, which its lifespan starts and ends.
+class Application(Root):
+    """A server of the champion of a store, which follows it and, where that is wanted, trains.
 
     Args:
         settings: of the server.
         threads: CPU threads to compute with.
         training: the command that trains as a child, at the start and when asked; empty for a server that only serves.
-        environ: that command's environment variables; None for this process's own.
+        environ: that command's environment variables, a platform's among them; None for this process's own, and none of
+            a platform.
         listener: the socket on which connections arrive, if it is known.
         task: what the model is asked, of whichever version; None: the task of the version that answers first.
-        adapters: of the platforms that the server speaks to.
+        adapters: of the platforms that the server speaks to; None: as settings and environment have it.
 
     Raises:
         SettingsError: traces cannot be sent.
@@ -67,14 +61,11 @@ class Application:
         environ: Mapping[str, str] | None = None,
         listener: socket.socket | None = None,
         task: Task | None = None,
-        adapters: Sequence[Adapter] = ADAPTERS,
+        adapters: Sequence[Adapter] | None = None,
     ) -> None:
-        self.was_loading = False
-        """Whether a model was still being loaded when all else had been closed."""
-        self.drain = Drain()
+        super().__init__(settings)
         self.metrics = Metrics()
         self._settings, self._threads = settings, threads
-        self._traces = Traces(settings.otel_exporter_otlp_endpoint)
         self._store = store = Store(settings.model_path)
         self._only_task, self._task = task, task or _first_task(store, TASKS[settings.task])
         self.slot = slot = Slot(
@@ -112,14 +103,12 @@ class Application:
             Service.of(slot, self._feedback, timeout_s=settings.request_timeout_s, max_inputs=settings.max_batch_texts),
             self._task,
             self.trainer,
-            adapters=adapters,
+            adapters=adapters_of(settings, self._task, environ=environ or {}) if adapters is None else adapters,
             lifespan=self._lifespan,
             telemetry=self._traces.telemetry,
             drain=self.drain,
             listener=listener,
         )
-        self._closing = threading.Lock()
-        self._closed = False
 
     def start(self) -> None:
         """Train, if that is wanted, and load the model; neither is waited for."""
@@ -132,27 +121,16 @@ class Application:
         if self._feedback is not None:
             self._feedback.start()
 
-    def close(self) -> None:
-        """Answer what waits, let a training write its checkpoint, and end the threads; a second time does nothing."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            self.was_loading = not self._follower.close(wait_s=LOAD_S)
-            if self.retraining is not None:
-                self.retraining.close()
-            if self.trainer is not None:
-                self.trainer.close()
-            self.slot.close()
-            if self._feedback is not None:
-                self._feedback.close()
-            self._traces.close()
-
-    @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.start()
-        yield
-        await asyncio.to_thread(self.close)
+    def _end(self) -> None:
+        """Let a training write its checkpoint, too."""
+        self.was_loading = not self._follower.close(wait_s=LOAD_S)
+        if self.retraining is not None:
+            self.retraining.close()
+        if self.trainer is not None:
+            self.trainer.close()
+        self.slot.close()
+        if self._feedback is not None:
+            self._feedback.close()
 
     def _load(self, version: Version) -> Model:
         task = self._only_task or task_of(version)

@@ -157,7 +157,7 @@ class Follower:
             self._pause_s = min(LONGEST_RETRY_S, 2 * self._pause_s)
             return error
         self._refused = ""
-        _set_aside()
+        set_aside()
         self._slot.take(model)
         return None
 
@@ -167,7 +167,7 @@ class Follower:
             logger.error("%s", error)
 
 
-def _set_aside() -> None:
+def set_aside() -> None:
     """Let the garbage collector look at what was loaded for the last time.
 
     Otherwise it goes through the libraries' and the model's objects again after every few hundred requests, tens of

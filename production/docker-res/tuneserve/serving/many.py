@@ -1,21 +1,14 @@
 """The composition root of a server whose models come and go: of the folder MODELS, or as a platform says."""
 
-import asyncio
 import logging
-import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from fastapi import FastAPI
 
 from tuneserve.adapters.catalog import OF_MANY
 from tuneserve.errors import NotFoundError, SettingsError
 from tuneserve.hardware import memory_limit
-from tuneserve.serving.application import LOAD_S
 from tuneserve.serving.http.app import create_app
-from tuneserve.serving.http.front import Drain
-from tuneserve.serving.http.traces import Traces
+from tuneserve.serving.lifetime import LOAD_S, Root
 from tuneserve.serving.registry import Registry
 from tuneserve.serving.service import Service
 from tuneserve.serving.slot import Slot
@@ -24,8 +17,11 @@ from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+HEADROOM = 0.03
+"""Share of the memory that loads leave to requests."""
 
-class ManyApplication:
+
+class ManyApplication(Root):
     """As `Application`, for many models.
 
     Args:
@@ -38,24 +34,24 @@ class ManyApplication:
         SettingsError: MODELS is no folder, or PINNED_MODELS are not in it, or traces cannot be sent.
     """
 
-    trainer = None
-
     def __init__(
         self, settings: Settings, *, threads: int, importing: Sequence[str], environ: Mapping[str, str]
     ) -> None:
-        self.was_loading = False
-        self.drain = Drain()
+        super().__init__(settings)
         self.slot = Slot()
         """Empty: no model is there for as long as the server. It fails if a pinned one cannot be loaded."""
         self._settings = settings
         self._sources = Sources(settings, threads=threads, importing=importing, environ=environ)
         self._pinned = self._find_pinned()
+        limit = settings.memory_limit or memory_limit()
         self.models = Registry(
             self._sources.open,
             prepare=self._sources.prepare,
+            size=self._sources.size,
             find=self._sources.find if settings.models else None,
             metrics=self.slot.metrics,
-            limit=settings.memory_limit or memory_limit(),
+            limit=limit,
+            headroom=round(HEADROOM * limit),
             pinned={path.name for path in self._pinned},
             evicts=bool(settings.models),
         )
@@ -66,7 +62,6 @@ class ManyApplication:
             timeout_s=settings.request_timeout_s,
             max_inputs=settings.max_batch_texts,
         )
-        self._traces = Traces(settings.otel_exporter_otlp_endpoint)
         self.asgi = create_app(
             settings,
             service,
@@ -76,8 +71,6 @@ class ManyApplication:
             telemetry=self._traces.telemetry,
             drain=self.drain,
         )
-        self._closing = threading.Lock()
-        self._closed = False
 
     def start(self) -> None:
         """Load the pinned models, which is not waited for."""
@@ -91,21 +84,9 @@ class ManyApplication:
                 lambda done: self.slot.fail(error) if (error := done.exception()) and not self._closed else None
             )
 
-    def close(self) -> None:
-        """Unload all models; a second time does nothing."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            self._sources.close()
-            self.was_loading = not self.models.close(wait_s=LOAD_S)
-            self._traces.close()
-
-    @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.start()
-        yield
-        await asyncio.to_thread(self.close)
+    def _end(self) -> None:
+        self._sources.close()
+        self.was_loading = not self.models.close(wait_s=LOAD_S)
 
     def _find_pinned(self) -> list[Path]:
         settings = self._settings

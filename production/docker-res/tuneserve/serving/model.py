@@ -60,8 +60,18 @@ class Model(ABC):
     labels: Sequence[str] = ()
     """The label names by id, where answers are labels."""
 
-    reference: Reference | None = None
-    """The answers to the test texts, with which drift compares."""
+    bytes: int | None = None
+    """Of the files that were read for it, where these are not all in its folder."""
+
+    @property
+    def reference(self) -> Reference | None:
+        """The answers to the test texts, with which drift compares."""
+        return None
+
+    @property
+    def small(self) -> bool:
+        """Whether what it takes, or has given back with its end, is hardly worth counting: the rest is others' too."""
+        return False
 
     @property
     def dead(self) -> bool:

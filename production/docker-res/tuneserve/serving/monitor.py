@@ -23,7 +23,7 @@ class Monitor:
 
     def __init__(self, model: Model, window: Window) -> None:
         self.window, self.model_version = window, model.id
-        self._labels, self._reference = model.labels, model.reference
+        self._model = model
         self._report: Report | None = None
         self._stale_at = 0.0
         self._turn = threading.Lock()
@@ -36,7 +36,7 @@ class Monitor:
         """What the window shows, or showed a few seconds ago. It takes milliseconds: not for the event loop."""
         with self._turn:
             if self._report is None or time.monotonic() >= self._stale_at:
-                self._report = compare(self._reference, self.window)
+                self._report = compare(self._model.reference, self.window)
                 self._stale_at = time.monotonic() + FRESH_S
             return self._report
 
@@ -47,11 +47,12 @@ class Monitor:
 
     def reference_csv(self) -> str:
         """The reference's answers in the columns of the window's, but for the time; no rows if there is none."""
-        return _csv(self._columns(self._reference.answers if self._reference is not None else Window().read()[1]))
+        reference = self._model.reference
+        return _csv(self._columns(reference.answers if reference is not None else Window().read()[1]))
 
     def _columns(self, answers: Answers) -> dict[str, list[Any]]:
         return {
-            "prediction": [self._labels[label_id] for label_id in answers.label_ids],
+            "prediction": [self._model.labels[label_id] for label_id in answers.label_ids],
             "confidence": [f"{confidence:.{DECIMALS}f}" for confidence in answers.confidences],
             "tokens": answers.tokens.tolist(),
             "unknown_share": [f"{share:.4f}" for share in answers.unknown_shares],

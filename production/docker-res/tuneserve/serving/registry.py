@@ -9,10 +9,10 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ LOADS = 2
 PATIENCE_S = 10.0
 """Seconds that a load waits for memory while requests keep what could be unloaded."""
 
+LAST_LOADS, OUTLIERS = 8, 2
+"""Loads of which is known what they took beyond the size of their files, and those among them that took most."""
+
 AGAIN_S = 5.0
 """Seconds for which a model that could not be loaded on first use is refused without another try."""
 
@@ -59,6 +62,9 @@ class Entry:
     hits: int = 0
     bytes: int = 0
     """Of its files."""
+    reserved: int = 0
+    """Bytes of memory that its load may still take."""
+    opening: bool = False
 
     @property
     def state(self) -> str:
@@ -73,9 +79,11 @@ class Registry:
         open_model: makes a warm model of a folder that `prepare` has returned, and of its name; the seam behind which
             all kinds of models are.
         prepare: makes a folder, or what else `load` is given, one that can be opened: unpacks, converts.
+        size: bytes that a folder which `prepare` has returned will take, as far as its files tell.
         find: of a name, what to load on first use; None: a model is there only if `load` was called.
         metrics: of the server.
         limit: bytes that the process and its children may take; 0 for no limit.
+        headroom: bytes of them that are left free for what requests take, where there is a choice.
         used: measures how many they take now.
         pinned: names of models that are not evicted.
         evicts: whether the least recently used models are unloaded for want of memory; else that is an error.
@@ -87,9 +95,11 @@ class Registry:
         open_model: Callable[[Path, str], Model],
         *,
         prepare: Callable[[Path], Path] = lambda folder: folder,
+        size: Callable[[Path], int] | None = None,
         find: Callable[[str], Path] | None = None,
         metrics: Metrics | None = None,
         limit: int = 0,
+        headroom: int = 0,
         used: Callable[[], int] = memory_used,
         pinned: Collection[str] = (),
         evicts: bool = True,
@@ -97,13 +107,15 @@ class Registry:
     ) -> None:
         self.metrics, self.limit, self.used, self.pinned = metrics or Metrics(), limit, used, frozenset(pinned)
         self.figures = ModelFigures(self.metrics)
-        self._open, self._prepare, self._find = open_model, prepare, find
+        self._open, self._prepare, self._find, self._size = open_model, prepare, find, size or size_of
         self._evicts, self._patience_s = evicts, patience_s
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
         self._failures: dict[str, tuple[float, Exception]] = {}
         self._changed = threading.Condition()
         self._making_room = threading.Lock()
-        self._reserved, self._empty, self._closed = 0, used(), False
+        self._empty, self._closed, self._headroom = used(), False, headroom
+        self._beyond: dict[int, deque[int]] = {}  # by the bits of the files' size
+        self._awaited = self.pinned
         self.evicted = 0
         """Models that were unloaded for want of memory."""
         self._loads = ThreadPoolExecutor(LOADS, "load-model")
@@ -178,6 +190,10 @@ class Registry:
         with self._changed:
             return sorted((one for one in self._entries.values() if one.gone is None), key=lambda one: one.name)
 
+    def awaited(self) -> list[str]:
+        """The pinned models that have not been loaded yet, by name; one that is unloaded later is not waited for."""
+        return sorted(self._awaited)
+
     @asynccontextmanager
     async def hold(self, name: str, timeout_s: float = math.inf) -> AsyncIterator[Slot]:
         """The model's slot, which stays while the block runs; it is loaded first, if that is asked for by name.
@@ -197,6 +213,10 @@ class Registry:
                     await asyncio.shield(asyncio.wrap_future(entry))
             except TimeoutError:
                 raise NoModelError(f"The model {name!r} is still being loaded.") from None
+            except NotFoundError:
+                if self._find is None:
+                    raise
+                # Somebody had it unloaded while it was being loaded; what is loaded on first use is loaded again.
         try:
             if hit:
                 self.figures.hits.inc()
@@ -259,11 +279,15 @@ class Registry:
             if self._closed:
                 raise LeavingError
             folder = self._prepare(entry.folder)
-            entry.bytes = size_of(folder)
-            with self._room_for(entry):
-                slot = Slot(metrics=self.metrics)
-                slot.on_failure = lambda: self._lose(entry)
-                slot.take(self._open(folder, entry.name))
+            entry.bytes = self._size(folder)
+            before = self._reserve(entry)
+            slot = Slot(metrics=self.metrics)
+            slot.on_failure = lambda: self._lose(entry)
+            model = self._open(folder, entry.name)
+            entry.bytes = entry.bytes if model.bytes is None else model.bytes
+            slot.take(model)
+            if self.limit and not slot.small:
+                self._keep_limit(entry, slot, self._learn(entry, before))
         except Exception as caught:  # whatever it is, the other models go on
             error = caught
             if not isinstance(caught, TuneserveError):
@@ -272,9 +296,11 @@ class Registry:
             # What failed is kept for a while, and with its frames whatever they hold.
             error.__traceback__ = error.__cause__ = error.__context__ = None
         with self._changed:
+            entry.reserved, entry.opening = 0, False
             if error is None:
                 entry.slot = slot
             self._note(entry, error)
+            self._changed.notify_all()
             if entry.gone is not None:
                 self._unloads.submit(self._close, entry)
                 error = error or NotFoundError(f"The model {entry.name!r} was unloaded while it was being loaded.")
@@ -284,6 +310,7 @@ class Registry:
         self.figures.loads.labels("refused" if error is not None else "loaded").inc()
         self._failures.pop(entry.name, None)
         if error is None:
+            self._awaited -= {entry.name}
             logger.info("model %r is loaded from %s", entry.name, entry.folder)
         else:
             logger.error("model %r cannot be loaded: %s", entry.name, error)
@@ -300,8 +327,9 @@ class Registry:
                 slot.close()
         except Exception:
             logger.exception("model %r did not end as it should", entry.name)
-        slot = None
-        gc.collect()
+        slot, small = None, slot is not None and slot.small
+        if not small:  # to look for cycles takes the longer the more models there are
+            gc.collect()
         give_memory_back()
         with self._changed:
             if self._entries.get(entry.name) is entry:
@@ -321,45 +349,124 @@ class Registry:
     def _show(self) -> None:
         self.figures.loaded.set(sum(one.slot is not None for one in self._entries.values()))
 
-    @contextmanager
-    def _room_for(self, entry: Entry) -> Iterator[None]:
-        """Let a model be loaded during the block, by the size of its files and the memory measured.
+    def _reserve(self, entry: Entry) -> int:
+        """Make room for what a load may need, and return the bytes that are used before it.
 
         Raises:
             OutOfMemoryError: there is not enough, and nothing more can be unloaded.
         """
         with self._making_room:
-            if self.limit:
-                self._make_room(entry)
+            needs = self._needs(entry) if self.limit else 0
+            before = self._make_room(entry, needs) if self.limit else 0
             with self._changed:
-                self._reserved += entry.bytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._reserved -= entry.bytes
+                entry.reserved, entry.opening = needs, True
+        return before
 
-    def _make_room(self, entry: Entry) -> None:
+    def _needs(self, entry: Entry) -> int:
+        """Bytes of memory that a load may take: of its files, and what others of about this size took beyond theirs.
+
+        Of the last loads the largest few do not count: what is set up once, for all models, is set up in one of them.
+        """
+        size = entry.bytes.bit_length()
+        beyond = [
+            sorted(self._beyond[one])[-OUTLIERS - 1 :][0] for one in (size - 1, size, size + 1) if one in self._beyond
+        ]
+        return entry.bytes + max(beyond, default=0)
+
+    def _learn(self, entry: Entry, before: int) -> int:
+        """Keep what a load took, while nothing of it has been given back, and return the bytes that are used.
+
+        What other loads took meanwhile is a margin.
+        """
+        used = self.used()
+        beyond = max(0, used - before - entry.bytes)
+        with self._changed:
+            self._beyond.setdefault(entry.bytes.bit_length(), deque(maxlen=LAST_LOADS)).append(beyond)
+            entry.reserved = 0
+        return used
+
+    def _make_room(self, entry: Entry, needs: int) -> int:
+        """Unload what must go, and return the bytes that are used then.
+
+        Raises:
+            OutOfMemoryError: there is not enough, and nothing more can be unloaded.
+        """
         until = time.monotonic() + self._patience_s
-        while (taken := self.used() + self._reserved) + entry.bytes > self.limit:
+        trimmed = False
+        while True:
+            used = self.used()
+            gone = None
             with self._changed:
-                others = [one for one in self._entries.values() if one.slot is not None and one.name not in self.pinned]
-                stay = sum(one.bytes for one in self._entries.values() if one.name in self.pinned)
-                if not self._evicts or not others or self._empty + stay + entry.bytes > self.limit:
-                    raise OutOfMemoryError(
-                        f"The model {entry.name!r} has files of {entry.bytes >> 20} MiB; {taken >> 20} MiB of the "
-                        f"{self.limit >> 20} MiB that MEMORY_LIMIT grants are taken."
-                    )
-                idle = next((one for one in others if one.gone is None and not one.users), None)
-                if idle is None:
-                    if not self._changed.wait(max(0.0, until - time.monotonic())):
-                        raise OutOfMemoryError("All models are in use, and the memory does not suffice for one more.")
-                    continue
-                gone = self._leave(idle)
-            logger.info("model %r is evicted for %r", idle.name, entry.name)
-            self.evicted += 1
-            self.figures.evictions.inc()
-            gone.result()
+                taken = used + sum(one.reserved for one in self._entries.values())
+                if taken + needs + self._headroom <= self.limit:
+                    return used
+                if trimmed:
+                    others, opens = self._others(entry), any(one.opening for one in self._entries.values())
+                    stay = sum(one.bytes for one in self._entries.values() if one.name in self.pinned)
+                    if not others and not opens and taken + entry.bytes <= self.limit:
+                        return used  # it is alone: what others have taken is no reason not to try
+                    if not self._evicts or not (others or opens) or self._empty + stay + entry.bytes > self.limit:
+                        raise self._out_of_memory(entry, taken)
+                    gone = self._evict_one(others, entry, until)
+            if gone is not None:
+                gone.result()
+            elif not trimmed:  # what was freed is given back before a model has to go
+                trimmed = True
+                give_memory_back()
+
+    def _keep_limit(self, entry: Entry, slot: Slot, used: int) -> None:
+        """Unload others if a model has taken more than it should have needed, or else itself.
+
+        Raises:
+            OutOfMemoryError: it has been closed.
+        """
+        if used + self._headroom <= self.limit:
+            return
+        give_memory_back()
+        until = time.monotonic() + self._patience_s
+        while (used := self.used()) + self._headroom > self.limit:
+            gone = None
+            with self._changed:
+                others = self._others(entry)
+                if self._evicts and others:
+                    try:
+                        gone = self._evict_one(others, entry, until)
+                    except OutOfMemoryError:
+                        return  # they are in use, and the next load will find them
+                elif used <= self.limit:
+                    return
+            if gone is not None:
+                gone.result()
+            elif not (self._evicts and others):
+                slot.close()
+                raise self._out_of_memory(entry, used)
+
+    def _others(self, entry: Entry) -> list[Entry]:
+        """What may be unloaded for a model, the least recently used first."""
+        pinned, entries = self.pinned, self._entries.values()
+        return [one for one in entries if one.slot is not None and one.name not in pinned and one is not entry]
+
+    def _evict_one(self, others: list[Entry], entry: Entry, until: float) -> "Future[None] | None":
+        """Begin to unload the first of these that is idle; None if none was, and something has changed since.
+
+        Raises:
+            OutOfMemoryError: nothing has changed until then.
+        """
+        idle = next((one for one in others if one.gone is None and not one.users), None)
+        if idle is None:
+            if not self._changed.wait(max(0.0, until - time.monotonic())):
+                raise OutOfMemoryError("All models are in use, and the memory does not suffice for one more.")
+            return None
+        logger.info("model %r is evicted for %r", idle.name, entry.name)
+        self.evicted += 1
+        self.figures.evictions.inc()
+        return self._leave(idle)
+
+    def _out_of_memory(self, entry: Entry, taken: int) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"The model {entry.name!r} has files of {entry.bytes >> 20} MiB; {taken >> 20} MiB of the "
+            f"{self.limit >> 20} MiB that MEMORY_LIMIT grants are taken."
+        )
 
 
 def size_of(folder: Path) -> int:

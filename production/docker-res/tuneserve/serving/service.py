@@ -1,15 +1,17 @@
 """The use case: every way in asks here and nothing below, so that none can forget feedback, shadow or drift."""
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
-from tuneserve.errors import NotFoundError, OverloadedError
+from tuneserve.errors import NotFoundError, OverloadedError, TimeoutExceededError
 from tuneserve.lifecycle.feedback import WRITE_EVERY_S, Feedback
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model, wait_for
@@ -17,9 +19,17 @@ from tuneserve.serving.monitor import Monitor
 from tuneserve.serving.registry import Registry
 from tuneserve.serving.slot import Phase, Served, Slot
 
+Result = TypeVar("Result")
+
 DEFAULT = "default"
 """The name of the model that answers where none is named."""
 
+
+MOST_CHARACTERS = 500
+"""Of a reason."""
+
+MOST_CONSULTING = 8
+"""Consultations that are going on or wait; the next is refused."""
 
 YIELD_EVERY = 256
 """Answers of one request that are noted before the event loop has its turn."""
@@ -51,6 +61,8 @@ class Service:
         self.models, self.max_inputs = models, max_inputs
         self._slots = slots
         self._rendering = threading.Lock()
+        self._consulting = 0
+        self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
 
     @classmethod
     def of(
@@ -116,20 +128,60 @@ class Service:
         return answers
 
     async def stream(
-        self, wanted: Any, *, timeout_s: float | None = None, name: str = DEFAULT
+        self, wanted: Any | Callable[[Model], Any], *, timeout_s: float | None = None, name: str = DEFAULT
     ) -> AsyncGenerator[Answer]:
         """The answer to one input as it comes to be; see `answer` for the arguments and errors, and `Model.stream`."""
-        slot = self._slot(name)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        with slot.served() as served:
-            if refusal := served.model.room(timeout_s):
-                raise refusal
-            last = None
-            async with aclosing(served.model.stream(wanted, deadline=time.monotonic() + timeout_s)) as pieces:
-                async for last in pieces:
-                    yield last
-            if last is not None:
-                self._note(last, served.monitor)
+        deadline = time.monotonic() + timeout_s
+        async with self._hold(name, timeout_s) as slot:
+            with slot.served() as served:
+                if callable(wanted):
+                    wanted = wanted(served.model)
+                if refusal := served.model.room(deadline - time.monotonic()):
+                    raise refusal
+                last = None
+                async with aclosing(served.model.stream(wanted, deadline=deadline)) as pieces:
+                    async for last in pieces:
+                        yield last
+                if last is not None:
+                    self._note(last, served.monitor)
+
+    async def consult(
+        self,
+        work: Callable[[Model, float], Awaitable[Result]],
+        *,
+        timeout_s: float | None = None,
+        name: str = DEFAULT,
+    ) -> Result:
+        """What `work` finds out of the model until a deadline of the monotonic clock, one such at a time.
+
+        It is none of the answers that drift, feedback, shadow and figures tell of.
+
+        Raises:
+            OverloadedError: too many wait for their turn, or too much waits for the model.
+            TimeoutExceededError: the time is over.
+            TuneserveError: see `answer`; and what `work` raises.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        if self._consulting >= MOST_CONSULTING:
+            raise OverloadedError(f"{MOST_CONSULTING} others are being explained, or wait to be.")
+        self._consulting += 1
+        turns = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore())
+        try:
+            async with (
+                asyncio.timeout(timeout_s if timeout_s < math.inf else None),
+                turns,
+                self._hold(name, timeout_s) as slot,
+            ):
+                with slot.served() as served:
+                    if refusal := served.model.room(deadline - time.monotonic()):
+                        raise refusal
+                    return await work(served.model, deadline)
+        except TimeoutError:
+            raise TimeoutExceededError("There was no answer in time.") from None
+        finally:
+            self._consulting -= 1
 
     def predict(self, inputs: Sequence[Any], *, name: str = DEFAULT) -> Answers:
         """`answer` for code that is not asynchronous, without a limit of time.
@@ -150,8 +202,18 @@ class Service:
         return served.model.drain_s if served is not None else 0.0
 
     def phase(self, name: str = DEFAULT) -> Phase:
-        """Whether the model is there: empty, loading, ready or failed; a server without one of its own is ready."""
-        return self._slot(name).phase if name in self._slots or self.models is None else "ready"
+        """Whether the model is there: empty, loading, ready or failed.
+
+        A server without one of its own is loading until all pinned models have been loaded, and ready then.
+        """
+        if name in self._slots or self.models is None:
+            return self._slot(name).phase
+        return "loading" if self.models.awaited() else "ready"
+
+    def reason(self) -> str | None:
+        """What a server without a model of its own waits for, in a sentence."""
+        awaited = self.models.awaited() if self.models is not None else []
+        return f"Pinned models are being loaded: {', '.join(awaited)}."[:MOST_CHARACTERS] if awaited else None
 
     def is_alive(self, name: str = DEFAULT) -> bool:
         """Whether the model has not died, and the store is followed."""
@@ -229,6 +291,11 @@ class Service:
             if self.feedback is not None:
                 self.metrics.show_feedback(self.feedback, model.id)
         return self.metrics.render()
+
+    def _hold(self, name: str, timeout_s: float) -> AbstractAsyncContextManager[Slot]:
+        if self.models is None or name in self._slots:
+            return nullcontext(self._slot(name))
+        return self.models.hold(name, timeout_s)
 
     def _ready(self, name: str) -> Served | None:
         slot = self._slots.get(name)

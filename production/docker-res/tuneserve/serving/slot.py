@@ -64,6 +64,11 @@ class Slot:
         """What answers, if anything does."""
         return self._now if self.phase == "ready" else None
 
+    @property
+    def small(self) -> bool:
+        """Whether what answers, or did, takes hardly any memory of its own; see `Model`."""
+        return self._now is not None and self._now.model.small
+
     @contextmanager
     def served(self) -> Iterator[Served]:
         """What answers, which is not closed while the block runs.

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneserve.archives import unpack
+from tuneserve.archives import find_program, unpack
 from tuneserve.artifact import METADATA, Version, read_version, sha256_of
 from tuneserve.code import code_hash
 from tuneserve.errors import BaseModelError, LeavingError, NotFoundError, StoreError
@@ -21,9 +21,11 @@ from tuneserve.files import read_json
 from tuneserve.lifecycle.status import read_status
 from tuneserve.lifecycle.store import Store
 from tuneserve.serving.model import Model
+from tuneserve.serving.registry import size_of
 from tuneserve.settings import Settings
 from tuneserve.tasks.catalog import TASKS, load_model
-from tuneserve.tasks.handler import Handler, find_program
+from tuneserve.tasks.handler import Handler
+from tuneserve.tasks.heads import Bodies
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Sources:
     ) -> None:
         self._settings, self._threads, self._importing = settings, threads, importing
         self._environ = {name: value for name, value in environ.items() if name not in ("MODEL", "MODELS", "HF_TASK")}
+        self._bodies = Bodies(settings, threads=threads)
+        self._read: dict[Path, Version] = {}  # between `size` and `open`
         self._turn, self._unpacking = threading.Lock(), threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -94,6 +98,18 @@ class Sources:
             raise StoreError(f"{path} holds no model: it has neither {METADATA} nor config.json nor code/inference.py.")
         return self._import(path, self._task_of(path)).folder
 
+    def size(self, folder: Path) -> int:
+        """Bytes of the files that `open` will read; of a version on a body that is loaded already, those of its head.
+
+        Raises:
+            StoreError: its metadata cannot be read.
+        """
+        size = None
+        if (folder / METADATA).is_file():
+            version = self._read[folder] = read_version(folder)
+            size = self._bodies.size(version)
+        return size_of(folder) if size is None else size
+
     def open(self, folder: Path, name: str) -> Model:
         """The model in a folder that `prepare` has returned, loaded and warm.
 
@@ -104,7 +120,8 @@ class Sources:
         """
         model: Model
         if (program := self._program(folder)) is None:
-            model = load_model(read_version(folder), self._settings, threads=self._threads)
+            version = self._read.pop(folder, None) or read_version(folder)
+            model = self._bodies.open(version) or load_model(version, self._settings, threads=self._threads)
         else:
             task = self._settings.task if "task" in self._settings.model_fields_set else ""
             timeout_s = self._settings.request_timeout_s

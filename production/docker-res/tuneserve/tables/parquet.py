@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tuneserve.errors import DataError
-from tuneserve.tables import Answer, Chunk, Wanted, answer_names
+from tuneserve.tables import Answer, Chunk, Wanted, answer_names, streams
 from tuneserve.tables.streams import BLOCK_BYTES
 
 ANSWER_TYPES = {
@@ -116,10 +117,11 @@ def column_values(chunk: Chunk, name: str) -> list[Any]:
     """The values of one column of a chunk that is a `pyarrow.Table`: class ids become names, -1 becomes None.
 
     Raises:
-        DataError: a text is not UTF-8, or a class id has no name.
+        DataError: a text is not UTF-8 or longer than a row may be, or a class id has no name.
     """
     classes = _class_names(chunk.rows.schema, name)
     column = chunk.rows.column(name)
+    _require_short(column, chunk)
     try:
         values = list(column.to_pylist())
     except UnicodeDecodeError as error:
@@ -131,6 +133,20 @@ def column_values(chunk: Chunk, name: str) -> list[Any]:
         if value is not None and not -1 <= value < len(classes):
             raise DataError(f"{chunk.where}, row {number}: class label {value} of {name!r} has no name.")
     return [None if value is None or value == -1 else classes[value] for value in values]
+
+
+def _require_short(column: pa.ChunkedArray, chunk: Chunk) -> None:
+    """Refuse a text that would fill the memory, before there is another copy of it."""
+    if pa.types.is_dictionary(column.type):
+        column = pa.chunked_array([one.dictionary for one in column.chunks], column.type.value_type)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return
+    lengths = pc.utf8_length(column)
+    longest = pc.max(lengths).as_py() or 0
+    if longest > streams.MAX_ROW_CHARACTERS:
+        row = pc.index(lengths, pa.scalar(longest, lengths.type)).as_py()
+        numbered = len(column) == len(chunk.numbers)  # not those of a dictionary
+        raise streams.too_long(f"{chunk.where}, row {chunk.numbers[row]}" if numbered else chunk.where)
 
 
 def append_answers(rows: pa.Table, columns: Sequence[str], answers: Sequence[Answer]) -> pa.Table:

@@ -4,15 +4,17 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any
 
-from tuneserve.artifact import GOLDEN, Version, read_golden
+from tuneserve.artifact import GOLDEN, Golden, Version, read_golden
 from tuneserve.errors import StoreError, TextError
-from tuneserve.lifecycle.drift import Observation, read_reference
+from tuneserve.lifecycle.drift import Observation, Reference, read_reference
 from tuneserve.serving.engines.engine import Engine
-from tuneserve.serving.model import Answer, wait_for
+from tuneserve.serving.model import Answer, Answers, wait_for
 from tuneserve.settings import Settings
-from tuneserve.tasks.encoder import Array, Encoder, load_encoder
+from tuneserve.tasks.body import Array, Body, LongText
+from tuneserve.tasks.encoder import Encoder, load_encoder
 from tuneserve.text import Tokens
 
 logger = logging.getLogger(__name__)
@@ -36,26 +38,40 @@ class Prediction(Answer):
 
 
 class Classifier(Encoder):
-    """An encoder with label names, and with what drift is judged by; see `Encoder`."""
+    """An encoder with label names, and with what drift is judged by; see `Encoder`.
+
+    Args:
+        version: in the store.
+        engine: of its own; or a body, whose tokenizer and queue are as they are.
+        long_text: see `Body`.
+        max_queue_tokens: see `Body`.
+    """
 
     task = "text-classification"
 
     def __init__(
         self,
         version: Version,
-        engine: Engine,
+        engine: Engine | Body,
         *,
-        long_text: Literal["truncate", "error", "window"] = "truncate",
+        long_text: LongText = "truncate",
         max_queue_tokens: int = 32768,
     ) -> None:
-        super().__init__(version, engine, long_text=long_text, max_queue_tokens=max_queue_tokens)
+        if not isinstance(engine, Body):
+            options: dict[str, Any] = {"long_text": long_text, "max_queue_tokens": max_queue_tokens}
+            engine = Body(version.folder, engine, max_tokens=version.max_tokens, **options)
+        super().__init__(version, engine)
         self.labels = version.labels
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """See `Model`; it is read when it is first wanted."""
         try:
-            self.reference = read_reference(version)
+            found = read_reference(self.version)
         except StoreError as error:
             logger.warning("drift cannot be judged: %s", error)  # which is no reason not to answer
-        if self.reference is not None and long_text == "error":
-            self.reference = self.reference.whole_texts()
+            return None
+        return found.whole_texts() if found is not None and self.body.long_text == "error" else found
 
     def prove(self, golden: str = GOLDEN) -> None:
         """Ask what was stored with the model when it was saved, and compare the answers.
@@ -64,10 +80,16 @@ class Classifier(Encoder):
             StoreError: an answer differs: the files are damaged, or the engine computes something else.
         """
         stored = read_golden(self.version, golden)
-        # The stored answers are of texts that were cut.
-        found = wait_for(self.read_and_compute(stored.texts, max_windows=1))
+        self.compare(stored, self.answers_to(stored.texts))
+
+    def answers_to(self, golden_texts: Sequence[str]) -> Answers:
+        """The answers to golden texts, whose stored answers are of texts that were cut."""
+        return wait_for(self.read_and_compute(golden_texts, max_windows=1))
+
+    def compare(self, stored: Golden, found: Answers) -> None:
+        """Make sure that golden answers are given again; see `prove`."""
         for wanted, prediction in zip(stored.scores, found, strict=True):
-            if isinstance(prediction, TextError) and self._long_text == "error":
+            if isinstance(prediction, TextError) and self.body.long_text == "error":
                 continue
             if not isinstance(prediction, Prediction):
                 raise StoreError(f"version {self.id} cannot read a golden text: {prediction}")
@@ -85,7 +107,7 @@ class Classifier(Encoder):
         if len(outputs) > 1:
             values = [sum(column) / len(outputs) for column in zip(*map(_softmax, outputs), strict=True)]
         label_id = values.index(max(values))
-        ids, unknown_id = tokens.ids, self._encoder.unknown_id
+        ids, unknown_id = tokens.ids, self.body.encoder.unknown_id
         return Prediction(
             label=self.labels[label_id],
             scores=dict(zip(self.labels, values, strict=True)),

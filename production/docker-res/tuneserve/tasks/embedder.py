@@ -11,7 +11,8 @@ from tuneserve.errors import StoreError, TextError
 from tuneserve.serving.engines.engine import Engine
 from tuneserve.serving.model import Answer, Answers, wait_for
 from tuneserve.settings import Settings
-from tuneserve.tasks.encoder import Array, Encoder, load_encoder
+from tuneserve.tasks.body import Array, Body
+from tuneserve.tasks.encoder import Encoder, load_encoder
 from tuneserve.text import Tokens
 
 GOLDEN_COSINE = 0.995
@@ -47,7 +48,8 @@ class Embedder(Encoder):
     task = "feature-extraction"
 
     def __init__(self, version: Version, engine: Engine, *, max_queue_tokens: int = 32768) -> None:
-        super().__init__(version, engine, max_queue_tokens=max_queue_tokens, clean=str.strip)
+        options: dict[str, Any] = {"max_queue_tokens": max_queue_tokens, "clean": str.strip}
+        super().__init__(version, Body(version.folder, engine, max_tokens=version.max_tokens, **options))
 
     async def answer(self, inputs: Sequence[str | Wanted], *, deadline: float = float("inf")) -> Answers:
         """The vector of each text, as it is wanted; see `Model`."""

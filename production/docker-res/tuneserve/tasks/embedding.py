@@ -4,27 +4,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from tuneserve.serving.model import Answers
-from tuneserve.tasks.classification import Text
+from tuneserve.tasks.classification import Texts
 from tuneserve.tasks.embedder import Embedding, Wanted, load_embedder
 from tuneserve.tasks.task import Asked, Route, Task, all_of, reading_headers
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Texts = Annotated[
-    list[Text],
-    BeforeValidator(_listed),
-    Field(min_length=1),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
-    ),
-]
-"""One text or several; a list in any case."""
 
 
 class EmbedRequest(BaseModel):

@@ -1,89 +1,48 @@
-"""An encoder as a Model: texts to token ids, these through the queue and the engine, and what comes out to answers.
+"""An encoder as a Model: a body, and what makes answers of what comes out of it.
 
-What its answers are is its task's to say: see `classifier.py` and `embedder.py`. How large requests share the queue is
-here with the rest of their way, which makes the module a little long.
+What its answers are is its task's to say: see `classifier.py` and `embedder.py`.
 """
 
 import asyncio
 import logging
 import math
-import time
 from abc import abstractmethod
-from array import array
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
-
-import numpy as np
-from opentelemetry import trace
+from typing import TypeVar
 
 from tuneserve.artifact import GOLDEN, Version, require_whole
-from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TimeoutExceededError, TuneserveError
-from tuneserve.serving.batcher import Batcher, Outcome, Stages
+from tuneserve.errors import NoModelError, OverloadedError, StoreError, TextError, TuneserveError
+from tuneserve.serving.batcher import Batcher, Outcome
 from tuneserve.serving.engines.choice import ENGINES
 from tuneserve.serving.engines.engine import Engine
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model
 from tuneserve.settings import Settings
-from tuneserve.text import TextEncoder, Tokens, has_surrogates, is_blank, plain, split_by_tokens
+from tuneserve.tasks.body import READ_AT_ONCE, Array, Body, Reading
+from tuneserve.text import Tokens
 
 logger = logging.getLogger(__name__)
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-INLINE_CHARACTERS = 4000
-"""Texts that together are shorter are tokenized by the event loop itself: a thread would cost more than it spares."""
-
-TOKENIZERS = 2
-"""Threads that tokenize large requests: the library takes hundreds of bytes for each character while it does."""
-
-READ_AT_ONCE = 256
-"""Texts of a large request that are tokenized together, and answers that the event loop makes by itself."""
-
-CHUNK_BATCHES = 1
-"""Batches' worth of one request that are queued at a time: a large request leaves room for small ones."""
-
-CHUNKS = 2
-"""Chunks of all large requests together that are queued at a time, so that small requests wait for these alone."""
 
 Made = TypeVar("Made", bound="Encoder")
 
 
 class Encoder(Model):
-    """Tokenizer, queue and engine of one version; `describe` makes an answer of what the engine computes of a text.
+    """A version on its body; `describe` makes an answer of what the engine computes of a text.
 
     Args:
         version: in the store.
-        engine: which belongs to the queue's thread from now on.
-        long_text: what becomes of a text that is longer than the model reads.
-        max_queue_tokens: that may wait for the engine.
-        clean: what every text goes through before it is tokenized.
+        body: which may be others' too.
     """
 
-    def __init__(
-        self,
-        version: Version,
-        engine: Engine,
-        *,
-        long_text: Literal["truncate", "error", "window"] = "truncate",
-        max_queue_tokens: int = 32768,
-        clean: Callable[[str], str] = plain,
-    ) -> None:
-        self.version, self.engine = version, engine
+    def __init__(self, version: Version, body: Body) -> None:
+        self.version, self.body = version, body
         self.id, self.metadata = version.id, version.metadata
-        self._long_text = long_text
-        self._encoder = TextEncoder.from_folder(
-            version.folder, max_tokens=version.max_tokens, windows=long_text == "window", clean=clean
-        )
-        self._coming = self._unanswered = 0
-        self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
-        self._tokenizing = ThreadPoolExecutor(TOKENIZERS, "tokenize")
-        self._metrics = Metrics()
-        self.batcher = Batcher(engine, self._metrics, max_queue_tokens=max_queue_tokens)
+        body.join(self)
+
+    @property
+    def batcher(self) -> Batcher:
+        """The queue before the engine."""
+        return self.body.batcher
 
     @property
     def dead(self) -> bool:
@@ -118,134 +77,26 @@ class Encoder(Model):
 
     def warm_up(self) -> None:
         """See `Model`."""
-        self.engine.warm_up()
+        self.body.engine.warm_up()
 
     def attach(self, metrics: Metrics, on_death: Callable[[BaseException], None]) -> None:
         """See `Model`."""
-        self._metrics = self.batcher.metrics = metrics
-        self.batcher.on_death = on_death
+        self.body.attach(self, metrics, on_death)
 
     def close(self) -> None:
         """See `Model`."""
-        self.batcher.close()
-        self._tokenizing.shutdown()
-
-    def read(self, texts: Sequence[str]) -> list[Tokens | TextError]:
-        """The tokens of each text, or why it cannot be read."""
-        problems = [self._problem(text) for text in texts]
-        found = iter(self._encoder.encode([text for text, problem in zip(texts, problems, strict=True) if not problem]))
-        return [TextError(problem) if problem else self._fit(next(found)) for problem in problems]
-
-    def _read_many(self, texts: Sequence[str]) -> list[Tokens | TextError]:
-        """As `read`, in less memory: the ids of a large request wait for long."""
-        found: list[Tokens | TextError] = []
-        for begin in range(0, len(texts), READ_AT_ONCE):
-            for one in self.read(texts[begin : begin + READ_AT_ONCE]):
-                if isinstance(one, Tokens):
-                    one = replace(one, windows=[array("i", ids) for ids in one.windows])
-                found.append(one)
-        return found
+        self.body.leave(self)
 
     async def read_and_compute(
         self, texts: Sequence[str], deadline: float = math.inf, *, max_windows: int | None = None
     ) -> Answers:
         """See `answer`; of each text so many windows count."""
-        span = trace.get_current_span()
-        stages = Stages() if span.is_recording() else None
-        began = time.perf_counter()
-        if sum(map(len, texts)) < INLINE_CHARACTERS:
-            readings = self.read(texts)
-        else:
-            readings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._read_many, texts)
-            if refusal := self.batcher.refusal(coming=self._coming):  # others have filled the queue meanwhile
-                raise refusal
-        tokenize_s = time.perf_counter() - began
-        self._metrics.stages["tokenize"].observe(tokenize_s)
-        windows = [one.windows[:max_windows] if isinstance(one, Tokens) else [] for one in readings]
-        ids = [window for of_text in windows for window in of_text]
-        outcomes = iter(await self._compute(ids, deadline, stages))
-        if stages is not None:
-            span.set_attributes(
-                {
-                    "tuneserve.model_version": self.id,
-                    "tuneserve.texts": len(texts),
-                    "tuneserve.tokens": sum(map(len, ids)),
-                    "tuneserve.tokenize_s": tokenize_s,
-                    "tuneserve.queue_s": max(0.0, stages.taken_at - stages.queued_at),
-                    "tuneserve.infer_s": max(0.0, stages.answered_at - stages.taken_at),
-                }
-            )
+        found = await self.body.ask(texts, deadline, max_windows=max_windows, asker=self.id)
+        return self.conclude(found) if len(texts) <= READ_AT_ONCE else await asyncio.to_thread(self.conclude, found)
 
-        def conclude() -> Answers:
-            return [
-                self._conclude(one, [next(outcomes) for _ in of_text])
-                for one, of_text in zip(readings, windows, strict=True)
-            ]
-
-        return conclude() if len(texts) <= READ_AT_ONCE else await asyncio.to_thread(conclude)
-
-    async def _compute(self, ids: Sequence[Sequence[int]], deadline: float, stages: Stages | None) -> list[Outcome]:
-        """Outcomes in order. Texts of like length go together, and few chunks of large requests wait at once."""
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        chunk_tokens = CHUNK_BATCHES * self.batcher.max_batch_tokens
-        tokens = sum(map(len, ids))
-        turns, coming = None, 0
-        if tokens > chunk_tokens:
-            turns = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CHUNKS))
-            coming = min(tokens, CHUNKS * chunk_tokens)
-            self._require_time(tokens, deadline)
-        left = tokens if coming else 0
-        self._coming += coming
-        self._unanswered += left
-        found: dict[int, Outcome] = {}
-        waiting: deque[tuple[list[int], asyncio.Future[list[Outcome]]]] = deque()
-
-        async def collect() -> None:
-            nonlocal left
-            indices, future = waiting[0]
-            found.update(zip(indices, await future, strict=True))
-            waiting.popleft()
-            if left:
-                done = sum(len(ids[index]) for index in indices)
-                self._unanswered, left = self._unanswered - done, left - done
-
-        try:
-            for chunk in split_by_tokens([len(ids[index]) for index in order], chunk_tokens):
-                texts = [ids[index] for index in order[chunk]]
-                if turns is not None:
-                    await _acquire(turns, deadline)
-                try:
-                    future = self.batcher.submit(texts, deadline=deadline, stages=stages)
-                except NoModelError:
-                    if turns is not None:
-                        turns.release()
-                    raise
-                if turns is not None:
-                    future.add_done_callback(partial(_release, turns))
-                waiting.append((order[chunk], future))
-                if len(waiting) > 1:
-                    await collect()
-            while waiting:
-                await collect()
-        finally:
-            self._coming -= coming
-            self._unanswered -= left
-            for _, future in waiting:
-                future.cancel()  # nobody waits any more: what has not begun is dropped
-        return [found[index] for index in range(len(ids))]
-
-    def _require_time(self, tokens: int, deadline: float) -> None:
-        """Refuse a large request to which those before it leave no time: it would only make them late as well.
-
-        Raises:
-            OverloadedError: that is so.
-        """
-        expected_s = (self._unanswered + tokens) / self.batcher.tokens_per_s
-        late = self.batcher.knows_rate and 0 < deadline - time.monotonic() < expected_s
-        if self._unanswered and late:
-            again_s = max(1, math.ceil(self._unanswered / self.batcher.tokens_per_s / 2))
-            words = f"Large requests of {self._unanswered} tokens are being answered; try again in {again_s} s."
-            raise OverloadedError(words, retry_after_s=again_s)
+    def conclude(self, found: Sequence[Reading]) -> Answers:
+        """The answer that follows from what the body found of each text."""
+        return [self._conclude(*one) for one in found]
 
     def _conclude(self, reading: Tokens | TextError, outcomes: Sequence[Outcome]) -> Answer | TuneserveError:
         """The answer that follows from the outcome of each of a text's windows."""
@@ -259,35 +110,6 @@ class Encoder(Model):
                 return outcome
             outputs.append(outcome)
         return self.describe(reading, outputs)
-
-    def _fit(self, tokens: Tokens) -> Tokens | TextError:
-        if tokens.truncated and self._long_text == "error":
-            most, unit = self._encoder.max_tokens, "tokens"
-            if len(tokens.ids) < most:
-                most, unit = self._encoder.max_characters, "characters"
-            return TextError(f"the text has more than {most} {unit}, the most this model reads")
-        return tokens
-
-    def _problem(self, text: str) -> str:
-        """Why a text cannot be read; nothing, if it can."""
-        if is_blank(text[: self._encoder.max_characters]):
-            return "the text is empty"
-        if has_surrogates(text):
-            return "the text holds half a surrogate pair, which is not Unicode text"
-        return ""
-
-
-async def _acquire(turns: asyncio.Semaphore, deadline: float) -> None:
-    """Wait for a turn until the deadline of the monotonic clock."""
-    try:
-        async with asyncio.timeout(deadline - time.monotonic() if deadline < math.inf else None):
-            await turns.acquire()
-    except TimeoutError:
-        raise TimeoutExceededError("There was no answer in time.") from None
-
-
-def _release(turns: asyncio.Semaphore, _: object) -> None:
-    turns.release()
 
 
 def load_encoder(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuneserve.serving.model import Answers
-from tuneserve.tasks.embedding import Texts
+from tuneserve.tasks.classification import Texts
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
 from tuneserve.tasks.task import Route, Task, all_of, asked_by, reading_headers
 

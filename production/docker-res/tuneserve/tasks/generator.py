@@ -21,6 +21,7 @@ from tuneserve.errors import (
     TuneserveError,
 )
 from tuneserve.network.wishes import Wishes
+from tuneserve.serving.engines.choice import require_torch
 from tuneserve.serving.engines.writing import WritingEngine
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model, wait_for
@@ -34,6 +35,9 @@ USUAL_NEW_TOKENS = 128
 """Tokens that are written at most where a prompt does not say."""
 
 MOST_BEAMS = 8
+
+CONTEXT_TOKENS = 8
+"""Of the prompt, before which what is written is spelled: more than any character or word's beginning takes."""
 
 INLINE_CHARACTERS = 8192
 """Texts up to so many characters are tokenized on the event loop."""
@@ -100,12 +104,15 @@ class Generator(Model):
     ) -> None:
         from tokenizers import Tokenizer
 
-        self._usual, self._most_new_tokens, self.device = usual, most_new_tokens, engine.device
-
+        self.device = engine.device
         self.version, self.id, self.metadata = version, version.id, version.metadata
         self.task = str(version.metadata["task"])
         about = version.metadata["writer"]
         self.max_tokens, self._pairs, self._prefix = about["max_tokens"], about["encoder_decoder"], about["prefix"]
+        if self._pairs:  # else it depends on the prompt, which takes positions of the decoder, too
+            most_new_tokens = min(most_new_tokens, about.get("max_new_tokens", most_new_tokens))
+        self._usual = replace(usual, max_new_tokens=min(usual.max_new_tokens, most_new_tokens))
+        self._most_new_tokens = most_new_tokens
         self._ends = frozenset(about["ends"])
         self._tokenizer = Tokenizer.from_file(str(Path(version.folder, "tokenizer.json")))
         self._tokenizer.no_padding()
@@ -229,7 +236,7 @@ class Generator(Model):
         found = replace(self._usual, **prompt.wishes)
         for name, most in (("max_new_tokens", self._most_new_tokens), ("num_beams", MOST_BEAMS)):
             if getattr(found, name) > most:
-                raise InvalidInputError((("body", name), f"should be at most {most} on this server", "value_error"))
+                raise InvalidInputError((("body", name), f"should be at most {most} here", "value_error"))
         if found.min_new_tokens > found.max_new_tokens:
             raise InvalidInputError((("body", "min_new_tokens"), "should not be above max_new_tokens", "value_error"))
         return found
@@ -274,14 +281,20 @@ class Generator(Model):
         truncated = len(text) > most or len(ids) > room or bool(encoding.overflowing)
         if truncated and not prompt.cut:
             raise TextError(f"the text has more than {room} tokens, the most there is room for")
-        return Reading(prompt, ids[:room], wishes, truncated)
+        ids = ids[:room]
+        context = () if self._pairs else tuple(ids[-CONTEXT_TOKENS:])
+        return Reading(prompt, ids, wishes, truncated, context, self._spell(context).rstrip("\ufffd"))
+
+    def _spell(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _describe(self, reading: "Reading", ids: Sequence[int], *, done: bool) -> Generated:
         prompt, written = reading.prompt, list(ids)
         finish: Finish = "" if not done else "length"
         if done and written and written[-1] in self._ends:
             finish = "end"
-        text = self._tokenizer.decode(written, skip_special_tokens=True)
+        # Alone, what goes on behind a word would lose the space before it with many tokenizers.
+        text = self._spell((*reading.context, *written))[len(reading.before) :]
         stop = min((place for one in prompt.stops if (place := text.find(one)) >= 0), default=-1)
         if stop >= 0:
             text, finish = text[:stop], "stop"
@@ -318,12 +331,16 @@ class Reading:
         ids: its token ids.
         wishes: how it is to be written on.
         truncated: whether only its beginning is read.
+        context: its last token ids, if what is written goes on behind them.
+        before: what these spell.
     """
 
     prompt: Prompt
     ids: Sequence[int]
     wishes: Wishes
     truncated: bool
+    context: Sequence[int]
+    before: str
 
 
 class Wanted:
@@ -364,6 +381,7 @@ def load_generator(version: Version, settings: Settings, *, threads: int) -> Gen
         StoreError: the version's files are damaged, or it does not write as it did when it was saved.
         DeviceError: the device asked for cannot be had.
     """
+    require_torch(version)
     from tuneserve.serving.engines.torch_writer import load
 
     require_whole(version)

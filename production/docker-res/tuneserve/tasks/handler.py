@@ -47,26 +47,13 @@ class Response(Answer):
     content_type: str
 
 
-def find_program(folder: Path, name: str = "inference.py") -> Path | None:
-    """The code of an unpacked archive: in `code/`, or beside the weights; None if it has none.
-
-    Args:
-        folder: of the archive.
-        name: of the file, as SAGEMAKER_PROGRAM has it; `.py` may be left out.
-    """
-    name = name.removesuffix(".py") + ".py"
-    if Path(name).name != name:
-        return None
-    return next((path for path in (folder / "code" / name, folder / name) if path.is_file()), None)
-
-
 class Handler(Model):
     """The code of a folder, in a process of its own; made at once, and `wait` returns when it has loaded.
 
     Args:
         folder: of the unpacked archive, which `model_fn` gets.
         name: of the model, for answers and the log.
-        program: the file with the functions; see `find_program`.
+        program: the file with the functions; see `archives.find_program`.
         environ: variables of the server; secrets among them are not passed on.
         task: Hugging Face's name of what a model without `model_fn` is for; empty: by its architecture.
         threads: CPU threads to compute with.

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuneserve.serving.model import Answers
+from tuneserve.tasks import generation
 from tuneserve.tasks.classification import FailedText, Text
-from tuneserve.tasks.generation import GenerateRequest, event, prompts, written
+from tuneserve.tasks.generation import event, prompts, written
 from tuneserve.tasks.generator import Generated, Prompt, load_generator
 from tuneserve.tasks.task import Route, Task, asked_by, only, reading_headers
 
@@ -75,6 +76,27 @@ class SummaryText(BaseModel):
     """A summary, as Hugging Face's clients read it."""
 
     summary_text: str
+
+
+class Parameters(generation.Parameters):
+    """As for any text, with the lengths that pipelines know beside."""
+
+    min_length: Annotated[int | None, Field(ge=0, description="As min_new_tokens, and 1.")] = None
+    max_length: Annotated[int | None, Field(ge=2, description="As max_new_tokens, and 1.")] = None
+
+    def wishes(self) -> dict[str, Any]:
+        """See `generation.Parameters`."""
+        found = super().wishes()
+        for length, name in (("min_length", "min_new_tokens"), ("max_length", "max_new_tokens")):
+            if (tokens := found.pop(length, None)) is not None:
+                found.setdefault(name, max(0, tokens - START))
+        return found
+
+
+class GenerateRequest(generation.GenerateRequest):
+    """A text to summarize or several."""
+
+    parameters: Parameters = Parameters()
 
 
 def _one(answers: Answers) -> dict[str, Any]:

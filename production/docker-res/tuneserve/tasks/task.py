@@ -1,6 +1,6 @@
 """The Task seam: what a request and an answer of a kind of model look like, and how such a model is loaded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +53,8 @@ class Route:
         inputs: the model's inputs of a valid request.
         content: the JSON of their answers, or its bytes; raises the error where there is none.
         headers: of the response, beside those that all have.
+        consult: what is done of a valid request with the model until a deadline of the monotonic clock, where that is
+            not just its answer, and nothing that drift, feedback and shadow should hear of; see `Service.consult`.
         events: where a valid request wants its answer as it comes to be: what makes the JSON of an event of an answer
             and the text before it; None where it wants it whole.
         name: of the operation, for the description and clients that are generated from it.
@@ -65,6 +67,7 @@ class Route:
     inputs: Callable[[Any], Sequence[Any]]
     content: Callable[[Answers], Any]
     headers: Callable[[Answers], Mapping[str, str]] = no_headers
+    consult: Callable[[Any, Model, float], Awaitable[Answers]] | None = None
     events: Callable[[Any], Callable[[Any, Any], Any] | None] = lambda request: None
     name: str = "answer"
     doc: str = ""
@@ -72,10 +75,15 @@ class Route:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as the model is asked: its inputs, and what makes JSON, or its bytes, of their answers."""
+    """A request as the model is asked: its inputs, and what makes JSON, or its bytes, of their answers.
+
+    `event` and `headers` are as in `Route`: the former is None unless the only answer is wanted as it comes to be.
+    """
 
     inputs: Sequence[Any]
     content: Callable[[Answers], Any]
+    event: Callable[[Any, Any], Any] | None = None
+    headers: Callable[[Answers], Mapping[str, str]] = no_headers
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,8 @@ class Task:
         routes: under which a server of one such model is asked.
         load: makes a model.
         labels: whether its answers are labels that people may correct.
-        ask: reads `{"inputs", "parameters"}`, as Hugging Face's pipelines and SageMaker's toolkit have them; raises
-            pydantic's ValidationError or InvalidInputError.
+        ask: reads `{"inputs", "parameters"}`, as Hugging Face's pipelines and SageMaker's toolkit have them, and
+            `"stream"` where an answer can come bit by bit; raises pydantic's ValidationError or InvalidInputError.
     """
 
     name: str
@@ -105,7 +113,7 @@ def asked_by(route: Route, **usual: Any) -> Callable[[Mapping[str, Any]], Asked]
         said = wanted.get("parameters")
         parameters = usual | said if isinstance(said, dict) else usual if said is None else said
         request = route.request.model_validate({**wanted, "parameters": parameters})
-        return Asked(route.inputs(request), route.content)
+        return Asked(route.inputs(request), route.content, route.events(request), route.headers)
 
     return ask
 

@@ -66,15 +66,18 @@ def resolve(name: str, *, revision: str, cache: Path, variable: str = "BASE_MODE
     else:
         folder = _download(name, said, revision=revision, cache=cache)
         source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
-    _require_no_code(folder)
-    sha256 = _hash_weights(folder)
+    try:
+        _require_no_code(folder)
+        sha256 = _hash_weights(folder)
+        content = hashlib.sha256(sha256.encode())
+        for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")):
+            content.update(file.name.encode() + file.read_bytes())
+    except OSError as error:
+        raise BaseModelError(f"{said}: {folder} cannot be read: {error}") from error
     if source == "package" and sha256 != PACKAGED_SHA256:
         raise BaseModelError(
             f"The weights in {folder} have SHA-256 {sha256}, not {PACKAGED_SHA256}: do not trust them."
         )
-    content = hashlib.sha256(sha256.encode())
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")):
-        content.update(file.name.encode() + file.read_bytes())
     return BaseModel(name, source, revision, sha256, content.hexdigest(), folder)
 
 

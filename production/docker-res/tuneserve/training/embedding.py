@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from tuneserve.artifact import METADATA, Version, describe_files, new_version, read_version, write_golden_vectors
+from tuneserve.artifact import Version, write_golden_vectors
 from tuneserve.code import code_hash
 from tuneserve.errors import BaseModelError
-from tuneserve.files import write_json
 from tuneserve.lifecycle.store import Store
 from tuneserve.logs import in_one_line
 from tuneserve.network.embedding import EmbeddingModel, read_limit
@@ -23,10 +21,8 @@ from tuneserve.text import TextEncoder
 from tuneserve.training import openvino_graph
 from tuneserve.training.base_model import BaseModel
 from tuneserve.training.model import load_tokenizer, require_embeddings
-from tuneserve.training.publication import GOLDEN_TEXTS, versions
+from tuneserve.training.publication import GOLDEN_TEXTS, publish_untrained
 from tuneserve.training.tokens import TokenizedSplit
-
-logger = logging.getLogger(__name__)
 
 
 def publish(base: BaseModel, settings: Settings, store: Store, *, threads: int) -> Version:
@@ -48,30 +44,18 @@ def publish(base: BaseModel, settings: Settings, store: Store, *, threads: int) 
     require_embeddings(model, max_tokens)
     encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=max_tokens, clean=str.strip)
     texts = [tokens.ids for tokens in encoder.encode(GOLDEN_TEXTS)]
-    created = datetime.now(UTC)
-    folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{fingerprint[:8]}")
-    with new_version(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        saved = EmbeddingModel.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
-        write_golden_vectors(temporary, list(GOLDEN_TEXTS), [_vector(saved, ids) for ids in texts])
-        engine = openvino_graph.export(saved, temporary, _as_split(texts), threads=threads)
-        metadata = {
-            "task": "feature-extraction",
-            "fingerprint": fingerprint,
-            "labels": [],
+
+    def complete(folder: Path) -> Mapping[str, Any]:
+        saved = EmbeddingModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        write_golden_vectors(folder, list(GOLDEN_TEXTS), [_vector(saved, ids) for ids in texts])
+        return {
             "settings": settings.public() | {"num_max_positions": max_tokens},
-            "base_model": base.record(),
-            "imported": True,
-            "engine": engine,
-            **describe_files(temporary),
-            "versions": versions(),
-            "created_at": created.isoformat(timespec="seconds"),
-            "duration_s": round(time.perf_counter() - began, 3),
+            "engine": openvino_graph.export(saved, folder, _as_split(texts), threads=threads),
         }
-        write_json(temporary / METADATA, metadata)
-    logger.info("version %s saved in %s after %.1f s", folder.name, folder, metadata["duration_s"])
-    return read_version(folder)
+
+    return publish_untrained(
+        store, base, settings, model, tokenizer, fingerprint=fingerprint, began=began, complete=complete
+    )
 
 
 def load(folder: Path) -> EmbeddingModel:

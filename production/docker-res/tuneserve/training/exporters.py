@@ -23,7 +23,8 @@ from tuneserve.training.tokens import TokenizedSplit
 class Saved:
     """A model that was saved and loaded again, in fp32 on the CPU, and what its other forms are made and judged with.
 
-    `tokens` are the splits by name; `golden` is the model's own answers; `seed` and CPU `threads` are the run's.
+    `tokens` are the splits by name; `golden` is the model's own answers; `seed` and CPU `threads` are the run's;
+    `shares` says whether its body may serve other heads too, which want its states.
     """
 
     model: PreTrainedModel
@@ -32,6 +33,7 @@ class Saved:
     encoder: TextEncoder
     seed: int
     threads: int
+    shares: bool = False
 
 
 class Exporter(Protocol):
@@ -68,7 +70,8 @@ class OpenVINOGraph:
 
     def export(self, saved: Saved, folder: Path, description: dict[str, Any]) -> dict[str, Any]:
         """See `openvino_graph.export`."""
-        made = openvino_graph.export(saved.model, folder, saved.tokens["valid"], threads=saved.threads)
+        valid = saved.tokens["valid"]
+        made = openvino_graph.export(saved.model, folder, valid, threads=saved.threads, states=saved.shares)
         return description | (made or {})
 
 

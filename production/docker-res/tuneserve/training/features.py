@@ -24,7 +24,7 @@ from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
 from tuneserve.files import mark_used
 from tuneserve.hardware import Precision
-from tuneserve.network.forward import PROBE_TOLERANCE, Forward, Texts, cast, choose_forward, probe
+from tuneserve.network.forward import PROBE_TOLERANCE, Forward, LastStates, Texts, cast, choose_forward, probe
 from tuneserve.progress import counted
 from tuneserve.training.checkpoint import Position
 from tuneserve.training.loop import Recipe, Run, fit, fit_model
@@ -139,18 +139,17 @@ class Encoder:
     """The frozen body: a batch to what the head reads of it. The model is the encoder's own."""
 
     def __init__(self, model: PreTrainedModel, forward: Forward) -> None:
-        self.model, self.forward = model, forward
-        self._states = torch.empty(0)
-        model.base_model.register_forward_hook(self._keep)
+        self.model, self.forward, self._states = model, forward, LastStates(model)
 
     @torch.inference_mode()
     def __call__(self, batch: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [texts, channels] and, by the way, the logits [texts, labels], both fp32."""
         logits = self.forward(batch)
-        return self._states[:, 0].float(), logits.float()
+        return self._states.take().float(), logits.float()
 
-    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._states = output[0]
+    def remove(self) -> None:
+        """Leave the model as it was, but for what the forward pass has changed."""
+        self._states.remove()
 
 
 @torch.inference_mode()

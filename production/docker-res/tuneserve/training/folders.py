@@ -22,10 +22,11 @@ def find_files(path: Path, shown: str, left_out: list[str]) -> dict[str, list[Pa
     """The files of each split, or folders that hold the texts of one class each; the rest is added to `left_out`.
 
     A split is a file, `train.csv` say, parts such as `train-1.csv` and whatever comes later, or a folder `train`. A
-    folder without any is the training split if it holds one file of data or a folder for each class.
+    folder without any is the training split if it holds one file of data or a folder for each class. A folder `train`
+    that holds `train.csv` and `test.csv` is the data set itself, as a channel of SageMaker's may be.
 
     Raises:
-        DataError: there is no training split, or two entries are one split.
+        DataError: there is no training split, or two entries are one split, or an entry is in the folder of another.
     """
     if path.is_file():
         return {"train": [path]}
@@ -38,6 +39,12 @@ def find_files(path: Path, shown: str, left_out: list[str]) -> dict[str, list[Pa
         if split is None or not parts:
             left_out += [] if entry.name in DESCRIPTIONS else [entry.name]
             continue
+        others = [part.name for part in parts if part.is_file() and split_of(part.name) not in (split, None)]
+        if others and {split_of(one.name) for one in listed} - {None} == {"train"}:
+            left_out[:] = [one.name for one in listed if one != entry]
+            return find_files(entry, f"{shown}/{entry.name}", left_out)
+        if others:
+            raise DataError(f"{shown}/{entry.name}/{others[0]} is named as another split's; move it, or rename it.")
         stem = _stem(entry.name)
         for other in entries.setdefault(split, []):
             name = _stem(other.name)

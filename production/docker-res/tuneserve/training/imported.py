@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from tuneserve.artifact import Version
+from tuneserve.artifact import METADATA, Version, new_version, read_version, require_whole
 from tuneserve.code import code_hash
 from tuneserve.errors import BaseModelError, DataError
 from tuneserve.files import in_use, new_folder
-from tuneserve.lifecycle.decision import Decision, read_decision, write_decision
+from tuneserve.lifecycle.decision import DECISION, Decision, read_decision, write_decision
 from tuneserve.lifecycle.status import Status, hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.logs import in_one_line
@@ -39,10 +39,14 @@ COPIED = {".json", ".txt", ".model"}
 def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
     """Publish a model, by its Hugging Face folder or its name on the hub, for the task that TASK names.
 
+    A version of another store is taken over as it is; any other model becomes one.
+
     Raises:
         BaseModelError: it is nowhere, or cannot be loaded for this task.
-        TuneserveError: see `_bring_in_classifier`.
+        TuneserveError: see `_bring_in_classifier` and `_take_over`.
     """
+    if (folder := Path(name).expanduser()).joinpath(METADATA).is_file():
+        return _take_over(read_version(folder.resolve()), settings)
     name = str(_unpickled(Path(name).expanduser(), settings.data_path / "unpickled") or name)
     settings = settings.model_copy(update={"base_model": name, "base_model_revision": settings.model_revision})
     if settings.task == "text-classification":
@@ -63,6 +67,36 @@ def bring_in(name: str, settings: Settings, *, threads: int) -> Version:
         if champion is None or champion.id != version.id:
             _accept(store, version, status, "imported by hand; nothing tests it but its own answers")
         return version
+
+
+def _take_over(given: Version, settings: Settings) -> Version:
+    """Copy a version of another store: with its calibration, graphs, golden answers and report.
+
+    It is the champion where there is none; else it waits to be promoted.
+
+    Raises:
+        StoreError: it is damaged, or cannot be written.
+        BaseModelError: it is for another task.
+    """
+    require_whole(given)
+    if (task := given.metadata.get("task") or "text-classification") != settings.task:
+        raise BaseModelError(f"{given.folder} is for TASK={task}, and TASK={settings.task} is asked for.")
+    store = Store(settings.model_path)
+    store.prepare()
+    with hold(store.lock) as lock:
+        version = store.find(given.metadata.get("fingerprint") or given.id)
+        if version is None:
+            folder = store.free_folder(given.id)
+            with new_version(folder) as temporary:
+                shutil.copytree(given.folder, temporary, ignore=_not_taken_over, dirs_exist_ok=True)
+            version = read_version(folder)
+        lock.require()
+        if store.champion_id() is None:
+            with Status(store.status_file) as status:
+                _accept(store, version, status, "imported with its files, which are those of the store it comes from")
+        elif store.champion_id() != version.id:
+            logger.warning("version %s is in the store now: `run.py promote %s` lets it answer", version.id, version.id)
+    return version
 
 
 def _unpickled(folder: Path, cache: Path) -> Path | None:
@@ -101,6 +135,11 @@ def _unpickled(folder: Path, cache: Path) -> Path | None:
         ) from error
     logger.info("%s: the weights of pytorch_model.bin, as safetensors, are in %s", folder, found)
     return found
+
+
+def _not_taken_over(folder: str, names: list[str]) -> list[str]:
+    """What is hidden, or another store's word on the version."""
+    return [one for one in names if one.startswith(".") or one == DECISION]
 
 
 def _not_copied(folder: str, names: list[str]) -> list[str]:

@@ -148,7 +148,15 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             **seen.record(),
         }
         version = publish(
-            store, model, tokenizer, tokens, metadata, precision=precision, exporters=exporters, began=began
+            store,
+            model,
+            tokenizer,
+            tokens,
+            metadata,
+            precision=precision,
+            exporters=exporters,
+            began=began,
+            shares=not settings.train_body,
         )
         trackers.finish(version)
         checkpoints.remove()

@@ -21,7 +21,7 @@ from tuneserve.hardware import Precision, cpu_has_bf16
 from tuneserve.logs import unchanged
 from tuneserve.network.attention import MASKED
 from tuneserve.network.embedding import EmbeddingModel
-from tuneserve.network.forward import Packed, choose_forward
+from tuneserve.network.forward import LastStates, Packed, choose_forward
 from tuneserve.network.graph import DESCRIPTION, FOLDER, MODEL, Graph, load_openvino
 from tuneserve.training.tokens import TokenizedSplit
 
@@ -45,7 +45,9 @@ MOST_ACCURACY_LOST = 0.003
 BATCH_TEXTS = 32
 
 
-def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threads: int) -> dict[str, Any] | None:
+def export(
+    model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threads: int, states: bool = False
+) -> dict[str, Any] | None:
     """Write the graph of a model into a version's folder; None, and nothing written, if none agrees with torch.
 
     Args:
@@ -53,6 +55,7 @@ def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threa
         folder: of the version.
         valid: texts to compare on.
         threads: CPU threads to compare with.
+        states: whether the graph also gives what the head reads of each text, as its second output.
 
     Returns:
         What `engine.json` holds.
@@ -68,13 +71,15 @@ def export(model: PreTrainedModel, folder: Path, valid: TokenizedSplit, *, threa
         wanted = shown([_by_torch(model, text) for text in texts])
         for layout in ("packed", "padded") if isinstance(forward, Packed) else ("padded",):
             description: dict[str, Any] = {"layout": layout}
+            if states:
+                description["states"] = True
             if layout == "padded":  # GPT-2's family looks for the last token that is no padding
                 description["pad_id"] = model.config.pad_token_id or 0
             try:
-                _write(
-                    _InRows(forward) if isinstance(forward, Packed) and layout == "packed" else _InPadding(model),
-                    folder,
-                )
+                if isinstance(forward, Packed) and layout == "packed":
+                    _write(_InRows(forward, states=states), folder)
+                else:
+                    _write(_InPadding(model, states=states), folder)
                 write_json(folder / FOLDER / DESCRIPTION, description)
                 found = {one: shown(_by_graph(folder, texts, one, threads)) for one in _formats()}
             except Exception as error:  # the converter raises whatever met it in a model that it does not know
@@ -145,7 +150,7 @@ def _unit(vectors: Any) -> Array:
     return found
 
 
-def _write(module: nn.Module, folder: Path) -> None:
+def _write(module: "_InRows | _InPadding", folder: Path) -> None:
     """Trace a module and write its graph, weights in fp32."""
     (folder / FOLDER).mkdir(exist_ok=True)
     if isinstance(module, _InRows):
@@ -156,7 +161,10 @@ def _write(module: nn.Module, folder: Path) -> None:
         example = {"input_ids": grid, "attention_mask": grid}
     with unchanged(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's, on shapes that it takes for constants: the comparison tells
-        graph = load_openvino().convert_model(module, example_input=example)
+        try:
+            graph = load_openvino().convert_model(module, example_input=example)
+        finally:
+            module.remove()
     load_openvino().save_model(graph, folder / FOLDER / MODEL, compress_to_fp16=False)
 
 
@@ -223,28 +231,42 @@ def _added(seen: torch.Tensor) -> torch.Tensor:
     return torch.where(seen, 0.0, MASKED)
 
 
-class _InRows(nn.Module):
-    """The packed model as a function of the graph's inputs."""
+class _Traced(nn.Module):
+    """A model as a function of a graph's inputs, to its logits, and with `states` to what the head reads too."""
 
-    def __init__(self, forward: Packed) -> None:
+    def __init__(self, model: PreTrainedModel, *, states: bool) -> None:
         super().__init__()
-        self.model = forward.model
+        self.model = model
+        self._states = LastStates(model) if states else None
+
+    def _results(self, logits: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return logits if self._states is None else (logits, self._states.take())
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        if self._states is not None:
+            self._states.remove()
+
+
+class _InRows(_Traced):
+    """The packed model."""
+
+    def __init__(self, forward: Packed, *, states: bool) -> None:
+        super().__init__(forward.model, states=states)
         self._forward = forward
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, owners: torch.Tensor, first: torch.Tensor
-    ) -> torch.Tensor:
-        return self._forward.run(input_ids.reshape(-1), Rows(positions, owners, first))
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self._results(self._forward.run(input_ids.reshape(-1), Rows(positions, owners, first)))
 
 
-class _InPadding(nn.Module):
-    """The model as a function of padded rows."""
+class _InPadding(_Traced):
+    """The model in padded rows."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         assert isinstance(logits, torch.Tensor)
-        return logits
+        return self._results(logits)

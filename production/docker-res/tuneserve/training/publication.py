@@ -4,8 +4,9 @@ import copy
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,13 @@ from tuneserve.lifecycle.drift import Answers, write_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.network import head
 from tuneserve.network.forward import cast, choose_forward
+from tuneserve.settings import Settings
 from tuneserve.text import TextEncoder
 from tuneserve.training import calibration
+from tuneserve.training.base_model import BaseModel
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
 from tuneserve.training.exporters import Exporter, Saved, export
+from tuneserve.training.shared_body import write_head
 from tuneserve.training.tokens import TokenizedSplit
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ def publish(
     began: float,
     temperature: float | None = None,
     tested: bool = True,
+    shares: bool = False,
 ) -> Version:
     """Calibrate the model, save it, load it again as anyone would, test what was loaded, and export it.
 
@@ -57,6 +62,7 @@ def publish(
         began: when the run did, by `time.perf_counter()`.
         temperature: that is folded into the model already; None to fit it to the validation texts.
         tested: whether the splits have labels to test with.
+        shares: whether the body is as it was in the base model, so that other versions may have the same.
 
     Raises:
         StoreError: the store cannot be written.
@@ -77,8 +83,10 @@ def publish(
         )
         golden = golden_answers(saved.cpu(), encoder, metadata["labels"])
         write_golden(temporary, golden)
+        body = write_head(saved, temporary) if shares else None
         threads = torch.get_num_threads()
-        engine = export(exporters, Saved(saved, tokens, golden, encoder, seed, threads), temporary)
+        shown = Saved(saved, tokens, golden, encoder, seed, threads, shares=body is not None)
+        engine = export(exporters, shown, temporary)
         answers = answers_to([tokens["valid"], tokens["test"]], [logits["valid"], logits["test"]], encoder)
         write_reference(temporary, answers, seed=seed)
         (temporary / "report").mkdir()
@@ -91,6 +99,7 @@ def publish(
             },
             "calibration": {"temperature": temperature, "ece_before": errors},
             "engine": engine,
+            **({"body": body} if body is not None else {}),
             **describe_files(temporary),
             "versions": versions(),
             "created_at": created.isoformat(timespec="seconds"),
@@ -109,6 +118,56 @@ def publish(
         )
     logger.info("version %s saved in %s after %.1f s", version.id, folder, metadata["duration_s"])
     return version
+
+
+def publish_untrained(
+    store: Store,
+    base: BaseModel,
+    settings: Settings,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fingerprint: str,
+    began: float,
+    complete: Callable[[Path], Mapping[str, Any]],
+) -> Version:
+    """Save a model as it is, with what its task needs beside it.
+
+    Args:
+        store: where the version is put.
+        base: where the model comes from.
+        settings: of the run.
+        model: that is saved, of transformers.
+        tokenizer: the model's.
+        fingerprint: of all that decides what the version is.
+        began: when the run did, by `time.perf_counter()`.
+        complete: writes its golden answers, and what else is needed, into the folder that the model was saved in, and
+            returns what the metadata shall say besides, or instead.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    created = datetime.now(UTC)
+    folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{fingerprint[:8]}")
+    with new_version(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        metadata = {
+            "task": settings.task,
+            "fingerprint": fingerprint,
+            "labels": [],
+            "settings": settings.public(),
+            "base_model": base.record(),
+            "imported": True,
+            **complete(temporary),
+            **describe_files(temporary),
+            "versions": versions(),
+            "created_at": created.isoformat(timespec="seconds"),
+            "duration_s": round(time.perf_counter() - began, 3),
+        }
+        write_json(temporary / METADATA, metadata)
+    logger.info("version %s saved in %s after %.1f s", folder.name, folder, metadata["duration_s"])
+    return read_version(folder)
 
 
 GOLDEN_TEXTS = (

@@ -2,29 +2,24 @@
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tuneserve.artifact import METADATA, Version, describe_files, new_version, read_version, write_golden_writings
+from tuneserve.artifact import Version, write_golden_writings
 from tuneserve.code import code_hash
 from tuneserve.errors import BaseModelError
-from tuneserve.files import write_json
 from tuneserve.lifecycle.store import Store
 from tuneserve.logs import in_one_line
 from tuneserve.network.page import Page
 from tuneserve.network.wishes import Wishes
 from tuneserve.settings import Settings
 from tuneserve.training.base_model import BaseModel
-from tuneserve.training.publication import GOLDEN_TEXTS, versions
-
-logger = logging.getLogger(__name__)
+from tuneserve.training.publication import GOLDEN_TEXTS, publish_untrained
 
 GOLDEN_TOKENS = 8
 """Tokens written on each golden prompt."""
@@ -51,30 +46,16 @@ def publish(base: BaseModel, settings: Settings, store: Store, *, threads: int) 
         return known
     model, tokenizer = load(base.folder, settings.task)
     about = describe(model, tokenizer, settings.task)
-    created = datetime.now(UTC)
-    folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{fingerprint[:8]}")
-    with new_version(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+
+    def complete(folder: Path) -> Mapping[str, Any]:
         writings = write_on(model, tokenizer, about, GOLDEN_TEXTS)
-        write_golden_writings(temporary, [(text, found) for text, _, found in writings])
+        write_golden_writings(folder, [(text, found) for text, _, found in writings])
         rehearse(model, writings, f"{base.name} ({model.config.model_type})")
-        metadata = {
-            "task": settings.task,
-            "fingerprint": fingerprint,
-            "labels": [],
-            "settings": settings.public(),
-            "base_model": base.record(),
-            "imported": True,
-            "writer": about,
-            **describe_files(temporary),
-            "versions": versions(),
-            "created_at": created.isoformat(timespec="seconds"),
-            "duration_s": round(time.perf_counter() - began, 3),
-        }
-        write_json(temporary / METADATA, metadata)
-    logger.info("version %s saved in %s after %.1f s", folder.name, folder, metadata["duration_s"])
-    return read_version(folder)
+        return {"writer": about}
+
+    return publish_untrained(
+        store, base, settings, model, tokenizer, fingerprint=fingerprint, began=began, complete=complete
+    )
 
 
 def load(folder: Path, task: str) -> tuple[Any, Any]:
@@ -111,6 +92,7 @@ def describe(model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
     return {
         "encoder_decoder": bool(config.is_encoder_decoder),
         "max_tokens": int(min(positions, tokenizer.model_max_length, MOST_TOKENS)),
+        "max_new_tokens": int(min(positions, MOST_TOKENS)) - 1,  # the decoder begins with one
         "prefix": str(of_task.get("prefix", "")),
         "ends": list(ends) if isinstance(ends, list) else [] if ends is None else [ends],
         "length_penalty": float(of_task.get("length_penalty", generation.length_penalty or 1.0)),

@@ -28,8 +28,9 @@ class GraphEngine(Graph):
         max_tokens: int,
         max_batch_tokens: int,
         int8: bool = False,
+        states: bool = False,
     ) -> None:
-        super().__init__(folder, precision=precision, threads=threads, max_tokens=max_tokens, int8=int8)
+        super().__init__(folder, precision=precision, threads=threads, max_tokens=max_tokens, int8=int8, states=states)
         self.max_batch_tokens = max_batch_tokens
 
     def warm_up(self) -> None:
@@ -38,7 +39,7 @@ class GraphEngine(Graph):
             logger.info("%d shapes of batches are set up when they are first needed", left)
 
 
-def load_graph_engine(version: Version, settings: Settings, *, threads: int) -> Engine | None:
+def load_graph_engine(version: Version, settings: Settings, *, threads: int, states: bool = False) -> Engine | None:
     """The graph, if there is one and no GPU to prefer.
 
     Raises:
@@ -47,7 +48,7 @@ def load_graph_engine(version: Version, settings: Settings, *, threads: int) -> 
     """
     if is_on_gpu(settings) or not (version.folder / FOLDER / DESCRIPTION).exists():
         return None
-    return _load(version, settings, threads, int8=False)
+    return _load(version, settings, threads, states=states)
 
 
 def load_int8_engine(version: Version, settings: Settings, *, threads: int) -> Engine | None:
@@ -72,7 +73,9 @@ def load_int8_engine(version: Version, settings: Settings, *, threads: int) -> E
     return None
 
 
-def _load(version: Version, settings: Settings, threads: int, *, int8: bool) -> GraphEngine:
+def _load(
+    version: Version, settings: Settings, threads: int, *, int8: bool = False, states: bool = False
+) -> GraphEngine:
     precision = settings.precision
     if precision == "auto" or precision == "int8":
         precision = "bf16" if cpu_has_bf16() else "fp32"
@@ -83,6 +86,7 @@ def _load(version: Version, settings: Settings, threads: int, *, int8: bool) -> 
         max_tokens=version.max_tokens,
         max_batch_tokens=settings.max_batch_tokens or CPU_BATCH_TOKENS,
         int8=int8,
+        states=states,
     )
     shown = "int8" if int8 else engine.precision
     logger.info("engine: OpenVINO, %s, %s, %d threads", engine.description["layout"], shown, threads)

@@ -19,7 +19,7 @@ from tuneserve.errors import StoreError
 from tuneserve.hardware import choose_device, choose_precision
 from tuneserve.network import head
 from tuneserve.network.attention import upload
-from tuneserve.network.forward import Packed, Padded, Texts, cast, choose_forward, probe
+from tuneserve.network.forward import LastStates, Packed, Padded, Texts, cast, choose_forward, probe
 from tuneserve.network.graph import Prepared
 from tuneserve.serving.engines.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, is_on_gpu
 from tuneserve.settings import Settings
@@ -43,6 +43,7 @@ class TorchEngine:
         max_tokens: the longest text.
         max_batch_tokens: tokens that should go through together.
         task: of the version; empty for classification.
+        states: whether results are what the head reads, float32 [texts, channels], and not what it makes of it.
 
     Raises:
         StoreError: the folder's files are damaged.
@@ -50,7 +51,15 @@ class TorchEngine:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, *, threads: int, max_tokens: int, max_batch_tokens: int, task: str = ""
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        threads: int,
+        max_tokens: int,
+        max_batch_tokens: int,
+        task: str = "",
+        states: bool = False,
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -73,6 +82,7 @@ class TorchEngine:
         forward: Packed | Padded = choose_forward(model, learns=False) if packs else Padded(model)
         cast(model, self.precision)
         self._forward = _that_runs(forward)
+        self._states = LastStates(model) if states else None
         self._running = Prepared((), 0, 0)
         self._on_its_way: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
@@ -131,7 +141,8 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _compute(self, prepared: Prepared) -> torch.Tensor:
-        return self._forward.run(*prepared.inputs).float()
+        logits = self._forward.run(*prepared.inputs)
+        return (logits if self._states is None else self._states.take()).float()
 
     def _launch(self, prepared: Prepared) -> tuple[torch.Tensor, torch.cuda.Event]:
         """Queue the work; the logits in pinned memory, and the event after which they are there."""
@@ -170,7 +181,7 @@ def _that_runs(forward: Packed | Padded) -> Packed | Padded:
     return forward
 
 
-def load(version: Version, settings: Settings, *, threads: int) -> TorchEngine:
+def load(version: Version, settings: Settings, *, threads: int, states: bool = False) -> TorchEngine:
     """The engine of a version; see `TorchEngine` for what it raises."""
     on_gpu = is_on_gpu(settings)
     engine = TorchEngine(
@@ -180,6 +191,7 @@ def load(version: Version, settings: Settings, *, threads: int) -> TorchEngine:
         max_tokens=version.max_tokens,
         max_batch_tokens=settings.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
         task=version.metadata.get("task", ""),
+        states=states,
     )
     logger.info("engine: torch on the %s, %s", "GPU" if on_gpu else "CPU", engine.description)
     return engine

@@ -53,12 +53,47 @@ def load(version: Version, settings: Settings, *, threads: int) -> Page:
 
 
 def lay_out(model: torch.nn.Module) -> None:
-    """Turn GPT-2's Conv1D, with weights [in, out], into linear layers, which take half the time in bf16 for one row."""
+    """Lay the weights out for products with few rows; what is computed stays the same.
+
+    GPT-2's Conv1D, with weights [in, out], become linear layers. On the CPU bf16 layers have their weights in the order
+    in which oneDNN reads them, which takes six tenths of the time for one row as for eight.
+    """
     for module in list(model.modules()):
         for name, layer in module.named_children():
-            if isinstance(layer, Conv1D):
-                linear = torch.nn.Linear(1, 1)
-                linear.in_features, linear.out_features = layer.weight.shape
-                linear.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
-                linear.bias = layer.bias
+            linear = _as_linear(layer)
+            if linear is not None and _can_pack(linear.weight):
+                setattr(module, name, Packed(linear))
+            elif linear is not layer and linear is not None:
                 setattr(module, name, linear)
+
+
+class Packed(torch.nn.Module):
+    """A linear layer of the CPU, its weights in oneDNN's own order; bf16 in, bf16 out."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """States [..., in] → [..., out]."""
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+        return product
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _as_linear(layer: torch.nn.Module) -> torch.nn.Linear | None:
+    """The layer itself, or one that computes what it does; None if it is of another kind."""
+    if type(layer) is torch.nn.Linear:
+        return layer
+    if not isinstance(layer, Conv1D):
+        return None
+    linear = torch.nn.Linear(1, 1)
+    linear.in_features, linear.out_features = layer.weight.shape
+    linear.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear

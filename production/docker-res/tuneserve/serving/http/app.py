@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.telemetry import TelemetryConfig
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
@@ -18,12 +19,14 @@ from tuneserve.errors import TuneserveError
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.http.backoff import Backoff
 from tuneserve.serving.http.front import NOSNIFF, OPEN_PATHS, Drain, Front
-from tuneserve.serving.http.problems import problem
+from tuneserve.serving.http.problems import wording_by
 from tuneserve.serving.http.request_log import REQUEST_ID, RequestLog, request_id_of
 from tuneserve.serving.http.routes import (
+    HEALTH,
     INFERENCE,
     NO_MODEL,
     Direct,
+    Worded,
     drift_routes,
     feedback_routes,
     inference_routes,
@@ -65,6 +68,22 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: NO_MODEL,
     504: {"model": Problem, "description": "There was no answer in time."},
 }
+
+
+def described(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The statuses that any request may have, for the description of an adapter's routes, whose errors are these."""
+    return {status: {**one, "model": model} for status, one in {**COMMON, **PROBLEMS}.items()}
+
+
+def leave_first(routers: Sequence[APIRouter]) -> None:
+    """Take out of the routers what an earlier one answers already: an adapter that was asked for replaces a route."""
+    taken: set[tuple[str, str]] = set()
+    for router in routers:
+        for route in list(router.routes):
+            keys = {(route.path, method) for method in route.methods or ()} if isinstance(route, APIRoute) else set()
+            if keys & taken:
+                router.routes.remove(route)
+            taken |= keys
 
 
 class Cors(CORSMiddleware):
@@ -117,8 +136,8 @@ def create_app(
         telemetry=telemetry,
     )
     routers = [
-        *([inference_routes(service, task, PROBLEMS)] if task is not None else []),
         *(adapter(service) for adapter in adapters),
+        *([inference_routes(service, task, PROBLEMS)] if task is not None else []),
         *([model_routes(service)] if task is not None else []),
         viewer_routes(),
     ]
@@ -128,27 +147,29 @@ def create_app(
         routers.append(feedback_routes(service))
     if trainer is not None:
         routers.append(training_routes(trainer, keyed=bool(key)))
+    operations = operations_routes(service, trainer)
+    leave_first([*routers, operations])
     for router in routers:
         app.include_router(router, dependencies=KEYS)
-    app.include_router(operations_routes(service, trainer))
-    models = [
-        route
-        for router in routers
-        for route in router.routes
-        if isinstance(route, APIRoute) and INFERENCE in route.tags
-    ]
+    app.include_router(operations)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    models = [route for route in routes if INFERENCE in route.tags]
+    wording = wording_by((route.path_regex, route.wording) for route in routes if isinstance(route, Worded))
     app.add_middleware(
         Front,
         model_paths=frozenset(route.path for route in models),
-        named_paths=[route.path_regex for route in models if route.param_convertors],
+        named_routes=[route for route in models if route.param_convertors],
         # FastAPI's router names the spans, so where there are some it is FastAPI that finds the handlers.
         handlers={one.path: one.endpoint for one in models if isinstance(one, Direct)} if telemetry == SILENT else {},
         room=service.room,
+        wording=wording,
         backoff=Backoff(service.drain_s, listener),
         request_log=RequestLog(service.metrics, logs=settings.access_log),
         drain=drain or Drain(),
         key=key,
-        open_paths=OPEN_PATHS if settings.api_key_guards == "api" else frozenset(),
+        open_paths=OPEN_PATHS.union(route.path for route in routes if HEALTH in route.tags)
+        if settings.api_key_guards == "api"
+        else frozenset(),
         max_body_bytes=settings.max_body_kb * 1024,
         timeout_s=settings.request_timeout_s,
     )
@@ -171,10 +192,10 @@ def create_app(
 
     @app.exception_handler(TuneserveError)
     async def known(request: Request, error: TuneserveError) -> Response:
-        return problem(error)
+        return wording(request.scope["path"])(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return problem(error)
+        return wording(request.scope["path"])(error)
 
     return app

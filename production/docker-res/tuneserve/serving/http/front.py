@@ -9,7 +9,6 @@ handlers.
 import asyncio
 import hmac
 import json
-import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tuneserve.errors import (
@@ -37,14 +37,15 @@ from tuneserve.errors import (
 from tuneserve.hardware import give_memory_back
 from tuneserve.serving.http import viewer
 from tuneserve.serving.http.backoff import Backoff
-from tuneserve.serving.http.problems import problem, unforeseen
+from tuneserve.serving.http.problems import Wording, unforeseen
 from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json", *viewer.PATHS})
-"""What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation."""
+"""What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation. So are the
+routes of adapters with the tag HEALTH."""
 
 DRAIN_BODY_S = 2.0
 """Seconds that a body may still take once the server drains."""
@@ -134,14 +135,15 @@ class Front:
     Args:
         app: what answers requests that `handlers` does not.
         model_paths: that the model answers, by POST.
-        named_paths: those of models that the path names, which say for themselves whether they have room.
+        named_routes: by POST, those that name the model in their path.
         handlers: path → handler of those that FastAPI need not be asked for.
         room: asked before their bodies are read: why the model could not answer soon, or None.
+        wording: of a path, how errors are worded there.
         backoff: of the event loop, after refusals.
         request_log: told of every answer.
         drain: tells when the server shuts down.
         key: the API key; empty for none.
-        open_paths: what may be asked for without it.
+        open_paths: what may be got without it; whatever else than GET or HEAD is asked of them wants it.
         max_body_bytes: largest body; beyond it 413.
         timeout_s: seconds that a body may take; beyond them 408.
     """
@@ -151,9 +153,10 @@ class Front:
         app: ASGIApp,
         *,
         model_paths: frozenset[str],
-        named_paths: Sequence[re.Pattern[str]] = (),
+        named_routes: Sequence[Route] = (),
         handlers: Mapping[str, Handler],
         room: Callable[[], OverloadedError | None],
+        wording: Callable[[str], Wording],
         backoff: Backoff,
         request_log: RequestLog,
         drain: Drain,
@@ -164,7 +167,7 @@ class Front:
     ) -> None:
         self.app = app
         self._model_paths, self._handlers, self._room, self._backoff = model_paths, handlers, room, backoff
-        self._named_paths = named_paths
+        self._named_routes, self._wording = named_routes, wording
         self._request_log, self._drain = request_log, drain
         self._key, self._open_paths = key, open_paths
         self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
@@ -205,15 +208,15 @@ class Front:
             pass
         except TuneserveError as error:
             close = isinstance(error, ENDING) or _expects_continue(scope["headers"])
-            await problem(error, close=close)(scope, receive, respond)
+            await self._wording(scope["path"])(error, close=close)(scope, receive, respond)
         except asyncio.CancelledError:
             if status:
                 raise
-            await problem(LeavingError())(scope, receive, respond)
+            await self._wording(scope["path"])(LeavingError())(scope, receive, respond)
         except Exception as error:
-            answer = unforeseen(error, request_id.decode())
+            known = unforeseen(error, request_id.decode())
             if not status:
-                await answer(scope, receive, respond)
+                await self._wording(scope["path"])(known)(scope, receive, respond)
         finally:
             self.bodies.release(held[0])
             # Only routes that exist become labels: paths are the client's to invent.
@@ -233,24 +236,28 @@ class Front:
         """
         path, headers = scope["path"], scope["headers"]
         declared, encoding = self._check_head(scope)
-        if self._key and path not in self._open_paths and not has_key(headers, self._key):
-            return problem(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
+        is_open = path in self._open_paths and scope["method"] in ("GET", "HEAD")
+        if self._key and not is_open and not has_key(headers, self._key):
+            return self._wording(path)(UnauthorizedError(NO_KEY), close=_expects_continue(headers))
         is_models = path in self._model_paths and scope["method"] == "POST"
-        is_named = scope["method"] == "POST" and any(pattern.match(path) for pattern in self._named_paths)
+        if not is_models and scope["method"] == "POST":
+            named = next((route for route in self._named_routes if route.path_regex.match(path)), None)
+            if named is not None:
+                is_models, scope["route"] = True, named
         if is_models and (refused := self._room()) is not None:
             self._backoff.request()
-            return _refusal(str(refused), refused.retry_after_s, _expects_continue(headers))
+            return _refusal(self._wording(path), str(refused), refused.retry_after_s, _expects_continue(headers))
         content = await self._read_body(declared, receive, held)
         if encoding:
             content = self._unpack(content, held)
-        if not (is_models or is_named) and not is_text(content):  # a model's route says so itself, if it cannot read it
+        if not is_models and not is_text(content):  # a model's route says so itself, if it cannot read it
             raise InvalidInputError((("body",), NOT_UTF8, "json_invalid"))
         body = [content]
 
         async def replay() -> Message:
             return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
 
-        if not (is_models or is_named):
+        if not is_models:
             await self.app(scope, replay, send)
             return None
         if (handler := self._handlers.get(path)) is None:
@@ -378,6 +385,6 @@ def _expects_continue(headers: Headers) -> bool:
 
 
 @lru_cache(maxsize=32)
-def _refusal(words: str, retry_after_s: int, close: bool) -> Response:
+def _refusal(wording: Wording, words: str, retry_after_s: int, close: bool) -> Response:
     """Kept: many refusals in a row find the same number of tokens waiting."""
-    return problem(OverloadedError(words, retry_after_s=retry_after_s), close=close)
+    return wording(OverloadedError(words, retry_after_s=retry_after_s), close=close)

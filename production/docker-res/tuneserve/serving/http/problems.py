@@ -1,8 +1,9 @@
 """What a client is told when there is no answer."""
 
 import logging
+import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -18,21 +19,37 @@ RETRY_AFTER_S = 5
 """Seconds after which a server without a model, or another than the one that ends, may be asked."""
 
 
+Wording = Callable[..., Response]
+"""Makes the response of an error; its arguments are those of `problem`."""
+
+
+def wording_by(wordings: Iterable[tuple[re.Pattern[str], Wording]]) -> Callable[[str], Wording]:
+    """Of a path, how errors are worded there: as the first pattern that it matches has it, else as everywhere."""
+    wordings = tuple(wordings)
+    return lambda path: next((wording for pattern, wording in wordings if pattern.match(path)), problem)
+
+
 def problem(error: TuneserveError | RequestValidationError, *, close: bool = False) -> Response:
-    """What a client is told of an error; `close` ends the connection behind it."""
-    headers = {"Connection": "close"} if close else {}
+    """What a client is told where no adapter says otherwise: `{"detail"}`."""
+    headers = headers_of(error, close=close)
     if isinstance(error, RequestValidationError | InvalidInputError):
         faults = error.faults if isinstance(error, InvalidInputError) else error.errors()
         # What was sent is left out: it may be private, and large.
         shown = [{"loc": item["loc"], "msg": _words(item), "type": item["type"]} for item in faults[:MAX_FAULTS]]
         return JSONResponse({"detail": shown}, status_code=422, headers=headers)
+    return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+
+
+def headers_of(error: TuneserveError | RequestValidationError, *, close: bool) -> dict[str, str]:
+    """The headers that an error's response has, however the error is worded."""
+    headers = {"Connection": "close"} if close else {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(error.retry_after_s)
-    elif error.status == 503:
+    elif isinstance(error, TuneserveError) and error.status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+    return headers
 
 
 def _words(fault: Mapping[str, Any]) -> str:
@@ -41,9 +58,9 @@ def _words(fault: Mapping[str, Any]) -> str:
     return NOT_JSON if unread else str(fault["msg"])
 
 
-def unforeseen(error: Exception, request_id: str) -> Response:
-    """What a client is told of an error that nobody foresaw; the log is told where it came from."""
+def unforeseen(error: Exception, request_id: str) -> TuneserveError:
+    """What a client may know of an error that nobody foresaw; the log is told where it came from."""
     # Neither the error's words nor its source: they may hold what was sent.
     trace = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s failed: %s\n%s", request_id, type(error).__qualname__, trace.rstrip())
-    return JSONResponse({"detail": "Something went wrong inside; the server's log says what."}, 500)
+    return TuneserveError("Something went wrong inside; the server's log says what.")

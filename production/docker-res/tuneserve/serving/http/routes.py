@@ -3,23 +3,32 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import re
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-import tuneserve
-from tuneserve.errors import ForbiddenError, InvalidInputError, NotFoundError, TooLargeError, TuneserveError
+from tuneserve.errors import (
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    TextError,
+    TooLargeError,
+    TuneserveError,
+)
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.serving.http.front import NOT_UTF8, Handler, is_text
-from tuneserve.serving.http.problems import RETRY_AFTER_S
+from tuneserve.serving.http.problems import RETRY_AFTER_S, Wording
 from tuneserve.serving.http.request_log import Headers
-from tuneserve.serving.http.schemas import FeedbackRequest, Health, Problem, Readiness
+from tuneserve.serving.http.schemas import FeedbackRequest, Health, Index, Problem, Readiness
+from tuneserve.serving.http.viewer import POLICY
 from tuneserve.serving.model import Answer, Answers
 from tuneserve.serving.service import Service
 from tuneserve.tasks.task import Route, Task
@@ -34,6 +43,9 @@ NO_MODEL: dict[str, Any] = {"model": Problem, "description": "No model can answe
 INFERENCE = "inference"
 """The tag of routes whose answers come from the model: they are refused before their body is read while it has no room,
 and dropped when the client disconnects. An adapter's routes want it too."""
+
+HEALTH = "health"
+"""The tag of an adapter's routes that say whether the server is well, and that want no API key for it."""
 
 MANY_ANSWERS = 256
 """Answers of one request that are too many to be written as JSON by the event loop."""
@@ -51,6 +63,15 @@ class Direct(APIRoute):
         return handler
 
 
+class Worded(APIRoute):
+    """A route of an adapter that words errors in its own way, those too that the front raises before FastAPI is asked.
+
+    An adapter makes a subclass that has a `wording`, as a staticmethod, and hands it to its APIRouter.
+    """
+
+    wording: ClassVar[Wording]
+
+
 def inference_routes(service: Service, task: Task, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
     """What the model is asked: each of the task's routes, with and without a slash at its end.
 
@@ -62,7 +83,7 @@ def inference_routes(service: Service, task: Task, responses: dict[int | str, di
     routes = APIRouter(route_class=Direct, tags=[INFERENCE])
     for route in task.routes:
         handler = answering(service, route)
-        schema = {"application/json": {"schema": route.request.model_json_schema()}}
+        schema = {"application/json": {"schema": schema_of(route.request)}}
         routes.post(
             route.path,
             name=route.name,
@@ -72,6 +93,24 @@ def inference_routes(service: Service, task: Task, responses: dict[int | str, di
         )(handler)
         routes.post(f"{route.path}/", include_in_schema=False)(handler)
     return routes
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a body without references: none would be found from within the API's description."""
+    schema = model.model_json_schema()
+    known = schema.pop("$defs", {})
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, dict):
+            return (
+                inlined(known[part["$ref"].rpartition("/")[2]])
+                if "$ref" in part
+                else {name: inlined(one) for name, one in part.items()}
+            )
+        return [inlined(one) for one in part] if isinstance(part, list) else part
+
+    found: dict[str, Any] = inlined(schema)
+    return found
 
 
 def answering(service: Service, route: Route) -> Handler:
@@ -85,8 +124,11 @@ def answering(service: Service, route: Route) -> Handler:
             raise TooLargeError(f"The request has {len(inputs)} texts; {max_inputs} are the most this server takes.")
         timeout_s = wanted_s(request.scope["headers"], service.timeout_s)
         if (event := route.events(wanted)) is not None:
-            return await streamed(service.stream(inputs[0], timeout_s=timeout_s), route, event)
-        answers = await service.answer(inputs, timeout_s=timeout_s, request_id=request.scope["state"]["request_id"])
+            return await streamed(service.stream(inputs[0], timeout_s=timeout_s), event, route.headers)
+        if route.consult is not None:
+            answers = await service.consult(partial(route.consult, wanted), timeout_s=timeout_s)
+        else:
+            answers = await service.answer(inputs, timeout_s=timeout_s, request_id=request.scope["state"]["request_id"])
         content = write(answers) if len(answers) < MANY_ANSWERS else await asyncio.to_thread(write, answers)
         return Response(content, headers=dict(route.headers(answers)), media_type="application/json")
 
@@ -97,9 +139,22 @@ def answering(service: Service, route: Route) -> Handler:
     return answer
 
 
-async def streamed(pieces: AsyncGenerator[Answer], route: Route, event: Callable[[Any, Any], Any]) -> StreamingResponse:
-    """An answer as server-sent events, as it comes to be. What goes wrong before the first is answered as usual."""
-    first = await anext(pieces)
+async def streamed(
+    pieces: AsyncGenerator[Answer],
+    event: Callable[[Any, Any], Any],
+    headers: Callable[[Answers], Mapping[str, str]],
+) -> StreamingResponse:
+    """An answer as server-sent events, as it comes to be. What goes wrong before the first is answered as usual.
+
+    Args:
+        pieces: the answer, again and again.
+        event: makes the JSON of an event of an answer and the one before; see `Route`.
+        headers: of the response, by the first.
+    """
+    try:
+        first = await anext(pieces)
+    except TextError as error:
+        raise InvalidInputError((("body", "inputs", 0), str(error), "value_error")) from None
 
     async def lines() -> AsyncGenerator[bytes]:
         before, answer = None, first
@@ -112,8 +167,8 @@ async def streamed(pieces: AsyncGenerator[Answer], route: Route, event: Callable
             except TuneserveError as error:
                 yield _event({"error": str(error), "error_type": type(error).__name__})
 
-    headers = {"Cache-Control": "no-cache", **route.headers([first])}
-    return StreamingResponse(lines(), headers=headers, media_type="text/event-stream")
+    found = {"Cache-Control": "no-cache", **headers([first])}
+    return StreamingResponse(lines(), headers=found, media_type="text/event-stream")
 
 
 def _event(content: Any) -> bytes:
@@ -134,8 +189,18 @@ def read_body(schema: type[BaseModel], body: bytes) -> BaseModel:
                 raise
             return schema.model_validate(_lenient(body, error))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        raise InvalidInputError(*((("body", *one["loc"]), one["msg"], one["type"]) for one in found)) from None
+        raise invalid(error) from None
+
+
+def invalid(error: ValidationError) -> InvalidInputError:
+    """What a body's schema finds wrong with it."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    return InvalidInputError(*((("body", *_fields(one["loc"])), one["msg"], one["type"]) for one in found))
+
+
+def _fields(loc: Sequence[int | str]) -> list[int | str]:
+    """Where a fault is, without pydantic's own names for the members of a union, which say nothing to a client."""
+    return [part for part in loc if not (isinstance(part, str) and "[" in part)]
 
 
 def _lenient(body: bytes, error: ValidationError) -> Any:
@@ -282,6 +347,30 @@ def model_routes(service: Service) -> APIRouter:
     return routes
 
 
+WELCOME = "This is tuneserve. GET /docs describes what may be asked here."
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>tuneserve</title><link rel="icon" href="data:,"></head>
+<body>
+<h1>tuneserve</h1>
+<p><a href="docs">How to ask the model</a>, <a href="model">what it is</a>, <a href="metrics">figures</a>.</p>
+</body>
+</html>
+"""
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header names HTML, and JSON not before it; what names neither wants JSON."""
+    weights = {"text/html": 0.0, "application/json": 0.0}
+    for one in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in one.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        if kind in weights:
+            weights[kind] = float(weight) if re.fullmatch(r"[01](\.\d{0,3})?", weight) else 0.0
+    return weights["text/html"] > weights["application/json"]
+
+
 def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
     """For whoever keeps the server running."""
     routes = APIRouter(tags=["operations"])
@@ -307,7 +396,7 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
             response.status_code = 503
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
             training = trainer.progress() if trainer is not None and phase == "empty" else {}
-            return Readiness.model_validate({"phase": phase, **training})
+            return Readiness.model_validate({"phase": phase, "reason": service.reason(), **training})
         return Readiness(phase=phase, model_version=service.version_id())
 
     @routes.get("/metrics", response_class=Response, responses=METRICS_RESPONSE)
@@ -315,8 +404,21 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
         """Figures for Prometheus."""
         return Response(service.render_metrics(), media_type=METRICS)
 
-    @routes.get("/", include_in_schema=False)
-    async def index() -> dict[str, str]:
-        return {"name": "tuneserve", "version": tuneserve.__version__, "docs": "/docs", "model": "/model"}
+    @routes.get(
+        "/",
+        response_model=Index,
+        responses={
+            200: {"content": {"text/html": {"schema": {"type": "string"}}}},
+            503: {"model": Index, "description": "The engine or the store's follower failed."},
+        },
+    )
+    async def index(request: Request) -> Response:
+        """For a browser, by its Accept header, a page; for everybody else JSON that says whether the server is well."""
+        varies = {"Vary": "Accept"}
+        if prefers_html(request.headers.get("accept", "")):
+            return HTMLResponse(PAGE, headers={**varies, "Content-Security-Policy": POLICY})
+        alive = service.is_alive()
+        about = Index(status="alive" if alive else "failed", message=WELCOME if alive else "The engine has failed.")
+        return JSONResponse(about.model_dump(), 200 if alive else 503, headers=varies)
 
     return routes

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+import tuneserve
 from tuneserve.text import has_surrogates, is_blank
 
 
@@ -11,6 +12,7 @@ class Readiness(BaseModel):
     """Whether a model can answer, and what is going on otherwise; during the first training, how far it is."""
 
     phase: str
+    reason: Annotated[str | None, Field(description="Which models a server of many waits for.")] = None
     model_version: str | None = None
     epoch: Annotated[int | None, Field(description="Counted from 1.")] = None
     epochs: int | None = None
@@ -25,6 +27,17 @@ class Health(BaseModel):
     """Whether the process is worth keeping."""
 
     status: Literal["alive", "failed"]
+
+
+class Index(BaseModel):
+    """What `GET /` says to programs: KServe's clients read `status`, older systems' `message`."""
+
+    status: Literal["alive", "failed"]
+    message: str
+    name: str = "tuneserve"
+    version: str = tuneserve.__version__
+    docs: str = "/docs"
+    model: str = "/model"
 
 
 class FeedbackRequest(BaseModel):

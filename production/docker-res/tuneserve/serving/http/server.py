@@ -10,8 +10,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, cast
 
@@ -21,9 +22,12 @@ from tuneserve.errors import SettingsError
 from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.application import Application, prepare
+from tuneserve.serving.folder import FolderApplication
+from tuneserve.serving.http.app import Adapter
 from tuneserve.serving.http.front import Drain
 from tuneserve.serving.http.protocol import Protocol
 from tuneserve.serving.http.request_log import RequestLog
+from tuneserve.serving.lifetime import Root
 from tuneserve.serving.many import ManyApplication
 from tuneserve.settings import Settings
 
@@ -96,7 +100,7 @@ def end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def open_server(application: Application | ManyApplication, settings: Settings) -> Server:
+def open_server(application: Root, settings: Settings) -> Server:
     """Uvicorn with this application, not yet started."""
     log = RequestLog(application.slot.metrics, logs=settings.access_log)
     protocol = partial(Protocol, request_log=log, timeout_s=settings.request_timeout_s)
@@ -115,7 +119,11 @@ def open_server(application: Application | ManyApplication, settings: Settings) 
 
 
 def serve(
-    settings: Settings, *, threads: int, training: Sequence[str] = (), environ: Mapping[str, str] | None = None
+    settings: Settings,
+    *,
+    threads: int,
+    training: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> None:
     """Serve the champion until SIGTERM or SIGINT.
 
@@ -132,16 +140,17 @@ def serve(
         SettingsError: the address cannot be listened on, or traces cannot be sent.
         SystemExit: a signal came before there was a first model.
     """
-    sys.setswitchinterval(SWITCH_S)
-    gc.set_threshold(YOUNG_OBJECTS)
     store = Store(settings.model_path)
     if not training and store.champion_id() is None:
         store.champion()  # raises, and says what to do
-    with listen(settings.host, settings.port) as listener:
+
+    def make(listener: socket.socket) -> Root:
         application = Application(settings, threads=threads, training=training, environ=environ, listener=listener)
         if training:
             prepare(store)
-        _run(application, settings, listener)
+        return application
+
+    _run(make, settings)
 
 
 def serve_many(settings: Settings, *, threads: int, importing: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -157,14 +166,39 @@ def serve_many(settings: Settings, *, threads: int, importing: Sequence[str], en
         TuneserveError: a pinned model cannot be loaded.
         SettingsError: the address cannot be listened on, or MODELS or PINNED_MODELS name what is not there.
     """
+    _run(lambda _: ManyApplication(settings, threads=threads, importing=importing, environ=environ), settings)
+
+
+def serve_folder(
+    settings: Settings,
+    folder: Path,
+    *,
+    threads: int,
+    importing: Sequence[str],
+    environ: Mapping[str, str],
+    adapters: Sequence[Adapter],
+) -> None:
+    """Serve what is in a folder until SIGTERM or SIGINT; see `FolderApplication` for the arguments.
+
+    Raises:
+        TuneserveError: the model cannot be loaded.
+        SettingsError: the address cannot be listened on, or traces cannot be sent.
+    """
+    made = partial(
+        FolderApplication, settings, folder, threads=threads, importing=importing, environ=environ, adapters=adapters
+    )
+    _run(lambda _: made(), settings)
+
+
+def _run(make: Callable[[socket.socket], Root], settings: Settings) -> None:
+    """Serve until the end what is made once the address is taken, and close it; see `serve`."""
     sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(YOUNG_OBJECTS)
     with listen(settings.host, settings.port) as listener:
-        _run(ManyApplication(settings, threads=threads, importing=importing, environ=environ), settings, listener)
+        _answer(make(listener), settings, listener)
 
 
-def _run(application: Application | ManyApplication, settings: Settings, listener: socket.socket) -> None:
-    """Serve until the end, and close the application; see `serve`."""
+def _answer(application: Root, settings: Settings, listener: socket.socket) -> None:
     slot = application.slot
     server = open_server(application, settings)
 

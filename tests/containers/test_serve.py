@@ -1,0 +1,48 @@
+"""The image that serves and has no torch: with a store that another trained, and with a model inside."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny
+
+from .conftest import VERSION, Job, base_image_option, run_build
+
+NAME = "tuneserve-test-serve"
+
+
+@pytest.fixture(scope="module")
+def server(engine: Any, image: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The image with a tiny classifier in it."""
+    folder = tmp_path_factory.mktemp("serve")
+    version = tiny.train(tiny.write_csv(folder / "reviews.csv", tiny.sentences(200)), folder)
+    options = ("--target", "serve", "--bake", str(version.folder), "--name", NAME, "--version", VERSION)
+    done = run_build(*options, *base_image_option())
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    built = engine.images.get(f"{NAME}:{VERSION}")
+    yield built
+    engine.images.remove(built.id, force=True)
+
+
+# `server` is named first, so that its containers are gone before it is.
+def test_a_server_without_torch_answers_and_watches(server: Any, engine: Any, start: Callable[..., Job]) -> None:
+    _, base = base_image_option() or ["", "debian:trixie-slim"]
+    assert server.attrs["Size"] - engine.images.get(base).attrs["Size"] < 400e6
+    job = start(of=server, read_only=True, tmpfs={"/tmp": "", "/logs": ""}, user="4321")
+    job.is_ready()
+    for _ in range(3):
+        status, answer = job.post("/inference/batch", {"texts": ["a great film", "awful food"] * 20})
+        assert (status, [one["label"] for one in answer["predictions"][:2]]) == (200, ["good", "bad"])
+    status, drift = job.get("/drift")
+    assert (status, drift["drifted"] in (True, False)) == (200, True)
+    _, said = job.container.exec_run(["python", "-c", "import importlib.util as u; print(u.find_spec('torch'))"])
+    assert said.decode().strip() == "None"
+    assert "openvino" in job.libraries()
+    assert not {"torch", "pip", "setuptools", "hf-xet", "hf_xet"} & job.libraries().keys()
+
+
+def test_what_it_cannot_do_it_says(server: Any, start: Callable[..., Job]) -> None:
+    job = start(["train"], of=server, ports={})
+    assert job.ends() == 2
+    assert "train needs torch, which is not installed" in job.log
+    assert "Traceback" not in job.log
