@@ -187,7 +187,8 @@ def test_layers_that_are_laid_out_anew_compute_the_same(folders: dict[str, Path]
         torch_writer.lay_out(model)
         assert not any(isinstance(one, Conv1D) for one in model.modules())
         packed = [one for one in model.modules() if isinstance(one, torch_writer.Packed)]
-        assert len(packed) == (4 * model.config.n_layer + 1 if precision == torch.bfloat16 else 0)
+        packs = precision == torch.bfloat16 and torch_writer.can_pack()
+        assert len(packed) == (4 * model.config.n_layer + 1 if packs else 0)
         assert torch.allclose(model(ids).logits, before, rtol=1e-5, atol=1e-4 if precision == torch.float32 else 0.02)
 
 

@@ -81,9 +81,15 @@ class Packed(torch.nn.Module):
         return product
 
 
+def can_pack() -> bool:
+    """Whether oneDNN computes in bf16 on this CPU: without AVX-512 or its like it refuses, and torch does it itself."""
+    ops = torch.ops.mkldnn
+    known = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    return known and hasattr(ops, "_is_mkldnn_bf16_supported") and bool(ops._is_mkldnn_bf16_supported())
+
+
 def _can_pack(weight: torch.Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and can_pack()
 
 
 def _as_linear(layer: torch.nn.Module) -> torch.nn.Linear | None:
