@@ -77,7 +77,7 @@ def survey(*, name: str, folder: str, device: str) -> dict[str, Any]:
 
     Returns:
         `folder` of the model; `pretrained`, whether its weights were learned; `body`, the number of its weights outside
-        embeddings and pooler; `rates`, the best rate of products in each precision, in operations a second;
+        embeddings and pooler; `rates`, the best rate of products in fp32 and `precision`, in operations a second;
         `precision`, the one that the device computes in, and its rate, `flops`; `threads`.
     """
     chosen, _ = choose_device(device)  # refuses a GPU that is not there
@@ -93,7 +93,8 @@ def survey(*, name: str, folder: str, device: str) -> dict[str, Any]:
         model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(found))
     body = sum(one.numel() for key, one in model.named_parameters() if "embeddings" not in key and "pooler" not in key)
     precision = choose_precision("auto", chosen)
-    rates = {name: measure_products(device, dtype) for name, dtype in NUMBER_FORMAT.items()}
+    # Where the device has no bf16, it is emulated: minutes for one product.
+    rates = {name: measure_products(device, NUMBER_FORMAT[name]) for name in dict.fromkeys(("fp32", precision))}
     return {
         "folder": str(found),
         "pretrained": pretrained,

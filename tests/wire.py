@@ -103,10 +103,11 @@ def served(
     telemetry: TelemetryConfig = SILENT,
     adapters: Sequence[Adapter] = (),
     task: Task = CLASSIFICATION,
+    port: int = 0,
     **options: Any,
 ) -> Iterator[int]:
-    """The port of a server over the slot."""
-    with listen("127.0.0.1", 0) as listener:
+    """The port of a server over the slot; any that is free, unless one is named."""
+    with listen("127.0.0.1", port) as listener:
         drain = Drain()
         log = RequestLog(slot.metrics, logs=settings.access_log)
         protocol = partial(Protocol, request_log=log, timeout_s=settings.request_timeout_s)

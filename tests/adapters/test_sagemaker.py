@@ -89,6 +89,17 @@ def test_a_table_of_answers_has_the_keys_for_its_head(ask: Ask) -> None:
     assert failure(ask({"inputs": ["a"], "parameters": {"top_k": None}}, accept="text/csv"))[0] == 406
 
 
+def test_all_scores_stand_in_the_order_of_the_labels_and_ranked_ones_by_their_score(ask: Ask) -> None:
+    film = ask({"inputs": "film"}).json()[0]["label"]
+    assert film == "good"  # which is not the first label
+    every = ask({"inputs": "film", "parameters": {"return_all_scores": True}}).json()
+    assert [[one["label"] for one in row] for row in every] == [["bad", "good"]]
+    several = ask({"inputs": ["film", "a"], "parameters": {"return_all_scores": True}}).json()
+    assert [[one["label"] for one in row] for row in several] == [["bad", "good"]] * 2
+    ranked = ask({"inputs": "film", "parameters": {"top_k": None}}).json()
+    assert [one["label"] for one in ranked] == ["good", "bad"]
+
+
 def test_what_a_client_accepts_may_be_said_by_the_server(settings: Settings, slot: Slot) -> None:
     client = client_of(settings, slot, accept="text/csv")
     for headers in ({}, {"Accept": "*/*"}):

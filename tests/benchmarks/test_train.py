@@ -115,7 +115,8 @@ def test_shares_are_of_the_rate_of_the_precision_that_the_device_computes_in(
     for native, rate in (("fp32", 1.0), ("bf16", 2.0)):
         monkeypatch.setattr(conditions, "choose_precision", lambda setting, device, native=native: native)
         found = conditions.survey(name=str(base_model), folder="", device="cpu")
-        assert (found["precision"], found["flops"], found["rates"]) == (native, rate, {"fp32": 1.0, "bf16": 2.0})
+        assert (found["precision"], found["flops"]) == (native, rate)
+        assert found["rates"] == {"fp32": 1.0} | {native: rate}  # emulated, one product would take a minute
 
 
 def test_cells_are_means_with_deviations_and_ratios_are_taken_within_a_seed() -> None:

@@ -15,7 +15,8 @@ import pytest
 from lifecycle.conftest import ENVIRONMENT
 
 from tuneserve.errors import BusyError, StoreError
-from tuneserve.lifecycle.status import REFUSALS, Status, hold, read_status
+from tuneserve.lifecycle import status
+from tuneserve.lifecycle.status import MOST_POINTS, REFUSALS, Status, hold, read_status
 from tuneserve.lifecycle.store import Store
 
 HOLDER = """
@@ -199,6 +200,29 @@ def test_the_time_left_follows_the_pace_from_the_first_step_on(store: Store, mon
         status.step(60, {"loss": 0.5})
     seen = read_status(store.status_file)
     assert {name: seen[name] for name in ("epoch", "progress", "eta_s")} == {"epoch": 3, "progress": 0.6, "eta_s": 40}
+
+
+def test_a_curve_keeps_its_form_and_its_bounds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "EVERY_S", 0)
+    store.prepare()
+    said = Status(store.status_file)
+    said.found([f"{number} \U0001f600" * 200 for number in range(50)])  # four bytes a character
+    said.training(steps=1000, epochs=2)
+    for step in range(1, 1001):
+        said.step(step, {"loss": 1000.0 - step})
+        if step % 500 == 0:
+            said.step(step, {"validation_loss": float("nan") if step == 500 else 0.5})
+    course = read_status(store.status_file)["course"]
+    losses = course["losses"]
+    assert MOST_POINTS // 2 <= len(losses) <= MOST_POINTS
+    assert [step for step, _ in losses] == sorted({step for step, _ in losses})
+    assert losses[-1] == (1000, 0.0)
+    assert losses[0] == (1, 999.0)  # the beginning stays
+    assert all(loss == 1000.0 - step for step, loss in losses)
+    assert course["validation_losses"] == [(1000, 0.5)]  # what is no number is no point
+    assert (len(course["findings"]), len(course["findings"][0])) == (20, 400)
+    said.phase("judging")
+    assert read_status(store.status_file)["course"] == course  # other phases keep it
 
 
 def test_who_did_not_get_the_lock_does_not_release_it(path: Path, python: Python) -> None:

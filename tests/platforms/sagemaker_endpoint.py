@@ -9,6 +9,7 @@ import hashlib
 import json
 import tarfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import httpx
 
 PASSED_ON = ("Content-Type", "Accept", "X-Amzn-SageMaker-Custom-Attributes", "X-Amzn-SageMaker-Target-Model")
 LOAD_S, INVOKE_S = 360.0, 60.0
+LOOK_S = 0.1
 
 
 class PlatformError(Exception):
@@ -99,8 +101,16 @@ class Endpoint:
             answer = self._tell("POST", "/models", target, LOAD_S, content, {"Content-Type": "application/json"})
             if answer.status_code in (200, 409):
                 return
-            if answer.status_code != 507 or not self._unload_one(but=target):
+            if answer.status_code != 507:
                 raise self._error_of(answer)
+            if not self._unload_one(but=target):
+                if not self._others_load(target):
+                    raise self._error_of(answer)
+                time.sleep(LOOK_S)  # until one of them can be unloaded
+
+    def _others_load(self, target: str) -> bool:
+        with self._lock:
+            return any(one != target and not load.done() for one, load in self._models.items())
 
     def _unload_one(self, *, but: str) -> bool:
         with self._lock:

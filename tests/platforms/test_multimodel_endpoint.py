@@ -84,7 +84,7 @@ def test_two_archives_that_do_not_fit_together_answer_eight_clients(
         [answer for target, answer, variant in found["answers"] if target == name and variant == "primary"]
         for name in TEXTS
     )
-    assert (len(bert), len(gpt)) == (16, 16)
+    assert (len(bert), len(gpt)) == (16, 16), found["errors"]
     for answer in set(bert):
         expected = torch.tensor(embed(weights["bert"], TEXTS["bertmodel.tar.gz"]))
         torch.testing.assert_close(torch.tensor(ast.literal_eval(answer)), expected)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from fastapi.testclient import TestClient
+from serving.conftest import EchoEngine
 from wire import app_of, wait_until
 
 from tuneserve.artifact import Version
@@ -81,6 +82,16 @@ def test_the_words_of_a_long_text_are_taken_together(version: Version, engine: A
     assert len(found.spans) == 8  # 2,048 tokens would be fewer
     assert (found.spans[0][0], found.spans[-1][1], found.read) == (0, len(text), len(text))
     assert {len(text[start:end].split()) for start, end in found.spans} == {37, 38}
+
+
+def test_many_characters_of_few_tokens_are_not_read_for_each_of_them(version: Version, engine: EchoEngine) -> None:
+    classifier = Classifier(version, engine, long_text="window")
+    text = "film " + "<br> " * 1600 + "film film"  # a tag is cleaned away, but looked at
+    found = explained(classifier, text)
+    classifier.close()
+    assert len(text) > 8000
+    assert len(found.spans) == 8  # not hundreds, each of which would have the whole read again
+    assert (found.spans[0][0], found.spans[-1][1]) == (0, len(text))
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 11, 12, 100])

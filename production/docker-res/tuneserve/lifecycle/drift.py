@@ -32,6 +32,9 @@ MIN_TEXTS = 50
 LEVEL = 0.01
 """The family-wise error rate: how often a window like the reference is called drift, at most."""
 
+RARE = 0.05
+"""Share of the reference's texts that are called rare by one figure."""
+
 DECIMALS = 3
 """Decimals of a confidence: finer differences come from the precision of the engine."""
 
@@ -211,6 +214,21 @@ def compare(reference: Reference | None, window: Window) -> Report:
         figures=figures,
         sentence=sentence,
     )
+
+
+def rare_in(reference: Reference | None, observations: Sequence[Observation | None]) -> list[list[str]]:
+    """For each answer the figures by which few texts of the reference are like it: its length, its unknown words."""
+    before = reference.answers if reference is not None else ()
+    if not isinstance(before, Answers) or not len(before):
+        return [[] for _ in observations]
+    low, high = np.quantile(before.tokens, [RARE / 2, 1 - RARE / 2]).tolist()
+    most = float(np.quantile(before.unknown_shares, 1 - RARE))
+
+    def rare(one: Observation) -> list[str]:
+        is_rare = {"length": not low <= one.tokens <= high, "unknown": one.unknown / max(1, one.tokens) > most}
+        return [name for name, found in is_rare.items() if found]
+
+    return [rare(one) if one is not None else [] for one in observations]
 
 
 def utc(seconds: float) -> str:

@@ -3,6 +3,7 @@
     MODEL_PATH/evidence/<id>/test.parquet   columns `text`, `label`, and `origin`: `data` or `feedback`; of each at
                                             most MAX_TEXTS
     MODEL_PATH/evidence/<id>/learned.npy    uint64 [training and validation texts], sorted: hashes, no texts
+    MODEL_PATH/evidence/<id>/examples.json  a few short test texts, for people to try the version with
 
 It is stored beside the version and not in it, so that a model can be handed on without any texts.
 """
@@ -10,18 +11,25 @@ It is stored beside the version and not in it, so that a model can be handed on 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from pydantic import TypeAdapter
 
 from tuneserve.errors import StoreError
-from tuneserve.files import new_folder
+from tuneserve.files import as_record, new_folder, parse_json, read_bytes, write_json
 from tuneserve.text import plain
 
 logger = logging.getLogger(__name__)
+
+EXAMPLES = "examples.json"
+MOST_EXAMPLES = 8
+MAX_BYTES = 64 << 10
+EXAMPLE_CHARACTERS = range(12, 241)
+"""Of a text that is read at a glance, and says something."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,8 +71,33 @@ def write_evidence(folder: Path, evidence: Evidence, learned: Iterable[str]) -> 
             table = pa.table({"text": evidence.texts, "label": evidence.labels, "origin": origins})
             pq.write_table(table, temporary / "test.parquet")
             np.save(temporary / "learned.npy", np.unique(np.fromiter(map(key_of, learned), dtype=np.uint64)))
+            write_json(temporary / EXAMPLES, choose_examples(evidence))
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error}") from error
+
+
+def choose_examples(evidence: Evidence) -> list[str]:
+    """Short texts of the owner's test, of each label in turn."""
+    by_label: dict[str, list[str]] = {}
+    for text, label, own in zip(evidence.texts, evidence.labels, evidence.is_own, strict=True):
+        if own and len(text) in EXAMPLE_CHARACTERS:
+            by_label.setdefault(label, []).append(text)
+    turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
+    return list(islice((text for turn in turns for text in turn if text is not None), MOST_EXAMPLES))
+
+
+STRINGS = TypeAdapter(list[str])
+
+
+def read_examples(folder: Path) -> list[str]:
+    """The texts to try a version with; none of one that an older release trained."""
+    try:
+        return as_record(parse_json(read_bytes(folder / EXAMPLES, max_bytes=MAX_BYTES)), STRINGS)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read: %s", folder / EXAMPLES, error)
+        return []
 
 
 def read_evidence(folder: Path) -> Evidence:

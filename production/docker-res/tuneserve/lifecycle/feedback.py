@@ -22,6 +22,7 @@ from tuneserve.errors import ConflictError, NotFoundError, StoreError, Unavailab
 from tuneserve.lifecycle.feedback_database import (
     ORIGINS,
     TRUSTED,
+    TRUSTED_SQL,
     WAIT_S,
     bound,
     give_back,
@@ -67,6 +68,14 @@ class Answer(NamedTuple):
         return (self.version, self.label, self.text) == (other.version, other.label, other.text)
 
 
+class Unlabelled(NamedTuple):
+    """A text that was answered, with the label it was given and that label's probability."""
+
+    text: str
+    label: str
+    score: float
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """The accuracy of a version over its newest labelled answers, with its 95% interval."""
@@ -102,6 +111,7 @@ class Feedback:
         keyed: bool = False,
     ) -> None:
         self.dropped = 0
+        self.keeps_texts = keep_texts
         self.keyed = keyed
         self._path, self._max_rows, self._max_bytes = path, max_rows, max_bytes
         self._keep_texts, self._max_characters = keep_texts, max_characters
@@ -212,6 +222,21 @@ class Feedback:
         count, right = len(newest), sum(newest.values())
         low, high = wilson(right, count)
         return Accuracy(version, count, right, right / count, low, high)
+
+    def unlabelled(self, most: int) -> list[Unlabelled]:
+        """The newest different texts that were answered and have no label that counts; none without KEEP_TEXTS.
+
+        Raises:
+            UnavailableError: they cannot be read.
+        """
+        # Of a group SQLite takes the other columns from the row with its newest time.
+        query = (
+            "SELECT text, label, score, max(at) FROM answers WHERE text IS NOT NULL AND NOT EXISTS "
+            f"(SELECT 1 FROM labels WHERE labels.text = answers.text AND origin IN {TRUSTED_SQL}) "
+            "GROUP BY text ORDER BY max(at) DESC LIMIT ?"
+        )
+        with open_database(self._path, wait_s=READ_WAIT_S) as database:
+            return [Unlabelled(*row[:3]) for row in database.execute(query, [most])]
 
     def counts(self) -> dict[str, int]:
         """The number of labels, of texts with a label to train on, and of labels that are kept apart."""

@@ -10,11 +10,12 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +38,12 @@ MAX_BYTES = 64 << 10
 
 EVERY_S = 1.0
 """Seconds between two writings."""
+
+MOST_POINTS = 200
+"""Of a curve; of a longer one every second point is left out, again and again."""
+
+MOST_FINDINGS = 20
+FINDING_CHARACTERS = 400
 
 Phase = Literal["preparing", "training", "testing", "judging", "finished", "failed"]
 
@@ -135,6 +142,7 @@ class Status:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._content: dict[str, Any] = {"phase": "preparing", "pid": os.getpid()}
+        self._course: dict[str, Any] = {}
         self._steps, self._epochs = 1, 1
         self._first: int | None = None
         self._began = 0.0
@@ -145,14 +153,23 @@ class Status:
         self._content = {"phase": name, "pid": os.getpid()}
         self._write()
 
+    def found(self, sentences: Sequence[str]) -> None:
+        """Report what was found in the data."""
+        self._course["findings"] = [one[:FINDING_CHARACTERS] for one in sentences[:MOST_FINDINGS]]
+        self._write()
+
     def training(self, *, steps: int, epochs: int) -> None:
         """Begin the optimizer's steps; `steps` counts those of all epochs."""
         self._steps, self._epochs, self._began = steps, epochs, time.monotonic()
+        self._course |= {"steps": steps, "losses": [], "validation_losses": []}
         self.phase("training")
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
-        """Report that `step` steps are done, with figures of the last one."""
+        """Report that `step` steps are done, with figures of the last one, or of the epoch that has just ended."""
         now = time.monotonic()
+        if "validation_loss" in figures:
+            self._point("validation_losses", step, figures["validation_loss"])
+            self._write()
         if self._first is None:
             self._first = step - 1  # not 0 if it goes on from a checkpoint
         if now - self._written < EVERY_S or "loss" not in figures:
@@ -165,6 +182,7 @@ class Status:
             "loss": round(figures["loss"], 4),
             "eta_s": round(max(0, self._steps - step) * pace_s, 1),
         }
+        self._point("losses", step, figures["loss"])
         self._write()
 
     def decided(self, decision: Decision, *, before: Decision | None) -> None:
@@ -183,12 +201,30 @@ class Status:
             self._content = {"phase": "failed", "reason": said}
             self._write()
 
+    def _point(self, curve: str, step: int, value: float) -> None:
+        if not math.isfinite(value):  # JSON has no such figure, and a curve no place for it
+            return
+        points: list[tuple[int, float]] = self._course.get(curve, [])
+        if len(points) >= MOST_POINTS:
+            points = points[::2]
+        self._course[curve] = [*points, (step, round(value, 4))]
+
     def _write(self) -> None:
         if self._path is None:
             return
         self._written = time.monotonic()
         with suppress(OSError):  # not durable: of no use after a power cut
-            replace_file(self._path, json.dumps(self._content).encode(), durable=False)
+            content = json.dumps({**self._content, "course": self._course}, ensure_ascii=False)
+            replace_file(self._path, content.encode(errors="replace"), durable=False)
+
+
+class Course(TypedDict, total=False):
+    """How a training has gone so far: losses by step, of `steps` in all, and what was found in its data."""
+
+    steps: int
+    losses: list[tuple[int, float]]
+    validation_losses: list[tuple[int, float]]
+    findings: list[str]
 
 
 class Content(TypedDict, total=False):
@@ -204,6 +240,7 @@ class Content(TypedDict, total=False):
     version: str
     decision: str
     reason: str
+    course: Course
 
 
 SHAPE = TypeAdapter(Content)

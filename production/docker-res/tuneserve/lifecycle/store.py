@@ -206,16 +206,21 @@ class Store:
         self.set_champion(version)
         return version
 
-    def rollback(self) -> tuple[Version, str | None]:
+    def rollback(self, expected: str | None = None) -> tuple[Version, str | None]:
         """Return to the previous champion and withdraw the current one, which no retraining brings back.
+
+        Args:
+            expected: the champion that is to be withdrawn; None for whichever it is.
 
         Returns:
             The new champion, and the id of the version that was withdrawn.
 
         Raises:
-            StoreError: there is nothing to go back to.
+            StoreError: there is nothing to go back to, or another version is the champion.
         """
         withdrawn = self._readable_champion_id()
+        if expected not in (None, withdrawn):
+            raise StoreError(f"Version {expected!r} is not the champion, or is no longer.")
         version = self.previous()
         if version is None:
             raise StoreError(f"MODEL_PATH={self.root} remembers no version to go back to; see run.py versions.")

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -93,6 +94,8 @@ class Trainer:
             # Names are in the order of time, within a second too.
             name = f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond:05x}{uuid4().hex[:1]}"
             job = Job(name, why, "running", _timestamp(now))
+            with suppress(OSError):
+                self._store.status_file.unlink(missing_ok=True)  # it is of the training before
             self._job = job
             self._keep(job)
             self._thread = threading.Thread(target=self._run, args=[job], name="training", daemon=True)
@@ -110,9 +113,20 @@ class Trainer:
         if self.running is None:
             return {}
         status = read_status(self._store.status_file)
-        if status.get("phase") in (None, "finished", "failed"):  # of the training before
+        if "phase" not in status:
             return {"phase": "preparing"}
-        return {name: value for name, value in status.items() if name != "pid"}
+        if status["phase"] in ("finished", "failed"):  # its process is about to end
+            return {"phase": "judging"}
+        return {name: value for name, value in status.items() if name not in ("pid", "course")}
+
+    def course(self) -> dict[str, object]:
+        """How the running job, or else the last, has gone: its losses, and what was found in its data; see `Course`."""
+        return {} if self._job is None else read_status(self._store.status_file).get("course", {})
+
+    @property
+    def last(self) -> Job | None:
+        """The job that this server has started last, which may be running."""
+        return self._job
 
     def jobs(self) -> list[Job]:
         """All jobs on record, newest first."""
@@ -170,7 +184,6 @@ class Trainer:
             with self._lock:
                 self._child = None
                 if not self._closed:
-                    self._store.status_file.unlink(missing_ok=True)  # it is of the training before
                     self._child = subprocess.Popen([*self._command, *background], env=self._environ)
             code = self._child.wait() if self._child is not None else 128 + signal.SIGTERM
             job = self._ended(job, code)

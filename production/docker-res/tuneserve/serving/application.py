@@ -108,6 +108,7 @@ class Application(Root):
             telemetry=self._traces.telemetry,
             drain=self.drain,
             listener=listener,
+            store=store,
         )
 
     def start(self) -> None:
@@ -173,7 +174,8 @@ def what_is_open(settings: Settings, *, trains: bool, labels: bool = True) -> li
     if settings.api_key.get_secret_value():
         return []
     lines = [
-        "API_KEY is not set: whoever reaches the port may ask for predictions, /model, /drift and the labels' figures"
+        "API_KEY is not set: whoever reaches the port may ask for predictions, /model, /versions, /drift, the labels' "
+        "figures, and eight short texts of the test (/examples)"
     ]
     if labels:
         lines.append(
@@ -183,7 +185,7 @@ def what_is_open(settings: Settings, *, trains: bool, labels: bool = True) -> li
     else:
         lines = ["API_KEY is not set: whoever reaches the port may ask for answers and /model"]
     if trains:
-        lines.append("API_KEY is not set: POST /retrain is refused, /jobs is open; promote and rollback want the store")
+        lines.append("API_KEY is not set: /retrain, /promote and /rollback are refused; /jobs and /events are open")
     return lines
 
 

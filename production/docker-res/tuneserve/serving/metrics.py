@@ -1,8 +1,8 @@
 """What Prometheus reads at `GET /metrics`."""
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -124,6 +124,27 @@ class Metrics:
             return
         for name, gauge in self.feedback_accuracy.items():
             gauge.set(getattr(accuracy, name, math.nan))
+
+    def totals(self, routes: Collection[str]) -> dict[str, Any]:
+        """How requests to some routes ended since the start, and how many took at most so many seconds.
+
+        Returns:
+            `answered`, `refused` (429), `faulty` (other 4xx) and `failed` (5xx), and `seconds`: the upper bound of each
+            bucket, None for the last, with the answers up to it.
+        """
+        ends = {"answered": 0, "refused": 0, "faulty": 0, "failed": 0}
+        for sample in next(iter(self.requests.collect())).samples:
+            if sample.name.endswith("_total") and sample.labels["route"] in routes:
+                status = int(sample.labels["status"])
+                kind = "refused" if status == 429 else "failed" if status >= 500 else "faulty" if status >= 400 else ""
+                ends[kind or "answered"] += int(sample.value)
+        buckets: dict[float, int] = {}
+        for sample in next(iter(self.seconds.collect())).samples:
+            if sample.name.endswith("_bucket") and sample.labels["route"] in routes:
+                bound = float(sample.labels["le"])
+                buckets[bound] = buckets.get(bound, 0) + int(sample.value)
+        seconds = [(bound if math.isfinite(bound) else None, count) for bound, count in sorted(buckets.items())]
+        return {**ends, "seconds": seconds}
 
     def render(self) -> bytes:
         """All figures in Prometheus' text format."""

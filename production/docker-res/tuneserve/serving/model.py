@@ -30,6 +30,11 @@ class Answer:
         """The label that people may correct, and its probability; None where an answer is no label."""
         return None
 
+    @property
+    def probabilities(self) -> Mapping[str, float]:
+        """Of each label; none where an answer is no label."""
+        return {}
+
     def agrees_with(self, other: "Answer") -> bool:
         """Whether another model's answer to the same input says the same."""
         if self.verdict is not None and other.verdict is not None:

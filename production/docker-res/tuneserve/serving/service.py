@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -275,6 +275,12 @@ class Service:
             raise NotFoundError("This server keeps no labels.")
         accuracy = self.feedback.accuracy(self.model().id)
         return {**self.feedback.counts(), "accuracy": asdict(accuracy) if accuracy is not None else None}
+
+    def figures(self, routes: Collection[str]) -> dict[str, Any]:
+        """What is going on: how requests to these routes ended, and what waits; see `Metrics.totals`."""
+        served = self._ready(DEFAULT)
+        waits = {"queue_tokens": served.model.queue_tokens, "drain_s": served.model.drain_s} if served else {}
+        return {**self.metrics.totals(routes), **waits}
 
     def render_metrics(self) -> bytes:
         """All figures in Prometheus' text format. It takes milliseconds: not for the event loop."""

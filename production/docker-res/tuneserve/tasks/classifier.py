@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,11 @@ class Prediction(Answer):
     def verdict(self) -> tuple[str, float]:
         """See `Answer`."""
         return self.label, self.scores[self.label]
+
+    @property
+    def probabilities(self) -> Mapping[str, float]:
+        """See `Answer`."""
+        return self.scores
 
 
 class Classifier(Encoder):

@@ -23,6 +23,9 @@ WORD = re.compile(rf"[{SIGNS}]|[^\s{SIGNS}]+")
 MAX_TOKENS = 2048
 """Tokens that the batch has at most, unless LEAST_SPANS need more."""
 
+MAX_CHARACTERS = 64 << 10
+"""Characters that it has at most, unless LEAST_SPANS need more: many may be few tokens, and are read all the same."""
+
 LEAST_SPANS = 8
 """Of a long text, whose words are taken together in so many spans."""
 
@@ -71,7 +74,8 @@ async def explain(model: Model, text: str, label: str | None, deadline: float) -
     score = whole.scores[label]
     if whole.truncated:  # nor should what stands behind be read where a word is left out
         text = await asyncio.to_thread(find_read, model.body.encoder, text)
-    spans = join_words([found.span() for found in WORD.finditer(text)], max(LEAST_SPANS, MAX_TOKENS // whole.tokens))
+    most = max(LEAST_SPANS, min(MAX_TOKENS // whole.tokens, MAX_CHARACTERS // len(text)))
+    spans = join_words([found.span() for found in WORD.finditer(text)], most)
     without = await model.answer([text[:start] + text[end:] for start, end in spans], deadline=deadline)
     weights = []
     for one in without:

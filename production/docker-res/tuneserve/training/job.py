@@ -90,6 +90,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         labelled = read_feedback(settings, world)
         with world.one_a_node_first():
             base, splits = gather(settings, labelled)
+        status.found(checks.describe(splits.findings))
 
         fingerprint = fingerprint_run(settings, base, splits, exporters)
         known = store.find(fingerprint) if lock else None

@@ -16,9 +16,13 @@ from starlette.types import Lifespan
 
 import tuneserve
 from tuneserve.errors import TuneserveError
+from tuneserve.lifecycle.store import Store
 from tuneserve.lifecycle.trainer import Trainer
 from tuneserve.serving.http.backoff import Backoff
+from tuneserve.serving.http.events import events_routes
 from tuneserve.serving.http.front import NOSNIFF, OPEN_PATHS, Drain, Front
+from tuneserve.serving.http.labelling import labelling_routes
+from tuneserve.serving.http.page import page_routes
 from tuneserve.serving.http.problems import wording_by
 from tuneserve.serving.http.request_log import REQUEST_ID, RequestLog, request_id_of
 from tuneserve.serving.http.routes import (
@@ -36,6 +40,7 @@ from tuneserve.serving.http.routes import (
 )
 from tuneserve.serving.http.schemas import Problem, Problems
 from tuneserve.serving.http.traces import SILENT
+from tuneserve.serving.http.versions import version_routes
 from tuneserve.serving.http.viewer import viewer_routes
 from tuneserve.serving.service import Service
 from tuneserve.settings import Settings
@@ -107,6 +112,7 @@ def create_app(
     telemetry: TelemetryConfig = SILENT,
     drain: Drain | None = None,
     listener: socket.socket | None = None,
+    store: Store | None = None,
 ) -> FastAPI:
     """The ASGI application; it loads no model.
 
@@ -120,7 +126,9 @@ def create_app(
         telemetry: FastAPI's, which makes the spans of requests.
         drain: told when the server shuts down.
         listener: the socket on which connections arrive, if it is known.
+        store: whose champion answers; None where no version may be chosen.
     """
+    drain = drain or Drain()
     key = settings.api_key.get_secret_value().encode()
     app = FastAPI(
         title="tuneserve",
@@ -140,13 +148,18 @@ def create_app(
         *([inference_routes(service, task, PROBLEMS)] if task is not None else []),
         *([model_routes(service)] if task is not None else []),
         viewer_routes(),
+        page_routes(),
     ]
     if task is not None and task.labels:
         routers.append(drift_routes(service))
     if service.feedback is not None:
-        routers.append(feedback_routes(service))
+        routers += [feedback_routes(service), labelling_routes(service, keyed=bool(key))]
     if trainer is not None:
         routers.append(training_routes(trainer, keyed=bool(key)))
+    if store is not None and task is not None:
+        routers.append(version_routes(service, store, task, keyed=bool(key)))
+    if task is not None:
+        routers.append(events_routes(service, trainer, key=key, task=task, drain=drain))
     operations = operations_routes(service, trainer)
     leave_first([*routers, operations])
     for router in routers:
@@ -165,7 +178,7 @@ def create_app(
         wording=wording,
         backoff=Backoff(service.drain_s, listener),
         request_log=RequestLog(service.metrics, logs=settings.access_log),
-        drain=drain or Drain(),
+        drain=drain,
         key=key,
         open_paths=OPEN_PATHS.union(route.path for route in routes if HEALTH in route.tags)
         if settings.api_key_guards == "api"

@@ -12,7 +12,7 @@ import json
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TypeVar
 
@@ -35,7 +35,7 @@ from tuneserve.errors import (
     UnauthorizedError,
 )
 from tuneserve.hardware import give_memory_back
-from tuneserve.serving.http import viewer
+from tuneserve.serving.http import page, viewer
 from tuneserve.serving.http.backoff import Backoff
 from tuneserve.serving.http.problems import Wording, unforeseen
 from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, RequestLog, request_id_of
@@ -43,9 +43,9 @@ from tuneserve.serving.http.request_log import NO_ROUTE, REQUEST_ID, Headers, Re
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
-OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json", *viewer.PATHS})
-"""What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics and the documentation. So are the
-routes of adapters with the tag HEALTH."""
+OPEN_PATHS = frozenset({"/", "/events", "/livez", "/readyz", "/metrics", "/openapi.json", *viewer.PATHS, *page.PATHS})
+"""What an API key does not guard unless API_KEY_GUARDS=everything: health, metrics, the documentation and the page's
+files; `/events` says without it no more than `/readyz`. So are the routes of adapters with the tag HEALTH."""
 
 DRAIN_BODY_S = 2.0
 """Seconds that a body may still take once the server drains."""
@@ -75,12 +75,23 @@ class Drain:
     """Tells requests whose body is still on its way that the server is shutting down."""
 
     def __init__(self) -> None:
-        self.began = False
+        self._began = asyncio.Event()
         self._timeouts: set[asyncio.Timeout] = set()
+
+    @property
+    def began(self) -> bool:
+        """Whether it has begun."""
+        return self._began.is_set()
+
+    async def begins_within(self, seconds: float) -> bool:
+        """Wait for so long, or until it begins; whether it has."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._began.wait(), seconds)
+        return self.began
 
     def begin(self) -> None:
         """Wait for no body longer than DRAIN_BODY_S from now on; to be called on the event loop."""
-        self.began = True
+        self._began.set()
         ends = asyncio.get_running_loop().time() + DRAIN_BODY_S
         for timeout in self._timeouts:
             timeout.reschedule(min(ends, timeout.when() or ends))
@@ -186,6 +197,7 @@ class Front:
         request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         if scope["method"] == "HEAD":
+            scope["state"]["is_head"] = True
             scope = {**scope, "method": "GET"}
         if scope["path"].endswith("/") and scope["path"] not in self._model_paths:
             # As without the slash, and no redirect: its address would be built from the Host header.
@@ -224,9 +236,9 @@ class Front:
             if found not in self._model_paths:
                 found = getattr(scope.get("route"), "path", NO_ROUTE)
             status = status or scope["state"].get("status", ClientGoneError.status)
-            self._request_log.note(
-                found.rstrip("/") or "/", status, time.perf_counter() - began, scope["state"]["request_id"]
-            )
+            seconds = time.perf_counter() - began
+            timed = not scope["state"].get("endless")
+            self._request_log.note(found.rstrip("/") or "/", status, seconds, scope["state"]["request_id"], timed=timed)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, held: list[int]) -> Response | None:
         """The response, or None if the application has sent it; `held` is told how much the body takes of `bodies`.

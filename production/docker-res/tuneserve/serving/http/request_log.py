@@ -29,11 +29,11 @@ class RequestLog:
         self._metrics, self._logs = metrics, logs
         self._figures: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
-    def note(self, route: str, status: int, seconds: float, request_id: str) -> None:
+    def note(self, route: str, status: int, seconds: float, request_id: str, *, timed: bool = True) -> None:
         """Note an answer. A 429 is counted and not timed: it would hide how long answers take."""
         count, time_taken = self._figures.get((route, status)) or self._find(route, status)
         count.inc()
-        if status != OverloadedError.status:
+        if timed and status != OverloadedError.status:
             time_taken.observe(seconds)
         if self._logs:
             shown = {"route": route, "status": status, "ms": round(seconds * 1000, 1), "id": request_id}

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
@@ -25,10 +25,10 @@ from tuneserve.errors import (
 )
 from tuneserve.lifecycle.trainer import Job, Trainer
 from tuneserve.serving.http.front import NOT_UTF8, Handler, is_text
+from tuneserve.serving.http.page import index_page
 from tuneserve.serving.http.problems import RETRY_AFTER_S, Wording
 from tuneserve.serving.http.request_log import Headers
 from tuneserve.serving.http.schemas import FeedbackRequest, Health, Index, Problem, Readiness
-from tuneserve.serving.http.viewer import POLICY
 from tuneserve.serving.model import Answer, Answers
 from tuneserve.serving.service import Service
 from tuneserve.tasks.task import Route, Task
@@ -160,18 +160,19 @@ async def streamed(
         before, answer = None, first
         async with aclosing(pieces):
             try:
-                yield _event(event(answer, before))
+                yield event_of(event(answer, before))
                 async for following in pieces:
                     before, answer = answer, following
-                    yield _event(event(answer, before))
+                    yield event_of(event(answer, before))
             except TuneserveError as error:
-                yield _event({"error": str(error), "error_type": type(error).__name__})
+                yield event_of({"error": str(error), "error_type": type(error).__name__})
 
     found = {"Cache-Control": "no-cache", **headers([first])}
     return StreamingResponse(lines(), headers=found, media_type="text/event-stream")
 
 
-def _event(content: Any) -> bytes:
+def event_of(content: Any) -> bytes:
+    """A server-sent event of JSON."""
     return b"data:%b\n\n" % to_json(content).encode()
 
 
@@ -349,16 +350,6 @@ def model_routes(service: Service) -> APIRouter:
 
 WELCOME = "This is tuneserve. GET /docs describes what may be asked here."
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>tuneserve</title><link rel="icon" href="data:,"></head>
-<body>
-<h1>tuneserve</h1>
-<p><a href="docs">How to ask the model</a>, <a href="model">what it is</a>, <a href="metrics">figures</a>.</p>
-</body>
-</html>
-"""
-
 
 def prefers_html(accept: str) -> bool:
     """Whether an Accept header names HTML, and JSON not before it; what names neither wants JSON."""
@@ -416,7 +407,7 @@ def operations_routes(service: Service, trainer: Trainer | None) -> APIRouter:
         """For a browser, by its Accept header, a page; for everybody else JSON that says whether the server is well."""
         varies = {"Vary": "Accept"}
         if prefers_html(request.headers.get("accept", "")):
-            return HTMLResponse(PAGE, headers={**varies, "Content-Security-Policy": POLICY})
+            return index_page(request.scope.get("root_path", ""))
         alive = service.is_alive()
         about = Index(status="alive" if alive else "failed", message=WELCOME if alive else "The engine has failed.")
         return JSONResponse(about.model_dump(), 200 if alive else 503, headers=varies)

@@ -93,3 +93,49 @@ class Problems(BaseModel):
     """What a request that is not as it should be is answered."""
 
     detail: list[Fault]
+
+
+class PromoteRequest(BaseModel):
+    """The version that is to answer."""
+
+    version: Annotated[str, Field(min_length=1, max_length=255)]
+
+
+class RollbackRequest(BaseModel):
+    """The version that is to be withdrawn, which must be the champion: asked twice, it is not done twice."""
+
+    version: Annotated[str, Field(min_length=1, max_length=255)]
+
+
+class ChampionResponse(BaseModel):
+    """Which version is the champion now; servers of the store load it within a second, if it can answer."""
+
+    champion: str
+    withdrawn: str | None = None
+
+
+class Examples(BaseModel):
+    """Texts to try the model with."""
+
+    texts: list[str]
+
+
+class SuggestionResponse(BaseModel):
+    """A text to label."""
+
+    text: str
+    scores: Annotated[dict[str, float], Field(description="The likeliest labels, nine at most, likeliest first.")]
+    why: Annotated[
+        list[str],
+        Field(
+            description="`unsure` of two labels, `common` (like many others), or rare in the test by its `length` or "
+            "its `unknown` words."
+        ),
+    ]
+
+
+class SuggestionsResponse(BaseModel):
+    """Texts to label next, best first."""
+
+    texts: list[SuggestionResponse]
+    unlabelled: Annotated[int, Field(description="Texts that were looked through: the newest without a label.")]
