@@ -108,7 +108,7 @@ def events_routes(service: Service, trainer: Trainer | None, *, key: bytes, task
                     elif silent_s >= SILENCE_S:
                         silent_s = 0.0
                         yield b":\n\n"
-                    if await drain.begins_within(EVERY_S) or await request.is_disconnected():
+                    if await drain.begins_within(EVERY_S):  # Starlette ends the stream of a client that leaves
                         return
             finally:
                 streams[keyed] -= 1
