@@ -1,7 +1,6 @@
 """What would go wrong, said before anybody waits for a training: `run.py doctor`.
 
-Each check looks at one thing, changes nothing, and ends in a line: `ok`, `warn` or `fail`, its name, what was found and
-what to do.
+Each check looks at one thing and changes nothing. Its line has `ok`, `warn` or `fail`, a name, and what to do.
 """
 
 import importlib.util
@@ -94,8 +93,7 @@ def within(limit_s: float, check: Callable[[], Finding]) -> Finding:
         return Finding("warn", f"cannot be checked: {said}.", "See what the job itself says.")
 
 
-def gib(size: float) -> str:
-    """A number of bytes for people."""
+def _gib(size: float) -> str:
     return f"{size / (1 << 30):.1f} GiB"
 
 
@@ -146,11 +144,11 @@ def check_gpu(settings: Settings, environ: Mapping[str, str]) -> Finding:
         advice = "Take a driver and an image that go together, start with --gpus all, or set DEVICE=cpu."
         said = f"{shown}, {'but' if driver else 'and'} torch cannot use one: {answer['obstacle']}."
         return Finding("fail" if settings.device == "cuda" else "warn", said, advice)
-    said = f"{answer['name']}, {gib(answer['free'])} free, {'with' if answer['bf16'] else 'without'} bf16; {shown}."
+    said = f"{answer['name']}, {_gib(answer['free'])} free, {'with' if answer['bf16'] else 'without'} bf16; {shown}."
     if settings.precision == "bf16" and not answer["bf16"]:
         return Finding("fail", said, "Set PRECISION=fp32.")
     if (needs := _needs(settings)) and needs.state > answer["free"]:
-        return Finding("fail", f"{said} A training takes {gib(needs.state)} or more.", "Free some, or set DEVICE=cpu.")
+        return Finding("fail", f"{said} A training takes {_gib(needs.state)} or more.", "Free some, or set DEVICE=cpu.")
     return Finding("ok", said)
 
 
@@ -158,8 +156,8 @@ def check_memory(settings: Settings, environ: Mapping[str, str]) -> Finding:
     """Memory against what the base model and a step need, roughly."""
     free, needs = hardware.memory_free(), _needs(settings)
     if needs is None or (settings.device != "cpu" and hardware.gpu_may_be_there()):
-        return Finding("ok", f"{gib(free)} are free; what is needed is not known.")
-    said = f"{gib(free)} are free; a training takes, very roughly, {gib(GIB + needs.state + needs.step)}."
+        return Finding("ok", f"{_gib(free)} are free; what is needed is not known.")
+    said = f"{_gib(free)} are free; a training takes, very roughly, {_gib(GIB + needs.state + needs.step)}."
     if GIB + needs.state > free:
         return Finding("fail", said, "Give it more, choose a smaller BASE_MODEL, or set TRAIN_BODY=0.")
     if GIB + needs.state + needs.step > free:
@@ -185,10 +183,10 @@ def check_disk(name: str, settings: Settings, environ: Mapping[str, str]) -> Fin
         return Finding(worst, f"{folder} cannot be written to: {above}: {error.strerror}.", advice)
     needs = _needs(settings) if name == "MODEL_PATH" else None
     wanted, free = needs.disk if needs else LEAST[name], shutil.disk_usage(above).free
-    said = f"{folder} can be {'written to' if above == folder else 'made'}; {gib(free)} are free."
+    said = f"{folder} can be {'written to' if above == folder else 'made'}; {_gib(free)} are free."
     if free < wanted:
-        said += f" Roughly {gib(wanted)} may be needed."
-        return Finding(worst if free < wanted / 4 else "warn", said, f"Free some, or name another disk in {name}.")
+        advice = f"Roughly {_gib(wanted)} may be needed: free some, or name another disk in {name}."
+        return Finding(worst if free < wanted / 4 else "warn", said, advice)
     return Finding("ok", said)
 
 
@@ -201,7 +199,7 @@ def check_champion(settings: Settings, environ: Mapping[str, str]) -> Finding:
         fine = trains(settings) and not (store.root / "config.json").exists()
         return Finding("ok", "none yet; a training makes one.") if fine else Finding("warn", str(error))
     except StoreError as error:
-        return Finding("fail", str(error), MEND)
+        return Finding("fail", str(error), MEND * (MEND not in str(error)))
     if wrong := damage(champion):
         return Finding("fail", f"{champion.id} is damaged: {wrong}.", f"Restore the file. {MEND}")
     by = "SHA-256" if champion.metadata.get("sha256") else "sizes"
@@ -259,7 +257,11 @@ def check_dataset(settings: Settings, environ: Mapping[str, str]) -> Finding:
         return Finding("ok", f"{said} can be opened: {', '.join(f'{split} ({n})' for split, n in counts.items())}.")
     if name.startswith(("/", ".", "~")) or is_known(path.name):
         raise DataError(f"{said}: there is no such file or folder. Mount it, or correct DATASET.")
-    ask_hub("datasets", name.partition(":")[0], timeout_s=ANSWER_S)
+    try:
+        ask_hub("datasets", name.partition(":")[0], timeout_s=ANSWER_S)
+    except UnreachableError as error:
+        copied = any((settings.data_path / "arrow").glob(f"{name.partition('/')[0]}___*"))  # as `datasets` names it
+        return Finding("warn" if copied else "fail", str(error), "A copy that was fetched before may do." * copied)
     return Finding("ok", f"{said} is not here; the hub has it, and it will be fetched.")
 
 
@@ -295,4 +297,3 @@ CHECKS: dict[str, Callable[[Settings, Mapping[str, str]], Finding]] = {
     **{"champion": check_champion, "versions": check_versions, "lock": check_lock},
     **{"base model": check_base_model, "dataset": check_dataset, "tracker": check_tracker, "port": check_port},
 }
-"""All checks but that of the settings, in their order."""
