@@ -174,7 +174,7 @@ def test_what_takes_too_long_or_was_not_foreseen_is_said_and_fails_nothing() -> 
         return doctor.Finding("ok", "waited.")
 
     def stumble() -> doctor.Finding:
-        raise RuntimeError("some\nlibrary")
+        raise RuntimeError("some library")
 
     assert doctor.within(0.05, wait).level == "warn"
     assert "not known after 0.05 s" in doctor.within(0.05, wait).said
@@ -364,6 +364,32 @@ def test_a_disk_that_is_read_only_or_full_is_seen(disk: Disk, monkeypatch: pytes
     assert "Read-only" in look("MODEL_PATH", MODEL_PATH=disk.path / "models").said
     assert look("MODEL_PATH", MODEL_PATH=disk.path).level == "fail"
     assert look("MODEL_PATH", MODEL_PATH=disk.path, TASK="summarization").level == "warn"  # a server only reads
+
+
+def test_what_this_user_may_not_write_or_read_is_said(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    tiny.write_csv(tmp_path / "reviews.csv", tiny.sentences(4)).chmod(0o000)
+    (tmp_path / "closed").chmod(0o555)
+    folders = {f"{name}_PATH": str(tmp_path / "closed" / inner) for name, inner in (("MODEL", ""), ("DATA", "deep"))}
+    variables = {"DATASET": str(tmp_path / "reviews.csv"), "DEVICE": "cpu", **folders}
+    command = [sys.executable, PACKAGE / "run.py", "doctor"]
+    if os.geteuid() == 0:  # may do all, unless it gives these rights away
+        rights = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *command]
+    code = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    done = python("-c", code, *command, **variables, LOG_PATH=str(tmp_path))
+    found = {name: (level, said) for level, name, said in lines(done.stdout)}
+    assert {name for name, (level, _) in found.items() if level == "fail"} >= {"MODEL_PATH", "DATA_PATH", "dataset"}
+    for name in ("MODEL_PATH", "DATA_PATH", "dataset"):
+        assert "Permission denied" in found[name][1]
+    assert found["LOG_PATH"][0] == "ok"
+    assert done.returncode == 2
+
+
+def test_a_disk_that_does_not_say_its_size_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: (0, 0, 0))
+    assert look("DATA_PATH", DATA_PATH=tmp_path).level == "ok"
+    assert "not known" in look("DATA_PATH", DATA_PATH=tmp_path).said
 
 
 def test_the_store_must_have_room_for_the_base_model(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tuneserve.training.needs import Needs
 
 LIMIT_S, ANSWER_S = 8.0, 3.0
-"""Seconds after which a check is given up, the hashes of a large model's files say; and which a server may take."""
+"""Seconds after which a check is given up, the hashes of a large model say; and which a server may take."""
 GIB = 1 << 30
 LEAST = {"MODEL_PATH": GIB, "DATA_PATH": GIB, "LOG_PATH": 50_000_000}
 """Bytes that should be free: for a store of models whose size is not known, a cache, and five log files of 10 MB."""
@@ -89,12 +89,11 @@ def within(limit_s: float, check: Callable[[], Finding]) -> Finding:
     except Exception as error:
         if not future.done():
             return Finding("warn", f"not known after {limit_s:g} s.", "Ask again, or see what is slow: a disk, say.")
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Finding("warn", f"cannot be checked: {said}.", "See what the job itself says.")
+        return Finding("warn", f"cannot be checked: {type(error).__name__}: {error}.", "See what the job itself says.")
 
 
 def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB"
+    return f"{size / GIB:.1f} GiB"
 
 
 def trains(settings: Settings) -> bool:
@@ -179,12 +178,13 @@ def check_disk(name: str, settings: Settings, environ: Mapping[str, str]) -> Fin
     try:
         require_writable(above)
     except OSError as error:
-        advice = f"Mount a folder that this user may write to, or name another in {name}."
-        return Finding(worst, f"{folder} cannot be written to: {above}: {error.strerror}.", advice)
+        said = f"{folder} cannot be written to: {above}: {error.strerror}."
+        return Finding(worst, said, f"Mount a folder that this user may write to, or name another in {name}.")
     needs = _needs(settings) if name == "MODEL_PATH" else None
-    wanted, free = needs.disk if needs else LEAST[name], shutil.disk_usage(above).free
-    said = f"{folder} can be {'written to' if above == folder else 'made'}; {_gib(free)} are free."
-    if free < wanted:
+    wanted, (total, _, free) = needs.disk if needs else LEAST[name], shutil.disk_usage(above)
+    room = f"{_gib(free)} are free." if total else "how much is free is not known."  # of an object store, say
+    said = f"{folder} can be {'written to' if above == folder else 'made'}; {room}"
+    if total and free < wanted:
         advice = f"Roughly {_gib(wanted)} may be needed: free some, or name another disk in {name}."
         return Finding(worst if free < wanted / 4 else "warn", said, advice)
     return Finding("ok", said)
