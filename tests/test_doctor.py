@@ -275,8 +275,12 @@ def test_a_driver_that_fails_or_hangs_shows_nothing(tmp_path: Path) -> None:
         assert hardware.ask_driver({"PATH": str(write_program(tmp_path, script))}, timeout_s=0.3) == ""
 
 
-def test_a_torch_that_hangs_or_dies_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "did not answer within 0.01 s" in hardware.ask_torch(timeout_s=0.01)["obstacle"]
+def test_a_torch_that_hangs_or_dies_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.01 s"):
+        hardware.ask_torch(timeout_s=0.01)
+    monkeypatch.setattr(doctor, "LIMIT_S", doctor.ANSWER_S + 0.01)
+    found = look("gpu", DEVICE="cuda", PATH="/nowhere")
+    assert (found.level, "did not answer" in found.said) == ("warn", True)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert hardware.ask_torch(timeout_s=60) == {"obstacle": "its process ended with code 1"}
 

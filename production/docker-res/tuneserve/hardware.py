@@ -203,6 +203,9 @@ def ask_torch(*, timeout_s: float) -> dict[str, Any]:
 
     Returns:
         Its `name`, bytes that are `free` and whether it computes in `bf16`; or the `obstacle` if it cannot be used.
+
+    Raises:
+        TimeoutError: torch was not loaded, or the driver did not answer, within so many seconds.
     """
     if importlib.util.find_spec("torch") is None:
         return {"obstacle": "it is not installed"}
@@ -212,7 +215,7 @@ def ask_torch(*, timeout_s: float) -> dict[str, Any]:
         done = subprocess.run(command, cwd=program, capture_output=True, text=True, timeout=timeout_s)
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"obstacle": f"it did not answer within {timeout_s:g} s, and may if it is asked again"}
+        raise TimeoutError(f"torch did not answer within {timeout_s:g} s, and may if it is asked again") from None
     except (ValueError, IndexError):
         said = " ".join(done.stderr.split())[-200:]
         return {"obstacle": f"its process ended with code {done.returncode}{said and f': {said}'}"}
