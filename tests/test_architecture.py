@@ -32,6 +32,7 @@ GROUND = (
     "network",
     "progress",
     "redaction",
+    "servers",
     "settings",
     "settings_docs",
     "signals",
@@ -122,6 +123,14 @@ def test_no_import_comes_back_to_where_it_began() -> None:
     graph = {name: set(imports(tree)) & set(MODULES) - {name} for name, tree in MODULES.items()}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError
     assert order.index("tuneserve.errors") < order.index("tuneserve.training.job")
+
+
+def test_only_run_knows_the_doctor_which_may_look_at_everything(python: Python) -> None:
+    assert {name for name, tree in (MODULES | ENTRIES).items() if "tuneserve.doctor" in imports(tree)} == {"run"}
+    assert not {one for one in imports_of_its_own(MODULES["tuneserve.doctor"]) if within(one, "training")}
+    assert not loaded(python, "tuneserve.doctor") & (
+        HEAVY | {"numpy", "fsspec", "fastapi", "uvicorn", "huggingface_hub"}
+    )
 
 
 def reads_environment(tree: ast.Module) -> list[int]:

@@ -5,6 +5,7 @@ train         train, judge, save, stop
 serve         serve the champion of the store, and each later champion; or MODEL, without a store; or all of MODELS
 multimodel    serve what a platform loads and unloads: nothing at the start (SageMaker's multi-model endpoints)
 predict       write the champion's answers to the rows of INPUT to OUTPUT
+doctor        say what would go wrong, before a training: settings, machine, store, data, servers; it changes nothing
 versions      list what the store holds
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
@@ -50,7 +51,9 @@ def main(arguments: list[str]) -> int:
     from tuneserve.settings import Settings, unquote
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS], help="what to do")
+    parser.add_argument(
+        "verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS, "doctor"], help="what to do"
+    )
     parser.add_argument(
         "arguments", nargs="*", help="promote: a version; import: a model; feedback: [list|trust|remove] which"
     )
@@ -65,6 +68,9 @@ def main(arguments: list[str]) -> int:
     try:
         os.environ.update(start.variables())
         remember(os.environ)
+        if wanted.verb == "doctor":  # before the settings are read, whose faults are a finding
+            say_taken(quoted, wanted.verb)
+            return doctor()
         settings = Settings.from_environ(os.environ)
         if wanted.verb in STORE_VERBS:
             logging.basicConfig(format="%(levelname)s %(message)s", force=True)
@@ -256,6 +262,13 @@ def train_serve(settings: "Settings", stop: Stop, threads: int) -> None:
         return
     require_trainable(settings)
     server.serve(settings, threads=threads, **child(settings, "train"))
+
+
+def doctor() -> int:
+    """Print what would go wrong; 2 if something would, else 0."""
+    from tuneserve.doctor import report
+
+    return report(os.environ, sys.stdout)
 
 
 def versions(settings: "Settings") -> None:

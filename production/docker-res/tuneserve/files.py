@@ -281,6 +281,26 @@ def _remove_unused(folder: Path, most: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Write to a file without a name, which leaves nothing; where there are none, ask for the rights.
+
+    Raises:
+        OSError: this process cannot write there.
+    """
+    try:
+        descriptor = os.open(folder, getattr(os, "O_TMPFILE", os.O_DIRECTORY) | os.O_WRONLY, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS):
+            raise
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        return
+    try:
+        os.write(descriptor, b"\0")
+    finally:
+        os.close(descriptor)
+
+
 def sync_tree(folder: Path) -> None:
     """Force a folder's files, and the folders themselves, to disk."""
     for path in [*folder.rglob("*"), folder]:

@@ -1,13 +1,19 @@
 """What this process may compute with: CPU threads, priority, device, number format."""
 
 import ctypes
+import importlib.util
+import json
 import math
 import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneserve.errors import DeviceError
 
@@ -72,6 +78,14 @@ def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
     return min(limits)
 
 
+def memory_free(proc: Path = Path("/proc")) -> int:
+    """Bytes of memory that nobody uses, by the kernel's guess (`MemAvailable`), within this process's limit."""
+    with suppress(OSError):
+        if found := re.search(r"MemAvailable: *(\d+) kB", (proc / "meminfo").read_text()):
+            return min(memory_limit(proc), int(found[1]) << 10)
+    return memory_limit(proc)
+
+
 def memory_used(proc: Path = Path("/proc"), pid: int | None = None) -> int:
     """Bytes of this process, and of all that it has started, that are in memory; shared ones count for each.
 
@@ -118,9 +132,14 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def count_threads(setting: int | Literal["auto"]) -> int:
+    """CPU threads to compute with."""
+    return max(1, math.floor(cpu_quota())) if setting == "auto" else setting
+
+
 def set_threads(setting: int | Literal["auto"]) -> int:
     """Choose the number of CPU threads and set it for all libraries; call it before torch or NumPy is imported."""
-    threads = max(1, math.floor(cpu_quota())) if setting == "auto" else setting
+    threads = count_threads(setting)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's products are small: threads that wait for busy cores cost more
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -164,6 +183,53 @@ def choose_device(setting: Literal["auto", "cpu", "cuda"]) -> tuple["torch.devic
 def gpu_may_be_there(devices: Path = Path("/dev")) -> bool:
     """Whether the system shows an NVIDIA device (WSL's is `dxg`): if not, torch need not be loaded to ask."""
     return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+
+
+def ask_driver(environ: Mapping[str, str], *, timeout_s: float) -> str:
+    """Names and driver versions of the GPUs that `nvidia-smi` shows; empty if it shows none, or is not there."""
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None:
+        return ""
+    command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "; ".join(done.stdout.splitlines()) if done.returncode == 0 else ""
+
+
+def ask_torch(*, timeout_s: float) -> dict[str, Any]:
+    """What torch says of the GPU, asked in a process of its own, since a driver may hang or end it.
+
+    Returns:
+        Its `name`, bytes that are `free` and whether it computes in `bf16`; or the `obstacle` if it cannot be used.
+
+    Raises:
+        TimeoutError: torch was not loaded, or the driver did not answer, within so many seconds.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return {"obstacle": "it is not installed"}
+    command = [sys.executable, "-m", "tuneserve.hardware"]
+    program = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(command, cwd=program, capture_output=True, text=True, timeout=timeout_s)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"torch did not answer within {timeout_s:g} s, and may if it is asked again") from None
+    except (ValueError, IndexError):
+        said = " ".join(done.stderr.split())[-200:]
+        return {"obstacle": f"its process ended with code {done.returncode}{said and f': {said}'}"}
+    return found
+
+
+def _describe_gpu() -> dict[str, Any]:
+    device, reason = choose_device("auto")
+    if device.type == "cpu":
+        return {"obstacle": reason.removeprefix("no GPU can be used: ").rstrip(".")}
+    import torch
+
+    bf16 = choose_precision("auto", device) == "bf16"
+    return {"name": reason, "free": torch.cuda.mem_get_info()[0], "bf16": bf16}
 
 
 def _cuda_obstacle() -> str | None:
@@ -210,3 +276,7 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+if __name__ == "__main__":
+    print(json.dumps(_describe_gpu()))

@@ -4,12 +4,15 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tuneserve.errors import BaseModelError
+from tuneserve.files import open_regular, parse_json
 from tuneserve.redaction import redact_url
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,9 @@ PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 
 PATIENCE_S = 5.0
 """Seconds for the hub to answer; its libraries would try for minutes."""
+
+MAX_HEAD_BYTES = 100 << 20
+"""Of a safetensors file; the format allows no more."""
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """What is fetched from the hub: no pickles."""
@@ -56,13 +62,10 @@ def resolve(name: str, *, revision: str, cache: Path, variable: str = "BASE_MODE
     Raises:
         BaseModelError: it is nowhere, has no safetensors weights, or its weights are not what they should be.
     """
-    local, said = Path(name).expanduser(), f"{variable}={redact_url(name)}"
-    if os.path.isdir(local):  # noqa: PTH112  (Path.is_dir() raises when the name is too long)
-        folder, source, revision = local.absolute(), "folder", ""
-    elif name.startswith(("/", ".", "~")):
-        raise BaseModelError(f"{said}: there is no such folder.")
-    elif name == PACKAGED and revision in ("", PACKAGED_REVISION) and (packaged := _packaged_folder()):
-        folder, source, revision = packaged, "package", PACKAGED_REVISION
+    said = f"{variable}={redact_url(name)}"
+    if found := locate(name, revision=revision, variable=variable):
+        folder, source = found
+        revision = PACKAGED_REVISION if source == "package" else ""
     else:
         folder = _download(name, said, revision=revision, cache=cache)
         source, revision = "hub", folder.name  # the hub's cache names a snapshot's folder by its commit
@@ -79,6 +82,37 @@ def resolve(name: str, *, revision: str, cache: Path, variable: str = "BASE_MODE
             f"The weights in {folder} have SHA-256 {sha256}, not {PACKAGED_SHA256}: do not trust them."
         )
     return BaseModel(name, source, revision, sha256, content.hexdigest(), folder)
+
+
+def locate(name: str, *, revision: str, variable: str = "BASE_MODEL") -> tuple[Path, str] | None:
+    """Where the base model is without a download, and what that is: a `folder` or the `package`; see `resolve`.
+
+    Raises:
+        BaseModelError: it is the path of a folder that is not there.
+    """
+    local = Path(name).expanduser()
+    if os.path.isdir(local):  # noqa: PTH112  (Path.is_dir() raises when the name is too long)
+        return local.absolute(), "folder"
+    if name.startswith(("/", ".", "~")):
+        raise BaseModelError(f"{variable}={redact_url(name)}: there is no such folder.")
+    packaged = _packaged_folder() if name == PACKAGED and revision in ("", PACKAGED_REVISION) else None
+    return (packaged, "package") if packaged else None
+
+
+def locate_download(name: str, *, revision: str, cache: Path) -> Path | None:
+    """The folder of a model that was fetched from the hub before; None if none was.
+
+    Raises:
+        BaseModelError: no hub name looks like that.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", cache_dir=cache / "hub", revision=revision or None)
+    except HFValidationError:
+        raise BaseModelError(f"{redact_url(name)}: there is no such folder, and no hub name looks like that.") from None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _packaged_folder() -> Path | None:
@@ -155,7 +189,12 @@ def _require_no_code(folder: Path) -> None:
         )
 
 
-def _hash_weights(folder: Path) -> str:
+def find_weights(folder: Path) -> list[Path]:
+    """The files of a model's weights.
+
+    Raises:
+        BaseModelError: the folder holds none, or an adapter.
+    """
     weights = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file():
         raise BaseModelError(
@@ -168,6 +207,37 @@ def _hash_weights(folder: Path) -> str:
             "pytorch_model.bin, convert it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW) of transformers, "
             "and copy the tokenizer's files beside it."
         )
+    return weights
+
+
+def count_weights(files: Iterable[Path]) -> int:
+    """How many weights are in these files, of which only the heads are read.
+
+    Raises:
+        BaseModelError: one of them is damaged.
+        OSError: one cannot be read.
+    """
+    count = 0
+    for path in files:
+        try:
+            with open_regular(path) as file:
+                begin = file.read(8)
+                if begin == b"version ":
+                    raise BaseModelError(f"{path} only stands for a file of Git LFS: fetch it with git lfs pull.")
+                length = int.from_bytes(begin, "little")
+                head = parse_json(file.read(length) if length <= MAX_HEAD_BYTES else b"")
+                tensors = [tensor for name, tensor in head.items() if name != "__metadata__"]
+                end = max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+                if file.seek(0, os.SEEK_END) != 8 + length + end:
+                    raise BaseModelError(f"{path} is not whole: it has not the size that its head tells. Copy it anew.")
+            count += sum(math.prod(tensor["shape"]) for tensor in tensors)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise BaseModelError(f"{path} is no safetensors file: its head cannot be read.") from error
+    return count
+
+
+def _hash_weights(folder: Path) -> str:
+    weights = find_weights(folder)
     if len(weights) == 1:
         with weights[0].open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -39,11 +39,10 @@ from tuneserve.tables.rows import (
 )
 from tuneserve.tables.streams import read_text
 from tuneserve.training.base_model import connect_to_hub
-from tuneserve.training.folders import find_files, split_of
+from tuneserve.training.folders import SAMPLE_FOLDER, find_files, split_of
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
 ORDER = ("train", "valid", "test")
 
 NO_LABELS = {"", "-1"}

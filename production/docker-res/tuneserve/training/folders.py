@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from tuneserve.errors import DataError
-from tuneserve.tables.formats import DESCRIPTIONS, OTHERS, is_data, is_hidden, is_text, known_endings
+from tuneserve.files import open_regular
+from tuneserve.tables.formats import DESCRIPTIONS, OTHERS, file_type, is_data, is_hidden, is_text, known_endings
 from tuneserve.tables.rows import enumerate_some, shorten
+
+SAMPLE_FOLDER = Path(__file__).resolve().parents[2] / "data"
 
 STEMS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("valid", "validation", "val", "dev", "eval"), "valid"
@@ -73,6 +77,28 @@ def find_files(path: Path, shown: str, left_out: list[str]) -> dict[str, list[Pa
         f"DATASET={shown} is a folder without a train file (train with one of {known_endings()}); it holds {names}. "
         f"{ways[0] if ways else 'Rename a file, or name a file or folder in DATASET'}."
     )
+
+
+def open_files(path: Path) -> dict[str, int]:
+    """Open each file of the splits, and of a class's folder the first; how many files and folders each split has.
+
+    Raises:
+        DataError: as `find_files`, or one of them cannot be opened, or is empty.
+    """
+    splits = find_files(path, str(path), [])
+    for part in chain.from_iterable(splits.values()):
+        for file in _list(part, str(part))[:1] if part.is_dir() else [part]:
+            try:
+                with open_regular(file) as opened:
+                    empty = not part.is_dir() and not opened.read(1)
+            except (OSError, ValueError) as error:
+                said = getattr(error, "strerror", None) or error
+                raise DataError(f"{file} cannot be opened: {said}. Give this user the right to read it.") from error
+            if empty:
+                raise DataError(f"{file} is empty. Fill it, or take it away.")
+            if not part.is_dir():
+                file_type(file.name, str(file))
+    return {split: len(parts) for split, parts in splits.items()}
 
 
 def _list(path: Path, shown: str) -> list[Path]:
