@@ -87,6 +87,8 @@ def main(arguments: list[str]) -> int:
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         require_libraries(wanted.verb)
         start.prepare()
+        if leads and not stop.once and wanted.verb in SUMMARIZED and not (settings.model or settings.models):
+            say_summary(settings, wanted.verb, threads)
         if wanted.verb == "serve" and start.folder is not None:
             serve_folder(settings, start.folder, threads)
             return 0
@@ -115,6 +117,17 @@ def main(arguments: list[str]) -> int:
 
 NEEDS = {"train-serve": "torch", "train": "torch", "import": "torch", "predict": "pyarrow"}
 """What the image without torch lacks, by the verbs that want it."""
+
+
+SUMMARIZED = ("train-serve", "train", "serve")
+
+
+def say_summary(settings: "Settings", verb: str, threads: int) -> None:
+    """Log what is about to be done."""
+    from tuneserve.summary import summarize
+
+    for line in summarize(settings, verb, threads=threads):
+        logging.getLogger(__name__).info("%s", line)
 
 
 def require_libraries(verb: str) -> None:
