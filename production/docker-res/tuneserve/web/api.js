@@ -83,13 +83,16 @@ export async function follow(onEvent, onLost) {
     try {
       for await (const event of events(one.signal)) {
         pause = 0.5;
-        onEvent(event);
+        try {
+          onEvent(event);
+        } catch (error) {
+          reportError(error); // the page's own fault, and none of the connection's
+        }
       }
       throw new ApiError(0, "The server has ended the connection.");
     } catch (error) {
       if (mine.signal.aborted) return;
       if (!one.signal.aborted) {
-        if (!(error instanceof ApiError) && !(error instanceof TypeError)) throw error; // the page's own fault
         onLost(error instanceof ApiError ? error : new ApiError(0, "The server cannot be reached."));
         await sleep(pause);
       }

@@ -14,14 +14,17 @@ const OTHERS = {
   "feature-extraction": { path: "embed", body: (text) => ({ inputs: text }) },
 };
 
+let draft = ""; // what stands in the box, while another view is shown or the key is entered
+
 export function askView(server) {
   const classifies = server.task === "text-classification";
-  const box = h("textarea", { id: newId(), rows: 4, "aria-describedby": "ask-hint" });
+  const box = h("textarea", { id: newId(), rows: 4, "aria-describedby": "ask-hint", value: draft });
   const button = h("button", { class: "main", type: "submit" }, "Ask");
   const examples = h("ul", { class: "examples", "aria-label": "Examples from the test" });
   const result = h("div", { class: "result", "aria-live": "polite" });
+  box.addEventListener("input", () => (draft = box.value));
   const put = (text) => {
-    box.value = text;
+    draft = box.value = text;
     box.focus();
   };
 
