@@ -22,9 +22,9 @@ from tuneserve.settings import PROJECT, Settings
 __all__ = ["classifier", "engine", "held", "make_engine", "settings", "slot", "version"]
 
 PAGE = (PROJECT / "docs" / "api.md").read_text(encoding="utf-8")
-PROGRAMS = dict(re.findall(r"^```(bash|python|js|java)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
+PROGRAMS = dict(re.findall(r"^```(sh|python|js|java)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
 COMMANDS = {
-    "bash": (["bash", "-e"], "ask.sh"),
+    "sh": (["bash", "-e"], "ask.sh"),
     "python": ([sys.executable, "-W", "error"], "ask.py"),
     "js": (["node"], "ask.mjs"),
     "java": (["java"], "Ask.java"),
@@ -87,7 +87,7 @@ def test_what_is_no_overload_is_told(settings: Settings, slot: Slot, tmp_path: P
     keyed = settings.model_copy(update={"api_key": SecretStr("k")})
     with served(keyed, slot) as port:
         environment: dict[str, Any] = {"PATH": "/usr/bin:/bin", "TUNESERVE_URL": f"http://127.0.0.1:{port}"}
-        for language in ("python", "bash"):
+        for language in ("python", "sh"):
             command, name = COMMANDS[language]
             (tmp_path / name).write_text(PROGRAMS[language], encoding="utf-8")
             done = subprocess.run([*command, name], cwd=tmp_path, env=environment, capture_output=True, text=True)

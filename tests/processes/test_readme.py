@@ -35,7 +35,7 @@ NEEDS = re.compile(
 )
 SHORTER = {"make run": {"N_EPOCHS": "1"}, "TRAIN_BODY=0": {"NUM_TRAIN": "200", "NUM_TEST": "100"}}
 """How blocks begin that train for long, and the variables that make them shorter here."""
-OTHERS = {"sh", "text", "json", "yaml", "ini", "python", "mermaid"}
+OTHERS = {"sh", "text", "json", "yaml", "ini", "python", "js", "java", "mermaid"}
 
 
 def linked(page: Path) -> list[Path]:
