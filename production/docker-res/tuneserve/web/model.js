@@ -184,6 +184,9 @@ function decisionWords(decision) {
   ];
 }
 
+// Of a folder's path its last part says enough.
+const shortened = (name) => (/^[/.~]/.test(name ?? "") ? `… /${name.split("/").filter(Boolean).at(-1)}` : name);
+
 async function compare(ids, place) {
   if (ids.length < 2) return fill(place);
   try {
@@ -197,7 +200,7 @@ async function compare(ids, place) {
       ["log loss", (one) => one.test.log_loss?.toFixed(4)],
       ["calibration error", (one) => one.test.ece !== undefined && percent(one.test.ece, 2)],
       ["seconds", (one) => one.duration_s?.toFixed(0)],
-      ["base model", (one) => one.metadata.base_model?.name],
+      ["base model", (one) => shortened(one.metadata.base_model?.name)],
     ];
     const text = (value) => (value === undefined || value === null || value === false ? "" : String(value));
     const row = (name, cells, always) => {
