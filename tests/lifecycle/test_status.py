@@ -212,6 +212,7 @@ def test_a_curve_keeps_its_form_and_its_bounds(store: Store, monkeypatch: pytest
         said.step(step, {"loss": 1000.0 - step})
         if step % 500 == 0:
             said.step(step, {"validation_loss": float("nan") if step == 500 else 0.5})
+    said.phase("testing")
     course = read_status(store.status_file)["course"]
     losses = course["losses"]
     assert MOST_POINTS // 2 <= len(losses) <= MOST_POINTS
@@ -223,6 +224,24 @@ def test_a_curve_keeps_its_form_and_its_bounds(store: Store, monkeypatch: pytest
     assert (len(course["findings"]), len(course["findings"][0])) == (20, 400)
     said.phase("judging")
     assert read_status(store.status_file)["course"] == course  # other phases keep it
+
+
+def test_epochs_shorter_than_what_is_waited_between_two_writings_hide_no_progress(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(status.time, "monotonic", lambda: now)
+    store.prepare()
+    said = Status(store.status_file)
+    said.training(steps=100, epochs=50)
+    for step in range(1, 21):
+        now += 0.2
+        said.step(step, {"loss": 0.5})
+        if step % 2 == 0:
+            said.step(step, {"validation_loss": 0.4})
+    found = read_status(store.status_file)
+    assert found["progress"] > 0.1
+    assert found["course"]["validation_losses"]
 
 
 def test_who_did_not_get_the_lock_does_not_release_it(path: Path, python: Python) -> None:

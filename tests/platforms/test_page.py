@@ -133,9 +133,9 @@ with status.Status(root / "training.json") as said:
     said.found(["train: 2120 texts (bad 1060, good 1060)", "12 training texts left out because they repeat another"])
     said.training(steps=90, epochs=3)
     for step in range(1, 61):
-        said.step(step, {"loss": 0.7 / (1 + step / 30)})
         if step % 30 == 0:
             said.step(step, {"validation_loss": 0.6 / (1 + step / 60)})
+        said.step(step, {"loss": 0.7 / (1 + step / 30)})
     wait_for("tested")
     said.phase("testing")
     wait_for("judged")

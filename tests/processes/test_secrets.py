@@ -88,7 +88,9 @@ def test_no_planted_secret_is_stored_logged_sent_or_answered(
         with httpx.Client(base_url=service.url, headers={"X-API-Key": environment["API_KEY"]}) as client:
             paths = client.get("/openapi.json").json()["paths"]
             for path in [*paths, "/docs", "/openapi.json", "/?sig=hunter-13"]:
-                answers.append(client.get(path.replace("{name}", "none")).text)
+                with client.stream("GET", path.replace("{name}", "none")) as answer:
+                    endless = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+                    answers.append(next(answer.iter_text()) if endless else answer.read().decode())
             answers.append(client.post("/inference", json={"text": "a great film"}).text)
             answers.append(json.dumps(client.get("/model").json()))
     finally:

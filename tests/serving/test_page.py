@@ -248,8 +248,8 @@ with status.Status(root / "training.json") as said:
     said.found(["train: 12 texts", "2 empty texts left out"])
     said.training(steps=4, epochs=2)
     said.step(1, {"loss": 0.5})
-    said.step(2, {"loss": 0.25})
     said.step(2, {"validation_loss": 0.4})
+    said.step(2, {"loss": 0.25})
     while not (root / "go").exists():
         time.sleep(0.01)
     said.phase("testing")

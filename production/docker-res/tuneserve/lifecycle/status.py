@@ -194,8 +194,7 @@ class Status:
         """Report that `step` steps are done, with figures of the last one, or of the epoch that has just ended."""
         now = time.monotonic()
         if "validation_loss" in figures:
-            self._point("validation_losses", step, figures["validation_loss"])
-            self._write()
+            self._point("validation_losses", step, figures["validation_loss"])  # it is written with the next step
         if self._first is None:
             self._first = step - 1  # not 0 if it goes on from a checkpoint
         if now - self._written < EVERY_S or "loss" not in figures:
