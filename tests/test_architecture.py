@@ -306,3 +306,15 @@ def test_an_import_does_nothing(python: Python, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert {path.name for path in tmp_path.iterdir()} <= {"hf", ".cache"}
+
+
+def test_a_server_starts_without_what_only_trains(python: Python) -> None:
+    """What the images that only serve leave out; see requirements-serve.txt."""
+    absent = ["torch", "transformers", "pyarrow", "datasets", "xxhash", "safetensors", "huggingface_hub", "pandas"]
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({absent!r})
+import tuneserve.serving.application, tuneserve.serving.fixed, tuneserve.serving.labelling, tuneserve.doctor
+"""
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr[-2000:]

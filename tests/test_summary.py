@@ -21,7 +21,7 @@ def said(tmp_path: Path, verb: str = "train-serve", **variables: str) -> dict[st
 def test_ten_lines_at_most_say_what_will_be_done(tmp_path: Path) -> None:
     found = said(tmp_path, N_EPOCHS="2", LR="1e-5", PORT="8001", HOST="127.0.0.1")
     assert len(found) < 10
-    assert "3 threads" in found["device"]
+    assert found["machine"].startswith("DEVICE=auto, 3 threads")
     assert found["data"].startswith("sample; ")
     assert found["base model"] == "sentence-transformers/all-MiniLM-L6-v2, whole"
     assert found["training"].startswith("2 epochs in batches of 32, LR=1e-05, ")
@@ -32,8 +32,8 @@ def test_ten_lines_at_most_say_what_will_be_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "names"),
     [
-        ("train", {"device", "data", "base model", "training", "store"}),
-        ("serve", {"device", "store", "feedback", "serving"}),
+        ("train", {"machine", "data", "base model", "training", "store"}),
+        ("serve", {"machine", "store", "feedback", "serving"}),
     ],
 )
 def test_a_verb_says_what_it_does_and_no_more(tmp_path: Path, verb: str, names: set[str]) -> None:

@@ -87,7 +87,12 @@ def main(arguments: list[str]) -> int:
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         require_libraries(wanted.verb)
         start.prepare()
-        if leads and not stop.once and wanted.verb in SUMMARIZED and not (settings.model or settings.models):
+        if (
+            "RANK" not in os.environ
+            and not stop.once
+            and wanted.verb in SUMMARIZED
+            and not (settings.model or settings.models)
+        ):
             say_summary(settings, wanted.verb, threads)
         if wanted.verb == "serve" and start.folder is not None:
             serve_folder(settings, start.folder, threads)

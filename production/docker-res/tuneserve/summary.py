@@ -20,7 +20,7 @@ def summarize(settings: Settings, verb: str, *, threads: int) -> list[str]:
     """
     trains, serves = verb in ("train", "train-serve"), verb in ("serve", "train-serve")
     lines = [f"tuneserve {tuneserve.__version__}: {verb}"]
-    lines.append(f"device: {settings.device}, {threads} threads on {cpu_quota():g} of {os.cpu_count()} cores")
+    lines.append(f"machine: DEVICE={settings.device}, {threads} threads on {cpu_quota():g} of {os.cpu_count()} cores")
     if trains:
         lines.append(f"data: {redact_url(settings.dataset)}; a cache in {settings.data_path}")
         body = "whole" if settings.train_body else "its head alone (TRAIN_BODY=0)"

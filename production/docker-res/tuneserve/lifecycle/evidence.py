@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from pydantic import TypeAdapter
 
 from tuneserve.errors import StoreError
@@ -53,6 +52,8 @@ class Evidence:
 
 def key_of(text: str) -> int:
     """A hash that is equal for texts that differ only in case or white space."""
+    import xxhash  # which a place that only serves does not have
+
     return xxhash.xxh3_64_intdigest(" ".join(plain(text).casefold().split()).encode())
 
 

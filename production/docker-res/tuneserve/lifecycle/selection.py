@@ -6,13 +6,13 @@ are like each other one is taken. Texts are compared by their words alone, hashe
 Weinberger et al. 2009), so that nothing but NumPy is wanted.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from tuneserve.text import plain
 
@@ -36,7 +36,7 @@ def sketch(texts: Sequence[str]) -> Array:
     """Vectors float32 [texts, WIDTH] of unit length, in which texts with the same rare words are close."""
     counts = [Counter(WORD.findall(plain(text[:MOST_CHARACTERS]).casefold())) for text in texts]
     spread = Counter(word for one in counts for word in one)
-    hashed = {word: xxhash.xxh3_64_intdigest(word.encode()) for word in spread}
+    hashed = {word: _hash(word) for word in spread}
     vectors = np.zeros((len(texts), WIDTH), dtype=np.float32)
     for row, one in zip(vectors, counts, strict=True):
         for word, count in one.items():
@@ -45,6 +45,10 @@ def sketch(texts: Sequence[str]) -> Array:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: Array = vectors / np.maximum(lengths, 1e-9)
     return unit
+
+
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 def density(vectors: Array) -> Array:
