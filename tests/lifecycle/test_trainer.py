@@ -70,6 +70,16 @@ def test_the_newest_comes_first_also_of_those_of_one_second(make: Make) -> None:
     assert [job.id for job in trainer.jobs()] == ids[::-1]
 
 
+def test_a_job_that_cannot_be_recorded_is_listed_while_it_runs_and_after(make: Make, store: Store) -> None:
+    (store.root / "jobs").write_text("no folder")
+    trainer = make(SLEEP)
+    job = trainer.start("a full disk")
+    assert trainer.jobs() == [job]
+    trainer.close()
+    [ended] = trainer.jobs()
+    assert (ended.id, ended.state) == (job.id, "interrupted")
+
+
 def test_one_at_a_time_and_none_after_the_end(make: Make) -> None:
     trainer = make(SLEEP)
     job = trainer.start("first")

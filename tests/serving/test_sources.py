@@ -11,7 +11,8 @@ import pytest
 
 from tuneserve.artifact import Version
 from tuneserve.errors import ArchiveError, BaseModelError, HandlerError, NotFoundError, StoreError
-from tuneserve.serving.sources import Sources
+from tuneserve.hardware import memory_used
+from tuneserve.serving.sources import PROCESS, Sources
 from tuneserve.settings import Settings
 from tuneserve.tasks.handler import Invocation
 
@@ -128,7 +129,10 @@ def test_a_model_with_code_answers_by_it_and_one_that_cannot_be_loaded_says_why(
         "def model_fn(folder): return 5\ndef transform_fn(model, data, kind, accept): return data * model"
     )
     sources = make()
+    assert sources.size(tmp_path / "echo") == len(program.read_bytes()) + PROCESS
+    before = memory_used()
     handler = sources.open(sources.prepare(tmp_path / "echo"), "echo")
+    assert memory_used() - before > PROCESS / 2
     [answer] = handler.predict([Invocation(b"ab", "text/plain")])
     assert (handler.id, answer.body) == ("echo", b"ababababab")
     handler.close()

@@ -129,9 +129,11 @@ class Trainer:
         return self._job
 
     def jobs(self) -> list[Job]:
-        """All jobs on record, newest first."""
-        names = sorted((path.stem for path in self._folder.glob("*.json")), reverse=True)
-        return [job for name in names if (job := self.job(name)) is not None]
+        """All jobs on record and this server's latest, which a full disk may have no record of; newest first."""
+        names = {path.stem for path in self._folder.glob("*.json")}
+        if self._job is not None:
+            names.add(self._job.id)
+        return [job for name in sorted(names, reverse=True) if (job := self.job(name)) is not None]
 
     def job(self, name: str) -> Job | None:
         """One job by its id. One that another server left running when it died counts as interrupted."""

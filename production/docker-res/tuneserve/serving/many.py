@@ -17,8 +17,8 @@ from tuneserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-HEADROOM = 0.03
-"""Share of the memory that loads leave to requests."""
+HEADROOM, LEAST_HEADROOM = 0.03, 16 << 20
+"""Share of the memory that loads leave to requests, and the fewest bytes, which do not shrink with the limit."""
 
 
 class ManyApplication(Root):
@@ -51,7 +51,7 @@ class ManyApplication(Root):
             find=self._sources.find if settings.models else None,
             metrics=self.slot.metrics,
             limit=limit,
-            headroom=round(HEADROOM * limit),
+            headroom=max(round(HEADROOM * limit), LEAST_HEADROOM),
             pinned={path.name for path in self._pinned},
             evicts=bool(settings.models),
         )

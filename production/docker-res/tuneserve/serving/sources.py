@@ -30,6 +30,8 @@ from tuneserve.tasks.heads import Bodies
 logger = logging.getLogger(__name__)
 
 ARCHIVE = ".tar.gz"
+PROCESS = 14 << 20
+"""Bytes of memory of an interpreter that waits for a model's own code (measured with Python 3.11)."""
 
 ARCHITECTURES = {
     "ForSequenceClassification": "text-classification",
@@ -101,6 +103,8 @@ class Sources:
     def size(self, folder: Path) -> int:
         """Bytes of the files that `open` will read; of a version on a body that is loaded already, those of its head.
 
+        A model with code of its own takes a process, too.
+
         Raises:
             StoreError: its metadata cannot be read.
         """
@@ -108,6 +112,8 @@ class Sources:
         if (folder / METADATA).is_file():
             version = self._read[folder] = read_version(folder)
             size = self._bodies.size(version)
+        elif self._program(folder) is not None:
+            size = size_of(folder) + PROCESS
         return size_of(folder) if size is None else size
 
     def open(self, folder: Path, name: str) -> Model:
