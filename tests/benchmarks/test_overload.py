@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,51 @@ needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not i
 
 
 @asynccontextmanager
+async def listening(handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]):
+    """A server of which no connection outlives the block; gives its port."""
+    transports: list[asyncio.Transport] = []
+
+    class Protocol(asyncio.StreamReaderProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            transports.append(transport)
+            super().connection_made(transport)
+
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Protocol(asyncio.StreamReader(), handle), "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+        loop.remove_reader(
+            server.sockets[0].fileno()
+        )  # none is accepted any more, and those that are become connections
+        for _ in range(10):
+            await asyncio.sleep(0)
+    for transport in transports:
+        transport.abort()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await asyncio.sleep(0)
+
+
+async def hang_up_on(client: Connection) -> None:
+    """End a connection, of which nothing is left then."""
+    client.transport.abort()
+    await asyncio.sleep(0)
+
+
+@asynccontextmanager
 async def serving(reply: Reply):
     """A server that leaves each request's answer to `reply`, which gets its id and body; gives its port."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
             while head := await reader.readuntil(b"\r\n\r\n"):
                 asked = Answer(0, head.lower())
                 body = await reader.readexactly(int(asked.header("content-length") or 0))
                 await reply((asked.header("x-request-id") or "").encode(), body, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
+    async with listening(handle) as port:
+        yield port
 
 
 async def say_ok(request_id: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
@@ -66,10 +94,10 @@ async def be_slow(request_id: bytes, body: bytes, writer: asyncio.StreamWriter) 
 async def ask(port: int, request: bytes) -> Answer:
     loop = asyncio.get_running_loop()
     answered = loop.create_future()
-    transport, connection = await loop.create_connection(Connection, "127.0.0.1", port)
+    _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
     connection.ask(request, answered.set_result)
     answer = await asyncio.wait_for(answered, 5)
-    transport.close()
+    await hang_up_on(connection)
     return answer
 
 
@@ -197,16 +225,13 @@ def test_an_answer_that_comes_before_a_slow_request_is_sent_is_not_lost() -> Non
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 2\r\n\r\n{}")
         await reader.read()
-        writer.close()
 
     async def ask() -> int:
-        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
-        async with server:
-            client = await soak._connect(server.sockets[0].getsockname()[1])
+        async with listening(refuse) as port:
+            client = await soak._connect(port)
             request = write_request("/inference", b"x" * 50)
             answer = await asyncio.wait_for(soak._ask(client, request, "slowly", random.Random(0)), 10)
-            client.transport.close()
-            await asyncio.sleep(0.05)  # both ends of the connection go
+            await hang_up_on(client)
             return answer.status
 
     assert asyncio.run(ask()) == 429
