@@ -7,6 +7,7 @@ multimodel    serve what a platform loads and unloads: nothing at the start (Sag
 predict       write the champion's answers to the rows of INPUT to OUTPUT
 doctor        say what would go wrong, before a training: settings, machine, store, data, servers; it changes nothing
 versions      list what the store holds
+report        write the report of a version anew, of the champion without one: report [<version>]
 promote       make a version champion, whatever the gate decided: promote <version>
 rollback      go back to the version before
 import        make a version of a model that was trained elsewhere, for TASK: import <its folder or its name on the hub>
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
         "verb", nargs="?", default="train-serve", choices=[*VERBS, *STORE_VERBS, "doctor"], help="what to do"
     )
     parser.add_argument(
-        "arguments", nargs="*", help="promote: a version; import: a model; feedback: [list|trust|remove] which"
+        "arguments", nargs="*", help="promote, report: a version; import: a model; feedback: [list|trust|remove] which"
     )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of a server; ends when it does
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)  # a model answers meanwhile
@@ -120,7 +121,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-NEEDS = {"train-serve": "torch", "train": "torch", "import": "torch", "predict": "pyarrow"}
+NEEDS = {"train-serve": "torch", "train": "torch", "import": "torch", "predict": "pyarrow", "report": "matplotlib"}
 """What the image without torch lacks, by the verbs that want it."""
 
 
@@ -265,6 +266,7 @@ def check_arguments(parser: argparse.ArgumentParser, verb: str, arguments: list[
     fits = {
         "promote": len(arguments) == 1,
         "import": len(arguments) == 1,
+        "report": len(arguments) <= 1,
         "feedback": re.fullmatch(r"|list( \S+)?|(trust|remove) \S+", " ".join(arguments)) is not None,
     }
     if not fits.get(verb, not arguments):
@@ -294,6 +296,16 @@ def versions(settings: "Settings") -> None:
     from tuneserve.lifecycle.store import Store
 
     print(Store(settings.model_path).table())
+
+
+def report(settings: "Settings", version: str = "") -> None:
+    """Write a version's report, and say where it is."""
+    from tuneserve.lifecycle.store import Store
+    from tuneserve.report.writing import write_report
+
+    require_libraries("report")
+    store = Store(settings.model_path)
+    print(write_report(store, store.version(version) if version else store.champion(), settings))
 
 
 def promote(settings: "Settings", version: str) -> None:
@@ -337,12 +349,14 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 STORE_VERBS: dict[str, Callable[..., None]] = {
     "versions": versions,
+    "report": report,
     "promote": promote,
     "rollback": rollback,
     "feedback": feedback,
 }
 
 TAKES = {
+    "report": "a version's id, or nothing for the champion",
     "promote": "a version's id; `versions` lists them",
     "import": "a model's Hugging Face folder, or its name on the hub",
     "feedback": "nothing, or list, trust or remove, and which labels: an id, a day, an origin or one client of it",

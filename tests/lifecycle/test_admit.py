@@ -120,7 +120,7 @@ def test_a_version_that_was_decided_on_is_judged_again_only_where_nothing_else_w
     if challenger:
         store.set_challenger(candidate(store, challenger) if challenger == "c" else store.version(challenger))
     judged = Decision("a", "accepted", "gate", "judged", champion)
-    monkeypatch.setattr(gate, "run_trial", lambda *about: {})
+    monkeypatch.setattr(gate, "run_trial", lambda *about: {"candidate": {}, "champion": None})
     monkeypatch.setattr(gate, "judge", lambda *about: judged)
     settings = Settings.from_environ({"MODEL_PATH": str(store.root)})
     if "may not serve" in said:
@@ -170,6 +170,7 @@ def test_a_trial_is_a_process_of_its_own_that_is_asked_and_answers_by_files(
     expected: Any = {
         "versions": [str(one.folder), str(two.folder)],
         "texts": EVIDENCE.texts,
+        "labels": EVIDENCE.labels,
         "settings": settings.public() | {"long_text": "truncate"},
     }
     assert asked == (None if ended else expected)

@@ -300,6 +300,9 @@ class Settings(BaseModel):
     max_latency_increase: float = Field(default=0.5, ge=0)
     """Gate: how much larger and slower than the champion a new version may be (0.5 is half as much again)."""
 
+    report: bool = True
+    """Write a report into each version's `report/`; it holds some of the test's texts."""
+
     keep_versions: int = Field(default=10, ge=2)
     """Versions that the store keeps; the champion and the one before it always stay."""
 

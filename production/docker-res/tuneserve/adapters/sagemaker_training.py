@@ -135,7 +135,8 @@ class Training(Start):
         """See `Start`."""
         self._report(version)
         model = self._base / "model"
-        shutil.copytree(version, model, dirs_exist_ok=True)
+        # The report holds texts, and stands with the output already.
+        shutil.copytree(version, model, dirs_exist_ok=True, ignore=shutil.ignore_patterns("report"))
         logger.info("version %s is in %s", version.name, model)
 
     def fail(self, words: str) -> None:

@@ -1,7 +1,7 @@
 """What a version can be judged by: the texts of its test, and hashes of those it was trained on.
 
     MODEL_PATH/evidence/<id>/test.parquet   columns `text`, `label`, and `origin`: `data` or `feedback`; of each at
-                                            most MAX_TEXTS
+                                            most MAX_TEXTS; and `data:<name>` for other columns of the data
     MODEL_PATH/evidence/<id>/learned.npy    uint64 [training and validation texts], sorted: hashes, no texts
     MODEL_PATH/evidence/<id>/examples.json  a few short test texts, for people to try the version with
 
@@ -10,7 +10,7 @@ It is stored beside the version and not in it, so that a model can be handed on 
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tuneserve.text import plain
 
 logger = logging.getLogger(__name__)
 
+COLUMN = "data:"
 EXAMPLES = "examples.json"
 MOST_EXAMPLES = 8
 MAX_BYTES = 64 << 10
@@ -43,6 +44,8 @@ class Evidence:
     texts: list[str]
     labels: list[str]
     own: int | None = None
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    """Of the owner's texts, what other columns of the data say; an empty text where they say nothing."""
 
     @property
     def is_own(self) -> Array:
@@ -69,7 +72,9 @@ def write_evidence(folder: Path, evidence: Evidence, learned: Iterable[str]) -> 
     try:
         with new_folder(folder, overwrite=True) as temporary:
             origins = ["data" if own else "feedback" for own in evidence.is_own]
-            table = pa.table({"text": evidence.texts, "label": evidence.labels, "origin": origins})
+            rest = [""] * (len(evidence.texts) - int(evidence.is_own.sum()))
+            others = {f"{COLUMN}{name}": values + rest for name, values in evidence.columns.items()}
+            table = pa.table({"text": evidence.texts, "label": evidence.labels, "origin": origins, **others})
             pq.write_table(table, temporary / "test.parquet")
             np.save(temporary / "learned.npy", np.unique(np.fromiter(map(key_of, learned), dtype=np.uint64)))
             write_json(temporary / EXAMPLES, choose_examples(evidence))
@@ -123,7 +128,12 @@ def read_evidence(folder: Path) -> Evidence:
         if sorted(origins, key=str) != origins or origins.count("data") == 0:
             raise ValueError("it should begin with texts of the data")
         own = origins.count("data")
-        return Evidence(texts, labels, own=own if own < len(texts) else None)
+        others = {
+            name.removeprefix(COLUMN): [str(one) for one in values[:own]]
+            for name, values in columns.items()
+            if name.startswith(COLUMN)
+        }
+        return Evidence(texts, labels, own=own if own < len(texts) else None, columns=others)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise StoreError(f"{folder / 'test.parquet'} cannot be read: {error}") from error
 

@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ import numpy as np
 
 from tuneserve.artifact import Version
 from tuneserve.errors import NoModelError, RefusedError, StoreError
+from tuneserve.lifecycle.answers import SHAPE as ANSWERS_SHAPE
+from tuneserve.lifecycle.answers import write_answers
 from tuneserve.lifecycle.decision import Check, Decision, read_decision, write_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence, unseen
 from tuneserve.lifecycle.statistics import CONFIDENCE, Array, paired_bootstrap, sign_test
@@ -85,6 +87,7 @@ def admit(store: Store, candidate: Version, settings: Settings) -> Decision:
         return known
     evidence = read_evidence(store.evidence_folder / candidate.id)
     found = run_trial(candidate, champion, evidence, settings)
+    keep_answers(store, candidate, champion, found)
     clean = unseen(store.evidence_folder / champion.id, evidence.texts) if champion else None
     decision = judge(candidate, champion, evidence, found, clean, Bounds.of(settings))
     write_decision(candidate, decision)
@@ -140,12 +143,26 @@ def run_trial(
     return {"candidate": trials[0], "champion": trials[1] if champion is not None else None}
 
 
+def keep_answers(store: Store, candidate: Version, champion: Version | None, found: Mapping[str, Any]) -> None:
+    """Put what a trial answered beside the evidence, for the version's report; a full disk is no reason to fail."""
+    trial, other = found["candidate"], found["champion"]
+    if "answers" not in trial:
+        return
+    before = other["predicted"] if champion is not None and other is not None and not other["error"] else None
+    compared = {"champion": champion.id, "before": before} if champion is not None and before is not None else {}
+    try:
+        write_answers(store.evidence_folder / candidate.id, ANSWERS_SHAPE.validate_python(trial["answers"] | compared))
+    except (OSError, ValueError) as error:
+        logger.warning("the answers of version %s cannot be kept for its report: %s", candidate.id, error)
+
+
 def _in_fresh_process(
     versions: Sequence[Version], evidence: Evidence, settings: Settings
 ) -> tuple[list[dict[str, Any] | None] | None, str]:
     asked = {
         "versions": [str(one.folder) for one in versions],
         "texts": evidence.texts,
+        "labels": evidence.labels if settings.report else None,
         "settings": settings.public() | {"long_text": "truncate"},
     }
     with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as answer:  # nameless: a kill leaves nothing

@@ -190,6 +190,11 @@ class Status:
         self._course |= {"steps": steps, "losses": [], "validation_losses": []}
         self.phase("training")
 
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """The loss of some of the steps since the process started, by their numbers."""
+        return list(self._course.get("losses", []))
+
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """Report that `step` steps are done, with figures of the last one, or of the epoch that has just ended."""
         now = time.monotonic()

@@ -245,6 +245,32 @@ def read_file(path: Path, where: str, find: Find) -> Iterator[Row]:
         raise DataError(f"{where} cannot be read: {error.strerror or error}") from error
 
 
+def read_types(path: Path, where: str) -> Types:
+    """A file's columns; see `read_file`."""
+    kind = file_type(path.name, where)
+    with path.open("rb") as raw, kind.reading(raw, where) as file:
+        return kind.format.read_columns(file, where)
+
+
+def read_values(path: Path, where: str, types: Types, wanted: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The values of some columns as text, row by row; see `read_file`.
+
+    Args:
+        path: of the file.
+        where: its name in messages.
+        types: all its columns.
+        wanted: names of those to be read.
+    """
+    kind = file_type(path.name, where)
+    names = [name for name, _ in types]
+    with path.open("rb") as raw, kind.reading(raw, where) as file:
+        for chunk in kind.format.read_chunks(
+            file, where, chunk_rows=CHUNK_ROWS, wanted=lambda _: True, columns=list(wanted)
+        ):
+            columns = [map(format_value, kind.format.values(chunk, names, name)) for name in wanted]
+            yield from zip(*columns, strict=True)
+
+
 def _name_indicators(kind: FileType, file: BinaryIO, where: str, types: Types) -> str:
     """A sentence about the columns that hold only 0 and 1, if there are several: each could be a label."""
     chunk = next(kind.format.read_chunks(file, where, chunk_rows=CHUNK_ROWS, wanted=lambda number: number == 0))

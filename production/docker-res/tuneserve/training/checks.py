@@ -65,6 +65,8 @@ class Splits:
     findings: dict[str, Any]
     feedback: Split | None = None
     """What is held out of the feedback: a second test, apart from the data's own."""
+    test_source: Source | None = None
+    """What the test texts were drawn from."""
 
 
 @dataclass
@@ -152,9 +154,9 @@ def check(
     splits = {name: Split(one.source.rows, rows_, one.labels[rows_]) for name, (one, rows_) in parts.items()}
     findings["counts"] = {name: count(split, labels) for name, split in splits.items()}
     _require_use(splits, labels)
-    return Splits(
-        **splits, labels=labels, fingerprints={name: one.fingerprint for name, one in rows.items()}, findings=findings
-    )
+    fingerprints = {name: one.fingerprint for name, one in rows.items()}
+    source = test_source.source
+    return Splits(**splits, labels=labels, fingerprints=fingerprints, findings=findings, test_source=source)
 
 
 def _scan(source: Source, vocabulary: dict[str, int]) -> _Rows:

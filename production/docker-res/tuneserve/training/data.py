@@ -58,6 +58,9 @@ class Source:
     where: str
     more: tuple[tuple[int, str], ...] = ()
     """Where the rows from this index on are found, if they come from somewhere else."""
+    files: tuple[Path, ...] = ()
+    """That were read, where they have columns."""
+    columns: Columns | None = None
 
     def locate(self, index: int) -> str:
         """Where the author of the data finds a row; `index` counts from 0."""
@@ -67,7 +70,8 @@ class Source:
     def followed_by(self, other: "Source") -> "Source":
         """The rows of both."""
         more = (*self.more, (len(self.rows), other.where))
-        return Source(concatenate_datasets([self.rows, other.rows]), self.where, more)
+        rows = concatenate_datasets([self.rows, other.rows])
+        return Source(rows, self.where, more, self.files + other.files, self.columns)
 
 
 def read(dataset: str, columns: Columns, *, cache: Path) -> dict[str, Source]:
@@ -118,11 +122,12 @@ class _Reader:
 
     def read(self, split: str, files: Mapping[str, Path]) -> Source:
         """The rows of a split's files, by their names in messages."""
-        sources = (
-            Source(memory_map(self._rows(file, where, split), where, self._cache), where)
-            for where, file in files.items()
-        )
+        sources = (self._read_one(file, where, split) for where, file in files.items())
         return reduce(Source.followed_by, sources)
+
+    def _read_one(self, file: Path, where: str, split: str) -> Source:
+        rows = memory_map(self._rows(file, where, split), where, self._cache)
+        return Source(rows, where, files=() if file.is_dir() else (file,), columns=self.columns)
 
     def _rows(self, path: Path, where: str, split: str) -> Iterator[Row]:
         return _read_class(path, where) if path.is_dir() else read_file(path, where, partial(self.choose, where, split))

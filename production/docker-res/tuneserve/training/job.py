@@ -29,6 +29,7 @@ from tuneserve.lifecycle.secret import read_secret
 from tuneserve.lifecycle.status import Lock, Status, hold
 from tuneserve.lifecycle.store import Store
 from tuneserve.redaction import redact_url
+from tuneserve.report.writing import write_report
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
@@ -40,6 +41,7 @@ from tuneserve.training.features import fit_head
 from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer, rehearse, require_known_words, require_reloadable
 from tuneserve.training.publication import publish
+from tuneserve.training.slices import read_slices
 from tuneserve.training.tokens import TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
 from tuneserve.training.world import World
@@ -147,6 +149,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             "precision": precision,
             "processes": world.size,
             **seen.record(),
+            "losses": status.losses,
         }
         version = publish(
             store,
@@ -199,7 +202,7 @@ def choose_recipe(settings: Settings, train: TokenizedSplit, labels: Sequence[st
 def judge(
     settings: Settings, store: Store, version: Version, splits: checks.Splits, lock: Lock, status: Status
 ) -> None:
-    """Keep the version's evidence, and let the gate decide about it, also about one that was trained before.
+    """Keep the version's evidence, and let the gate decide about it, also about one that was trained before; report.
 
     Raises:
         RefusedError: it did not pass.
@@ -209,7 +212,20 @@ def judge(
     keep_evidence(store, version, splits, seed=settings.seed)
     lock.require()
     before = read_decision(version)
-    status.decided(gate.admit(store, version, settings), before=before)
+    try:
+        decision = gate.admit(store, version, settings)
+    finally:
+        if settings.report and read_decision(version) != before:
+            report(settings, store, version)
+    status.decided(decision, before=before)
+
+
+def report(settings: Settings, store: Store, version: Version) -> None:
+    """Write the version's report; the version serves without one."""
+    try:
+        write_report(store, version, settings)
+    except Exception as error:  # whatever goes wrong with a picture is no reason to fail
+        logger.warning("no report of version %s (run.py report %s tries again): %s", version.id, version.id, error)
 
 
 def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed: int) -> None:
@@ -219,7 +235,9 @@ def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed
         return
     own, own_labels = _sample(splits.test, splits.labels, seed)
     texts, labels = _sample(splits.feedback, splits.labels, seed) if splits.feedback is not None else ([], [])
-    write_evidence(folder, Evidence(own + texts, own_labels + labels, own=len(own)), chain(splits.train, splits.valid))
+    slices = read_slices(splits.test_source, own)
+    evidence = Evidence(own + texts, own_labels + labels, own=len(own), columns=slices)
+    write_evidence(folder, evidence, chain(splits.train, splits.valid))
 
 
 def _sample(split: checks.Split, names: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
