@@ -12,6 +12,7 @@ import loop
 import pytest
 import tiny
 from conftest import Files, serving
+from wire import wait_until
 
 
 class MLflow(BaseHTTPRequestHandler):
@@ -55,6 +56,7 @@ def planted(tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
         yield (
             {
                 **tiny.RECIPE,
+                "REPORT": "1",
                 **tiny.paths(tmp_path),
                 "N_EPOCHS": "1",
                 "MIN_ACCURACY": "0",
@@ -86,6 +88,7 @@ def test_no_planted_secret_is_stored_logged_sent_or_answered(
     try:
         service.wait("/readyz", lambda body: body["phase"] == "ready", timeout_s=240)
         with httpx.Client(base_url=service.url, headers={"X-API-Key": environment["API_KEY"]}) as client:
+            wait_until(lambda: client.get("/jobs").json()[0]["state"] == "finished")
             paths = client.get("/openapi.json").json()["paths"]
             for path in [*paths, "/docs", "/openapi.json", "/?sig=hunter-13"]:
                 with client.stream("GET", path.replace("{name}", "none")) as answer:
@@ -99,7 +102,7 @@ def test_no_planted_secret_is_stored_logged_sent_or_answered(
     assert any("log-batch" in one and '"dataset"' in one for one in told)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in written)
-    assert any(path.name == "metadata.json" for path in written)
+    assert {"metadata.json", "index.html", "README.md"} <= {path.name for path in written}
     found = [path.name for path in written if b"hunter" in path.read_bytes()]
     assert found == []
     assert [one for one in [*told, *answers] if "hunter" in one.replace("hunter-13", "")] == []

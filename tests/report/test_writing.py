@@ -153,6 +153,17 @@ def test_the_card_has_the_hubs_front_matter_and_one_table_row_a_line(text: str, 
     assert not re.search(r"(?<!\\)\]\(javascript", card)
 
 
+@pytest.mark.parametrize("label", ["good", "bad"])
+def test_groups_that_are_all_right_or_all_wrong_have_a_picture(label: str, tmp_path: Path) -> None:
+    for count in range(20, 40):  # rounding differs
+        tokens = [number % 7 for number in range(count)]
+        evidence = Evidence([f"{number}" for number in range(count)], [label] * count)
+        answers = Answers([[0.1, 0.9]] * count, tokens, [False] * count)
+        found = gather(Version(Path("/x"), {"labels": ["bad", "good"]}), None, evidence, answers, findings=[])
+        if count in (20, 39) or any(group.high < group.accuracy for group in found.lengths):
+            assert "lengths" in draw(found, tmp_path)
+
+
 def test_many_labels_are_told_by_tables_and_few_by_a_picture(tmp_path: Path) -> None:
     many, few = (facts([f"label {number}" for number in range(count)]) for count in (77, 20))
     pictures = draw(many, tmp_path)

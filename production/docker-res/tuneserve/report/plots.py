@@ -150,7 +150,9 @@ def _lengths(groups: Sequence[Group]) -> str:
     figure, [axes] = _figure(8, 2.6)
     places = list(range(len(groups)))
     heights = [group.accuracy for group in groups]
-    spread = [[group.accuracy - group.low for group in groups], [group.high - group.accuracy for group in groups]]
+    # Where all are right, or none, the interval's end is the accuracy but for rounding.
+    below = [max(0.0, group.accuracy - group.low) for group in groups]
+    spread = [below, [max(0.0, group.high - group.accuracy) for group in groups]]
     axes.bar(places, heights, width=0.6, color=FIRST, alpha=0.85)
     axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
     axes.set_xticks(places, [f"{group.name}\n{group.texts:,} texts" for group in groups])

@@ -213,11 +213,10 @@ def judge(
     lock.require()
     before = read_decision(version)
     try:
-        decision = gate.admit(store, version, settings)
-    finally:
+        status.decided(gate.admit(store, version, settings), before=before)
+    finally:  # a version that is refused is reported, too
         if settings.report and read_decision(version) != before:
             report(settings, store, version)
-    status.decided(decision, before=before)
 
 
 def report(settings: Settings, store: Store, version: Version) -> None:
