@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from tuneserve.artifact import Version, is_whole
+from tuneserve.artifact import REPORT_LOSSES, Version, is_whole
 from tuneserve.errors import RefusedError, StoreError
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import ANSWERS, Answers, Words, read_answers
@@ -73,7 +73,6 @@ def facts(labels: list[str], text: str = "a text") -> Facts:
         "data": {"dataset": text, "counts": {"test": dict.fromkeys(labels, 1)}},
         "calibration": {"temperature": 1.5, "ece_before": {"test": 0.95}},
         "history": [{"train_loss": 1.0, "validation_loss": 1.0, "validation_accuracy": 0.0}] * 2,
-        "losses": [[1, 1.0], [2, 0.9]],
         "settings": {"dataset": text, "lr": 3e-5},
         "base_model": {"name": text},
         "versions": {"tuneserve": "0"},
@@ -93,7 +92,8 @@ def facts(labels: list[str], text: str = "a text") -> Facts:
         [f"{text} {number}" for number in range(2 * count)], labels * 2, columns={text: ["a", "b"] * count}
     )
     decision = Decision("one", "refused", "gate", text, None)
-    return gather(Version(Path("/x/one"), metadata), decision, evidence, answers, findings=[text])
+    losses = [(1, 1.0), (2, 0.9)]
+    return gather(Version(Path("/x/one"), metadata), decision, evidence, answers, findings=[text], losses=losses)
 
 
 def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
@@ -198,7 +198,8 @@ def test_a_training_leaves_a_report_with_groups_curves_and_the_words_of_mistakes
 ) -> None:
     _, version, _ = trained
     folder = version.folder / "report"
-    assert {path.name for path in folder.iterdir()} == {
+    names = {path.name for path in folder.iterdir()} - {"losses.json"}  # which a training of some seconds has
+    assert names == {
         *("index.html", "README.md", "test.json", "valid.json"),
         *("curves.svg", "confusion.svg", "reliability.svg", "lengths.svg"),
     }
@@ -240,6 +241,21 @@ def test_without_answers_the_texts_are_asked_again(trained: tuple[Store, Version
         (version.folder / "report" / "index.html").unlink()
         assert write_report(store, version, settings).is_file()
         assert read_answers(store.evidence_folder / version.id) == before
+
+
+def test_the_losses_of_steps_are_in_the_picture_and_damaged_ones_are_not(
+    trained: tuple[Store, Version, Settings], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, version, settings = trained
+    (file := version.folder / REPORT_LOSSES).write_text("[[1, 0.9], [2, 0.8]]")
+    try:
+        assert "a step" in write_report(store, version, settings).read_text()
+        file.write_text("[[1, null]]")
+        assert "a step" not in write_report(store, version, settings).read_text()
+        assert "losses.json cannot be read" in caplog.text
+    finally:
+        file.unlink()
+        write_report(store, version, settings)
 
 
 def test_without_evidence_there_is_a_report_of_what_is_known(

@@ -30,6 +30,7 @@ METADATA = "metadata.json"
 GOLDEN = "golden.json"
 GOLDEN_INT8 = "golden-int8.json"
 HEAD = "head.safetensors"
+REPORT_LOSSES = "report/losses.json"
 UNFINISHED = ".unfinished-"
 NEVER_ANSWER = ("report/", "drift.json")
 """Files that are looked into and that no answer depends on, by the beginnings of their names."""

@@ -116,6 +116,8 @@ class Facts:
     changed: dict[str, str]
     """Settings that are not the defaults, as environment variables."""
     steps: list[Step]
+    losses: list[tuple[int, float]]
+    """Of some of the training's steps, by their numbers."""
     confusion: Array | None = None
     """Texts, int [true labels, predicted labels]."""
     confused: list[tuple[str, str, int]] = field(default_factory=list)
@@ -152,6 +154,7 @@ def gather(
     answers: Answers | None,
     *,
     findings: Sequence[str],
+    losses: Sequence[tuple[int, float]] = (),
     others: Sequence[Version] = (),
 ) -> Facts:
     """The facts of a version.
@@ -162,6 +165,7 @@ def gather(
         evidence: the texts of its test; None if they are not kept.
         answers: to these texts; None if there are none.
         findings: what was found in its data, in sentences.
+        losses: of some of its steps, by their numbers.
         others: versions of its store, the oldest first.
     """
     test = (version.metadata.get("metrics") or {}).get("test") or {}
@@ -176,6 +180,7 @@ def gather(
         findings=[clean(one) for one in findings],
         changed=changed_settings(version),
         steps=bought(version, others),
+        losses=list(losses),
     )
     if evidence is None or answers is None or len(answers.scores) != len(evidence.texts):
         return facts

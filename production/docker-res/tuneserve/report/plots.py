@@ -53,7 +53,7 @@ def draw(facts: Facts, cache: Path) -> dict[str, str]:
     with mpl.rc_context(STYLE):
         history = [one for one in facts.metadata.get("history") or [] if isinstance(one, Mapping)]
         if history:
-            found["curves"] = _curves(history, facts.metadata.get("losses") or [])
+            found["curves"] = _curves(history, facts.losses)
         if facts.confusion is not None and len(facts.labels) <= MOST_CELLS:
             found["confusion"] = _confusion(facts.confusion, facts.labels)
         if facts.after:

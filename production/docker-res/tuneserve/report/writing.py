@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneserve.artifact import Version
+from pydantic import TypeAdapter
+
+from tuneserve.artifact import REPORT_LOSSES, Version
 from tuneserve.errors import StoreError
-from tuneserve.files import replace_file
+from tuneserve.files import read_record, replace_file
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import Answers, read_answers
 from tuneserve.lifecycle.decision import read_decision
@@ -58,7 +60,15 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         logger.warning("the report says nothing of single texts: %s", error)
     if evidence is not None:
         answers = _answers(store, version, evidence, settings)
-    facts = gather(version, decision, evidence, answers, findings=_findings(version), others=store.versions())
+    facts = gather(
+        version,
+        decision,
+        evidence,
+        answers,
+        findings=_findings(version),
+        losses=_losses(version),
+        others=store.versions(),
+    )
     pictures = draw(facts, settings.data_path)
     pages = {CARD: render_card(facts, pictures), PAGE: render_page(facts, pictures)}
     folder = version.folder / FOLDER
@@ -103,6 +113,20 @@ def _findings(version: Version) -> list[str]:
 
     data = version.metadata.get("data") or {}
     return describe(data) if {"counts", "empty_texts"} <= set(data) else []
+
+
+def _losses(version: Version) -> list[tuple[int, float]]:
+    """The losses of its steps; a short training, or an older release, has none."""
+    try:
+        return read_record(version.folder / REPORT_LOSSES, LOSSES)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read: %s", version.folder / REPORT_LOSSES, error)
+        return []
+
+
+LOSSES = TypeAdapter(list[tuple[int, float]])
 
 
 def render_page(facts: Facts, pictures: Mapping[str, str]) -> str:

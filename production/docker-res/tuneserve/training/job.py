@@ -149,7 +149,6 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             "precision": precision,
             "processes": world.size,
             **seen.record(),
-            "losses": status.losses,
         }
         version = publish(
             store,
@@ -161,6 +160,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             exporters=exporters,
             began=began,
             shares=not settings.train_body,
+            losses=status.losses,
         )
         trackers.finish(version)
         checkpoints.remove()

@@ -16,7 +16,16 @@ from scipy.special import softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
-from tuneserve.artifact import METADATA, Golden, Version, describe_files, new_version, read_version, write_golden
+from tuneserve.artifact import (
+    METADATA,
+    REPORT_LOSSES,
+    Golden,
+    Version,
+    describe_files,
+    new_version,
+    read_version,
+    write_golden,
+)
 from tuneserve.files import write_json
 from tuneserve.hardware import Precision
 from tuneserve.lifecycle.drift import Answers, write_reference
@@ -48,6 +57,7 @@ def publish(
     temperature: float | None = None,
     tested: bool = True,
     shares: bool = False,
+    losses: Sequence[tuple[int, float]] = (),
 ) -> Version:
     """Calibrate the model, save it, load it again as anyone would, test what was loaded, and export it.
 
@@ -63,6 +73,7 @@ def publish(
         temperature: that is folded into the model already; None to fit it to the validation texts.
         tested: whether the splits have labels to test with.
         shares: whether the body is as it was in the base model, so that other versions may have the same.
+        losses: of some of the steps, by their numbers; for the report.
 
     Raises:
         StoreError: the store cannot be written.
@@ -92,6 +103,8 @@ def publish(
         (temporary / "report").mkdir()
         for name, figures in metrics.items():
             write_json(temporary / "report" / f"{name}.json", figures)
+        if losses:
+            write_json(temporary / REPORT_LOSSES, losses)
         metadata = metadata | {
             # The matrix of a thousand labels has a million figures; it stays in the report.
             "metrics": {
