@@ -51,7 +51,7 @@ def write(path: Path, rows: int) -> Path:
 def peaks(python: Python, path: Path, base_model: Path, stages: int) -> dict[str, float]:
     """The most anonymous memory of each stage, in bytes."""
     benchmarks = str(PROJECT / "benchmarks")
-    done = python("-c", MEASURE, path, base_model, str(stages), PYTHONPATH=benchmarks, timeout_s=120)
+    done = python("-c", MEASURE, path, base_model, str(stages), PYTHONPATH=benchmarks, timeout_s=550)
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
     return {stage: float(mib) * 2**20 for _, stage, _, _, mib in rows}
