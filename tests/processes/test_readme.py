@@ -33,7 +33,7 @@ BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```sh\n(?P<code>.*?)^```$
 FENCED = re.compile(r"^```(?P<language>\S*)\n.*?^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(
     r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store|a model of one's own|a server|that server"
-    r"|the edits of this page)"
+    r"|the edits of this page|the data of this page)"
 )
 SHORTER = {"make run": {"N_EPOCHS": "1"}, "TRAIN_BODY=0": {"NUM_TRAIN": "200", "NUM_TEST": "100"}}
 """How blocks begin that train for long, and the variables that make them shorter here."""
@@ -223,7 +223,7 @@ def test_the_blocks_with_a_server_of_their_own_do_what_they_say(
 @pytest.mark.parametrize("code", [code for mark, code in BLOCKS if mark], ids=lambda code: code.splitlines()[0][:60])
 def test_what_the_other_blocks_name_is_there(code: str) -> None:
     variables = set(re.findall(r"(?:^|\s)(?:-e )?([A-Z][A-Z_]+)=", code))
-    assert {name for name in variables if not name.startswith(("PET_", "EXTRAS", "ARGS"))} <= {
+    assert {name for name in variables if not name.startswith(("PET_", "EXTRAS", "ARGS", "IFS"))} <= {
         name.upper() for name in Settings.model_fields
     }
     makefile = (PROJECT / "Makefile").read_text()
