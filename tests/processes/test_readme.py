@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from loop import free_port
+from tree import copy_project
 
 from tuneserve.artifact import read_version
 from tuneserve.lifecycle.feedback import Feedback
@@ -31,7 +32,8 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```sh\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```(?P<language>\S*)\n.*?^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(
-    r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store|a model of one's own|a server|that server)"
+    r"needs (Docker|Docker and a GPU|a GPU|a network|a trained store|a model of one's own|a server|that server"
+    r"|the edits of this page|the data of this page)"
 )
 SHORTER = {"make run": {"N_EPOCHS": "1"}, "TRAIN_BODY=0": {"NUM_TRAIN": "200", "NUM_TEST": "100"}}
 """How blocks begin that train for long, and the variables that make them shorter here."""
@@ -66,23 +68,7 @@ BLOCKS = [
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files in an empty folder; only the libraries are not installed again."""
-    folder = tmp_path_factory.mktemp("clone") / "tuneserve"
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=PROJECT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in files.stdout.splitlines():
-        if (PROJECT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT / name, folder / name)
-    for requirements in folder.rglob("requirements*.txt"):
-        os.utime(requirements, (0, 0))  # older than the installation, or make would repeat it
-    (folder / ".venv").symlink_to(PROJECT / ".venv")
-    return folder
+    return copy_project(tmp_path_factory.mktemp("clone") / "tuneserve")
 
 
 @pytest.fixture
@@ -237,7 +223,7 @@ def test_the_blocks_with_a_server_of_their_own_do_what_they_say(
 @pytest.mark.parametrize("code", [code for mark, code in BLOCKS if mark], ids=lambda code: code.splitlines()[0][:60])
 def test_what_the_other_blocks_name_is_there(code: str) -> None:
     variables = set(re.findall(r"(?:^|\s)(?:-e )?([A-Z][A-Z_]+)=", code))
-    assert {name for name in variables if not name.startswith(("PET_", "EXTRAS", "ARGS"))} <= {
+    assert {name for name in variables if not name.startswith(("PET_", "EXTRAS", "ARGS", "IFS"))} <= {
         name.upper() for name in Settings.model_fields
     }
     makefile = (PROJECT / "Makefile").read_text()

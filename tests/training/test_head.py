@@ -50,6 +50,13 @@ def test_a_class_of_ones_own_is_named_once(tmp_path: Path, monkeypatch: pytest.M
         model.close()
 
 
+def test_a_base_model_of_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.make_base_model(tmp_path / "base", "roberta")  # its weights have the names of BERT's
+    monkeypatch.setattr(head, "NETWORK", TwoLayers)
+    with pytest.raises(BaseModelError, match=r"TwoLayers in network/head\.py is made for bert, and .* kind roberta"):
+        build_model(base, ["bad", "good"], dropout=0, seed=0, device=torch.device("cpu"))
+
+
 def test_layers_that_nothing_would_load_again_are_refused_before_they_are_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

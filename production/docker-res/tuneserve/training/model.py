@@ -138,6 +138,12 @@ def build_model(
                 f"{folder} is an encoder-decoder ({config.model_type}), made to write texts. Name an encoder, such as "
                 "BERT, RoBERTa, DeBERTa or ModernBERT, in BASE_MODEL."
             )
+        made_for = getattr(head.NETWORK, "config_class", None)
+        if made_for is not None and not isinstance(config, made_for):
+            raise BaseModelError(
+                f"{head.NETWORK.__name__} in network/head.py is made for {made_for.model_type}, and {folder} is of the "
+                f"kind {config.model_type}: name a BASE_MODEL of its kind, or another NETWORK."
+            )
         for name in DROPOUTS & set(config.to_dict()):
             setattr(config, name, dropout)
         config.id2label = dict(enumerate(labels))
