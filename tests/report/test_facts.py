@@ -168,6 +168,12 @@ def test_settings_that_are_not_the_defaults_are_named_but_for_where_it_ran() -> 
     assert gather(version(settings=used), None, None, None, findings=[]).changed == {"LR": "0.001"}
 
 
+def test_settings_that_are_named_make_the_same_job() -> None:
+    used = Settings.from_environ({"TRAIN_BODY": "0", "LR": "3e-05", "RETRAIN_ON_DRIFT": "1", "NUM_TRAIN": "50"})
+    found = gather(version(settings=used.public()), None, None, None, findings=[]).changed
+    assert Settings.from_environ(found) == used
+
+
 def test_many_labels_name_the_pairs_that_are_confused_most() -> None:
     names = [f"label {number:02}" for number in range(77)]
     rng = np.random.default_rng(0)

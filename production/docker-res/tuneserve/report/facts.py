@@ -224,7 +224,7 @@ def changed_settings(version: Version) -> dict[str, str]:
     defaults = Settings.from_environ({}).public()
     used = version.metadata.get("settings") or {}
     return {
-        name.upper(): clean(str(value))
+        name.upper(): clean(str(int(value) if isinstance(value, bool) else value))
         for name, value in used.items()
         if name in defaults and value != defaults[name] and name not in WHERE_IT_RAN
     }
