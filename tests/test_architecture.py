@@ -24,6 +24,7 @@ ENTRIES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in so
 GROUND = (
     "artifact",
     "code",
+    "env_file",
     "errors",
     "extras",
     "files",

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tuneserve.env_file import read_env_file
 from tuneserve.errors import SettingsError
 from tuneserve.settings import PROJECT, Settings, unquote
 from tuneserve.settings_docs import TABLE_MARKS, fill_table, render_config_env, render_table
 
 RUN = PROJECT / "production" / "docker-res" / "run.py"
+CONFIG = read_env_file(PROJECT / "config.env")
 NAMES = [name.upper() for name in Settings.model_fields]
 FLOATS = [name.upper() for name, field in Settings.model_fields.items() if field.annotation is float]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -40,19 +42,6 @@ BAD = {
     "RETRAIN_SCHEDULE": ("0 3 * *", "five fields"),
     "RETRAIN_TIME_ZONE": ("Mars", "the name of a time zone"),
 }
-
-
-def read_as_docker_does(content: str) -> dict[str, str]:
-    """Docker's rules for --env-file: a line is NAME=value, verbatim; blank lines and lines with a # in front go."""
-    environment = {}
-    for line in content.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            name, equals, value = line.lstrip().partition("=")
-            assert equals, f"{line!r} would take the value of the shell"
-            assert name, line
-            assert not any(character.isspace() for character in name), line
-            environment[name] = value
-    return environment
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -113,7 +102,7 @@ def test_one_pair_of_quotes_is_taken_off(value: str, meant: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variable_may_stand_in_quotes(name: str) -> None:
-    given = read_as_docker_does(render_config_env())[name] or {"MODEL_PATH": "/m", "DATA_PATH": "/d"}.get(name, "")
+    given = CONFIG[name] or {"MODEL_PATH": "/m", "DATA_PATH": "/d"}.get(name, "")
     for quote in "'\"":
         assert Settings.from_environ({name: f"{quote}{given}{quote}"}) == Settings.from_environ({name: given})
 
@@ -154,7 +143,7 @@ def test_every_bad_variable_is_named_at_once_with_its_value_and_what_is_right() 
         (line,) = [line for line in lines if line.strip().startswith(f"{name}=")]
         assert repr(value) in line
         assert right in line
-        assert f"default is {read_as_docker_does(render_config_env())[name]}" in line
+        assert f"default is {CONFIG[name]}" in line
     assert sum("N_EPOCH:" in line and "N_EPOCHS?" in line for line in lines) == 1
 
 
@@ -237,9 +226,8 @@ def test_config_env_is_what_the_settings_render() -> None:
 
 
 def test_config_env_as_docker_reads_it_gives_the_defaults() -> None:
-    environment = read_as_docker_does((PROJECT / "config.env").read_text(encoding="utf-8"))
-    assert list(environment) == NAMES
-    assert Settings.from_environ(environment) == Settings()
+    assert list(CONFIG) == NAMES
+    assert Settings.from_environ(CONFIG) == Settings()
 
 
 def test_the_table_in_the_docs_is_what_the_settings_render() -> None:

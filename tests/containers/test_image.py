@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tuneserve.env_file import write_env_file
+
 from .conftest import NAME, PROJECT, VERSION, Job, eventually
 
 JOB = {"LR": "0.003", "N_EPOCHS": "1", "BATCH_SIZE": "16", "TRAIN_BODY": "0", "NUM_TRAIN": "64", "NUM_TEST": "32"}
@@ -134,7 +136,7 @@ def test_an_environment_file_gives_the_same_settings(
     start_by_command: Start, served: Job, volume: Callable[[], str], tmp_path: Path
 ) -> None:
     overrides = tmp_path / "overrides.env"
-    overrides.write_text("".join(f"{name}={value}\n" for name, value in JOB.items()))
+    write_env_file(overrides, JOB)
     files = [f"--env-file={PROJECT / 'config.env'}", f"--env-file={overrides}"]
     job = start_by_command(*files, f"--volume={volume()}:/models", verb="train")
     assert job.ends() == 0, job.log

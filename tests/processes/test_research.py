@@ -1,36 +1,66 @@
-"""The template notebook runs from the top, and what it writes is a job."""
+"""The template notebooks run from the top, and what they choose is a job; what was delivered is whole and a job."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tuneserve.env_file import read_env_file
 from tuneserve.settings import PROJECT, Settings
 
-TEMPLATES = sorted((PROJECT / "research" / "templates").glob("*.ipynb"))
+RESEARCH = PROJECT / "research"
+TEMPLATES = sorted((RESEARCH / "templates").glob("*.ipynb"))
+SAMPLE = re.compile(r'{"DATASET": "sample", "NUM_TRAIN": "\d+", "NUM_TEST": "\d+"')
+SMALL = '{"NUM_MAX_POSITIONS": "32", "OMP_NUM_THREADS": "1", "DATASET": "sample", "NUM_TRAIN": "80", "NUM_TEST": "40"'
+CHOOSE = {
+    "try-a-setting": lambda settings: settings.lr in (1e-4, 5e-4),
+    "compare-base-models": lambda settings: (
+        settings.base_model == Settings().base_model or settings.base_model.endswith("/untrained")
+    ),
+}
+"""Templates that end in an environment file, and what its settings must be."""
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def code_of(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
-def test_the_template_runs_and_ends_in_an_environment_file(
+def test_a_template_runs_and_what_it_chooses_is_a_job(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notebook = nbformat.read(template, as_version=4)
+    notebook = read(template)
     assert all(not cell.get("outputs") for cell in notebook.cells), "templates are stored without outputs"
-    for cell in notebook.cells:
-        cell.source = cell.source.replace('{"DATASET"', '{"NUM_MAX_POSITIONS": "32", "DATASET"')
+    setup = code_of(notebook)[0]
+    setup.source, found = SAMPLE.subn(SMALL, setup.source)
+    assert found == 1
     for name in ("DATA_PATH", "LOG_PATH"):
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = tmp_path / "research" / "develop"
     folder.mkdir(parents=True)
     (tmp_path / "production").symlink_to(PROJECT / "production")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    written = (folder / "from-texts-to-a-job.env").read_text()
-    settings = Settings.from_environ(dict(line.split("=", 1) for line in written.splitlines()))
-    assert settings.lr in (5e-5, 1e-4)
-    assert settings.num_max_positions == 32
+    assert [path.name for path in folder.iterdir()] == [f"{template.stem}.env"] * (template.stem in CHOOSE)
+    for file in folder.iterdir():
+        settings = Settings.from_environ(read_env_file(file))
+        assert CHOOSE[template.stem](settings)
+        assert settings.num_max_positions == 32
+        assert settings.num_train == 0
 
 
-def test_there_is_a_template() -> None:
-    assert TEMPLATES
+def test_every_template_begins_alike_and_loads_a_model() -> None:
+    assert {*CHOOSE, "explore-data", "error-analysis"} == {path.stem for path in TEMPLATES}
+    setups = set()
+    for path in TEMPLATES:
+        code = [cell.source for cell in code_of(read(path))]
+        setups.add(re.sub(r"environment = .*", "", code[0]))
+        assert any("from tuneserve import load" in source for source in code), path
+    assert len(setups) == 1

@@ -442,7 +442,7 @@ class Settings(BaseModel):
 
     def public(self) -> dict[str, Any]:
         """The settings as JSON values, without secrets."""
-        shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if _is_secret(name)})
+        shown = self.model_dump(mode="json", exclude={name for name in type(self).model_fields if is_secret(name)})
         return {name: redact_url(value) if isinstance(value, str) else value for name, value in shown.items()}
 
 
@@ -469,11 +469,12 @@ def _neighbour(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def _describe(field: str, value: str) -> str:
-    shown = "(secret)" if _is_secret(field) else repr(redact_url(value))
+    shown = "(secret)" if is_secret(field) else repr(redact_url(value))
     return f"  {field.upper()}={shown} is not {allowed(field)} (the default is {default(field) or 'empty'})."
 
 
-def _is_secret(field: str) -> bool:
+def is_secret(field: str) -> bool:
+    """Whether a variable's value may not be shown, logged or kept."""
     return Settings.model_fields[field].annotation is SecretStr
 
 
