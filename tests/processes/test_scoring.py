@@ -72,7 +72,7 @@ def test_a_run_that_was_hit_goes_on_and_ends_like_one_that_was_not(
     assert {"part-00000-00000000.csv", "part-00000-00000001.csv"} <= finished
     assert len(finished) < 6, "the run was over too soon"
 
-    done = python(RUN, "predict", timeout_s=120, **variables)
+    done = python(RUN, "predict", timeout_s=550, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(finished)} parts were there already" in done.stdout
     found = read(output)
