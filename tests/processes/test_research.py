@@ -13,6 +13,7 @@ from tuneserve.settings import PROJECT, Settings
 
 RESEARCH = PROJECT / "research"
 TEMPLATES = sorted((RESEARCH / "templates").glob("*.ipynb"))
+DELIVERED = sorted((RESEARCH / "deliver").glob("*.ipynb"))
 SAMPLE = re.compile(r'{"DATASET": "sample", "NUM_TRAIN": "\d+", "NUM_TEST": "\d+"')
 SMALL = '{"NUM_MAX_POSITIONS": "32", "OMP_NUM_THREADS": "1", "DATASET": "sample", "NUM_TRAIN": "80", "NUM_TEST": "40"'
 CHOOSE = {
@@ -23,6 +24,10 @@ CHOOSE = {
 }
 """Templates that end in an environment file, and what its settings must be."""
 
+NAME = re.compile(r"\d{8}-[a-z]{2,3}-[a-z0-9-]+")
+ABSOLUTE = re.compile(r"(?<![\w.:/<~])/\w[\w.-]*/|\b[A-Z]:\\")
+MAX_BYTES = 300_000
+
 
 def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
@@ -30,6 +35,16 @@ def read(path: Path) -> Any:
 
 def code_of(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs_of(notebook: Any) -> list[Any]:
+    return [output for cell in code_of(notebook) for output in cell.outputs]
+
+
+def said_by(output: Any) -> str:
+    """What an output says in words; of a picture nothing."""
+    words = [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join([output.get("text", ""), *map(str, words)])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -64,3 +79,35 @@ def test_every_template_begins_alike_and_loads_a_model() -> None:
         setups.add(re.sub(r"environment = .*", "", code[0]))
         assert any("from tuneserve import load" in source for source in code), path
     assert len(setups) == 1
+
+
+def test_every_delivered_notebook_has_its_environment_file_and_every_file_its_notebook() -> None:
+    stems = [path.stem for path in DELIVERED]
+    assert stems
+    assert stems == sorted(path.stem for path in (RESEARCH / "deliver").glob("*.env"))
+    assert [stem for stem in stems if not NAME.fullmatch(stem)] == []
+
+
+@pytest.mark.parametrize("path", DELIVERED, ids=lambda path: path.stem)
+def test_a_delivered_environment_file_is_a_job_and_what_the_notebook_ended_with(path: Path) -> None:
+    file = path.with_suffix(".env")
+    Settings.from_environ(read_env_file(file))
+    assert file.read_text(encoding="utf-8").strip() in "\n".join(map(said_by, outputs_of(read(path))))
+
+
+@pytest.mark.parametrize("path", DELIVERED, ids=lambda path: path.stem)
+def test_a_delivered_notebook_was_run_once_from_the_top(path: Path) -> None:
+    notebook = read(path)
+    counts = [cell.execution_count for cell in code_of(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    kinds = [output.output_type for output in outputs_of(notebook)]
+    assert "error" not in kinds
+    assert any("image/png" in output.get("data", {}) for output in outputs_of(notebook))
+
+
+@pytest.mark.parametrize("path", DELIVERED, ids=lambda path: path.stem)
+def test_a_delivered_notebook_is_small_and_names_no_path_of_a_machine(path: Path) -> None:
+    notebook = read(path)
+    said = [cell.source for cell in notebook.cells] + list(map(said_by, outputs_of(notebook)))
+    assert [found[0] for text in said for found in ABSOLUTE.finditer(text)] == []
+    assert path.stat().st_size < MAX_BYTES
