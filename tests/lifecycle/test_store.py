@@ -523,3 +523,14 @@ def test_a_version_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_p
     events.clear()
     store.set_champion(store.version("one"))
     assert events == [("fsync", ".champion"), ("rename", "champion"), ("fsync", ".")]
+
+
+def test_a_store_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    store = Store(tmp_path / "models")
+    with pytest.raises(StoreError, match="no longer holds the versions"):
+        store.prepare(new=False)
+    with pytest.raises(StoreError, match="cannot be written"), new_version(store.versions_folder / "one"):
+        pass
+    assert not store.root.exists()
+    store.prepare()
+    store.prepare(new=False)

@@ -188,6 +188,13 @@ def test_no_training_starts_for_a_store_whose_versions_are_gone(make: Make, stor
     assert not store.root.exists()
 
 
+def test_a_training_whose_store_goes_while_it_starts_says_so(make: Make, store: Store) -> None:
+    gone = f"import shutil; shutil.rmtree({str(store.versions_folder)!r}); raise SystemExit(6)"
+    job = run(make(gone, serves=True))
+    assert (job.state, job.exit_code) == ("failed", 6)
+    assert "no longer holds the versions" in str(job.said)
+
+
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     child = "import sys, time; from tuneserve.signals import end_with_parent; end_with_parent(); print(1, flush=True)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; time.sleep(60)'!r}])"

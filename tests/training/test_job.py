@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from tuneserve.artifact import Version
-from tuneserve.errors import BaseModelError, DataError, DeviceError, NoModelError, TrainingError
+from tuneserve.errors import BaseModelError, DataError, DeviceError, NoModelError, StoreError, TrainingError
 from tuneserve.files import in_use
+from tuneserve.hardware import BESIDE
 from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
@@ -303,3 +304,10 @@ def test_what_killed_trainings_left_is_removed_at_the_next_start(environment: di
     with pytest.raises(DataError):
         train(environment, DATASET="/none")
     assert [path.exists() for path in [whole, *left]] == [True] + [False] * 7
+
+
+def test_beside_a_server_a_store_that_is_gone_is_not_taken_for_a_new_one(environment: dict[str, str]) -> None:
+    settings = Settings.from_environ(environment)
+    with pytest.raises(StoreError, match="no longer holds the versions"):
+        job.train(settings, Stop(), threads=1, environ={BESIDE: "1"})
+    assert not settings.model_path.exists()

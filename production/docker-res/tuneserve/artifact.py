@@ -333,7 +333,8 @@ def new_version(folder: Path) -> Iterator[Path]:
         StoreError: the disk refuses (full, read-only, gone).
     """
     try:
-        with new_folder(folder, prefix=UNFINISHED) as temporary:
+        # Were the store's disk gone, a folder of versions made anew would be taken for a new store.
+        with new_folder(folder, prefix=UNFINISHED, parents=False) as temporary:
             yield temporary
             for path in [*temporary.rglob("*"), temporary]:  # readable for other users, who may serve them
                 path.chmod(0o755 if path.is_dir() else 0o644)

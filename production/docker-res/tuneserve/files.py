@@ -64,20 +64,21 @@ def new_file(path: Path, *, durable: bool = True, overwrite: bool = True) -> Ite
 
 
 @contextmanager
-def new_folder(folder: Path, *, prefix: str = ".", overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, *, prefix: str = ".", overwrite: bool = False, parents: bool = True) -> Iterator[Path]:
     """A temporary folder for the block to fill, which is then synced and renamed to `folder`.
 
     Args:
-        folder: its final path; folders above it are created.
+        folder: its final path.
         prefix: of the temporary name, which stays if the process is killed.
         overwrite: whether to replace an existing folder; otherwise that is an OSError.
+        parents: whether folders above it are created; otherwise it is an OSError that there are none.
 
     Raises:
         OSError: the disk refuses, or the name is taken.
     """
     temporary = _temporary(folder, prefix)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=parents)
         yield temporary
         sync_tree(temporary)
         if overwrite:

@@ -148,8 +148,13 @@ def set_threads(setting: int | Literal["auto"]) -> int:
     return threads
 
 
+BESIDE = "TUNESERVE_BESIDE"
+"""A variable of a training beside a server, and of its workers: its store is there, or is gone."""
+
+
 def run_in_background(settings: "Settings") -> "Settings":
     """Lower this process's priority, and return the settings of a training that leaves room for a server."""
+    os.environ[BESIDE] = "1"
     if settings.retrain_nice == "idle":
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # anyone may, and threads and children inherit it
     else:

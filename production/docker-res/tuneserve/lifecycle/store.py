@@ -48,12 +48,17 @@ class Store:
         self.lock = root / "trainer.lock"
         self.status_file = root / "training.json"
 
-    def prepare(self) -> None:
+    def prepare(self, *, new: bool = True) -> None:
         """Create the folders and remove what killed runs left unfinished.
 
+        Args:
+            new: whether there may be no store yet.
+
         Raises:
-            StoreError: the folder cannot be written to.
+            StoreError: the folder cannot be written to, or there is no store and there should be.
         """
+        if not new and self.is_lost:
+            raise StoreError(self.lost)
         try:
             for folder in (self.versions_folder, self.checkpoints_folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +72,16 @@ class Store:
             (self.root / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"MODEL_PATH={self.root} cannot be written to: {error}") from error
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a store that was prepared is there no more: its disk is gone."""
+        return not self.versions_folder.is_dir()
+
+    @property
+    def lost(self) -> str:
+        """That, as a sentence."""
+        return f"MODEL_PATH={self.root} no longer holds the versions that it held"
 
     def versions(self) -> list[Version]:
         """All finished versions that can be read, oldest first (ids begin with their time)."""

@@ -180,9 +180,8 @@ class Trainer:
         # The kernel ends the child when the thread that started it ends, so this thread waits.
         background = ["--background"] if self._serves() else []
         try:
-            if background and not self._store.versions_folder.is_dir():
-                # A training would find no champion to be compared with, and publish without a comparison.
-                raise FileNotFoundError(f"MODEL_PATH={self._store.root} no longer holds the versions that it held")
+            if background and self._store.is_lost:  # a training would find no champion to be compared with
+                raise FileNotFoundError(self._store.lost)
             with self._lock:
                 self._child = None
                 if not self._closed:
@@ -219,6 +218,8 @@ class Trainer:
             state, said = "interrupted", "a signal came; the same training goes on from its checkpoint"
         elif code < 0:
             said = f"killed by signal {-code}"
+        elif said is None and self._store.is_lost:
+            said = self._store.lost
         return replace(
             job,
             state=state,

@@ -20,7 +20,7 @@ import tuneserve
 from tuneserve.artifact import Version
 from tuneserve.code import code_hash
 from tuneserve.files import CACHE_PARTS, in_use, remove_leftovers
-from tuneserve.hardware import Precision, choose_device, choose_precision
+from tuneserve.hardware import BESIDE, Precision, choose_device, choose_precision
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
@@ -63,7 +63,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         settings: of the run.
         stop: asked whether to end early.
         threads: CPU threads to compute with.
-        environ: where torchrun's variables stand if this is one of several processes.
+        environ: where torchrun's variables stand if this is one of several processes, and BESIDE beside a server.
 
     Returns:
         The version; None in processes that only help.
@@ -81,7 +81,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
     with World.joined(environ or {}, device) as world, ExitStack() as held:
         lock, status = None, Status(None)
         if world.leads:  # of several processes, this one alone writes
-            store.prepare()
+            store.prepare(new=BESIDE not in (environ or {}))
             lock = held.enter_context(hold(store.lock))
             status = held.enter_context(Status(store.status_file))
             if lock.exclusive:
