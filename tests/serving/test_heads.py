@@ -55,8 +55,10 @@ def make_version(root: Path, labels: list[str], *, kind: str = "bert", graph: bo
         "labels": labels,
         "settings": {"seed": 0, "num_max_positions": 32},
     }
+    store = Store(root)
+    store.prepare()
     return publish(
-        *(Store(root), model, tokenizer, {"valid": split, "test": split}, metadata),
+        *(store, model, tokenizer, {"valid": split, "test": split}, metadata),
         precision="fp32",
         exporters=[OpenVINOGraph()] if graph else [],
         began=time.perf_counter(),
