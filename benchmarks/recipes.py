@@ -6,7 +6,6 @@ Prints a Markdown row a recipe: accuracy by seed, mean, and texts/s of the loop.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,30 +25,10 @@ from torch import nn
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data
-from tuneserve.training.checkpoint import Checkpoints, Position
+from tuneserve.training.checkpoint import NoCheckpoints
 from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer
 from tuneserve.training.tokens import tokenize
-
-
-class NoCheckpoints(Checkpoints):
-    """Nothing is kept."""
-
-    def __init__(self) -> None:
-        super().__init__(Path(os.devnull), every_minutes=1e9)
-
-    def save(self, *_: object) -> None:
-        """Forget it."""
-
-    def restore(self, *_: object) -> Position:
-        """Start afresh."""
-        return Position()
-
-    def save_best(self, *_: object) -> None:
-        """Forget it."""
-
-    def load_best(self, *_: object) -> None:
-        """Stay with the last epoch."""
 
 
 def keep(pooler: nn.Linear) -> None:

@@ -44,8 +44,8 @@ KINDS = {
 }
 """Encoders by transformers' name of them, with configurations of a few thousand weights."""
 RECIPE = {"NUM_MAX_POSITIONS": "32", "LR": "5e-3", "BATCH_SIZE": "16", "N_EPOCHS": "12", "OMP_NUM_THREADS": "1"}
-RECIPE |= {"REPORT": "0"}
-"""Variables with which such an encoder learns the sentences below in a few seconds."""
+RECIPE |= {"REPORT": "0", "MIN_VALID": "0", "MIN_STEPS": "0"}
+"""Variables with which such an encoder learns the sentences below in a few seconds, as it would learn many."""
 
 
 def make_base_model(folder: Path, kind: str = "bert", **changed: Any) -> Path:

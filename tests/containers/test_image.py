@@ -13,6 +13,7 @@ from tuneserve.env_file import write_env_file
 from .conftest import NAME, PROJECT, VERSION, Job, eventually
 
 JOB = {"LR": "0.003", "N_EPOCHS": "1", "BATCH_SIZE": "16", "TRAIN_BODY": "0", "NUM_TRAIN": "64", "NUM_TEST": "32"}
+JOB |= {"MIN_VALID": "0", "MIN_STEPS": "0"}
 RESOLVED = {"lr": 0.003, "n_epochs": 1, "batch_size": 16, "train_body": False, "num_train": 64, "num_test": 32}
 
 Start = Callable[..., Job]

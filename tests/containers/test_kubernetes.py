@@ -20,6 +20,7 @@ from tuneserve.serving.http.server import LEAVE_S
 from .conftest import Job, eventually
 
 HASTY = {"LR": "0.003", "N_EPOCHS": "1", "BATCH_SIZE": "16", "TRAIN_BODY": "0", "NUM_TRAIN": "64", "NUM_TEST": "32"}
+HASTY |= {"MIN_VALID": "0", "MIN_STEPS": "0"}
 TINY = {
     "DATASET": "/resources/reviews.csv",
     "BASE_MODEL": "/resources/tiny",

@@ -35,6 +35,8 @@ def environment(tmp_path: Path, tiny_bert: Path, tiny_data: Path) -> dict[str, s
         "DATA_PATH": str(tmp_path / "data"),
         "LOG_PATH": str(tmp_path / "logs"),
         "N_EPOCHS": "3",
+        "MIN_VALID": "0",
+        "MIN_STEPS": "0",
         "BATCH_SIZE": "16",
         "LR": "5e-3",
         "DEVICE": "cpu",

@@ -120,7 +120,7 @@ class Settings(BaseModel):
     """Labels that differ only in case, spaces, Unicode form or number format (`Positive`, `positive`): `merge` joins
     them under the name that most training texts have; `as-is` keeps them apart and names them in the log."""
 
-    min_class_size: int = Field(default=5, ge=5)
+    min_class_size: int = Field(default=2, ge=2)
     """Fewest usable training texts of a label; one with fewer is rare."""
 
     rare_labels: Literal["refuse", "drop", "other"] = "refuse"
@@ -134,6 +134,10 @@ class Settings(BaseModel):
 
     valid_pct: Fraction = 0.1
     """Share of the training texts held out for validation when the data bring no `valid.*` (0.1 is 10%)."""
+
+    min_valid: int = Field(default=100, ge=0)
+    """Fewest validation texts. Where VALID_PCT would hold out fewer, none is: the job learns from all texts, and
+    cross-validation chooses how long and calibrates. 0: they are held out, however few."""
 
     test_pct: Fraction = 0.1
     """Share of the texts held out for the test when the data bring no `test.*` (0.1 is 10%)."""
@@ -152,6 +156,9 @@ class Settings(BaseModel):
 
     n_epochs: int = Field(default=3, ge=1)
     """Passes over the training texts."""
+
+    min_steps: int = Field(default=60, ge=0)
+    """Fewest optimizer steps: few texts are passed over more often than N_EPOCHS says, until there are so many."""
 
     batch_size: int = Field(default=32, ge=1)
     """Texts per optimizer step."""

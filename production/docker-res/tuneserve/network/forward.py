@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tuneserve.hardware import Precision
 from tuneserve.network.attention import IMPLEMENTATION, Array, Layout, Spans, register, upload
+from tuneserve.network.pooling import is_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ class Packed:
         self._hooks = [body.register_forward_hook(self._pool_output)]
         if self._tail is not None:
             self._hooks.append(self._tail.attention.output.register_forward_pre_hook(self._keep_first_tokens))
-            self._tail.attention.self.forward = partial(self._attend_first, self._tail.attention.self)
+            last = self._tail.attention.self
+            attend_first = self._average if is_uniform(last) else self._attend_first
+            last.forward = partial(attend_first, last)
         for layer in self._layers:
             layer.attention.self.forward = partial(self._attend, layer.attention.self)
         if isinstance(pooler := getattr(body, "pooler", None), nn.Module):
@@ -174,6 +177,12 @@ class Packed:
             first_only=True,
         )
         return found.flatten(1)[None], None
+
+    def _average(self, module: Any, hidden_states: torch.Tensor, **arguments: Any) -> Any:
+        """Uniform attention: the mean of the values is the value of the mean."""
+        if self._spans is None:
+            return type(module).forward(module, hidden_states, **arguments)
+        return module.value(self._spans.mean(hidden_states[0]))[None], None
 
     def _keep_first_tokens(
         self, module: nn.Module, states: tuple[torch.Tensor, torch.Tensor]
@@ -283,6 +292,11 @@ def _project(states: torch.Tensor, heads: int, *linears: Any) -> torch.Tensor:
     """Several linear layers as one product: states [tokens, channels] → [tokens, layers, heads, channels of a head]."""
     weight, bias = (torch.cat([getattr(one, name) for one in linears]) for name in ("weight", "bias"))
     return functional.linear(states, weight, bias).view(states.shape[0], len(linears), heads, -1)
+
+
+def is_like_bert(model: PreTrainedModel) -> bool:
+    """Whether the model's layers are built as BERT's."""
+    return bool(_bert_layers(model.base_model))
 
 
 def _bert_layers(body: nn.Module) -> list[Any]:

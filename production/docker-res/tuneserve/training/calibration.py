@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from torch import nn
 from transformers import PreTrainedModel
 
 from tuneserve.training.evaluation import expected_calibration_error
+from tuneserve.training.model import last_linear
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BOUNDS = (0.5, 10.0)
-"""Temperatures that are accepted; below, a few validation texts that are all right would make it overconfident."""
+BOUNDS = (0.05, 20.0)
+"""Temperatures that are accepted: a model that has hardly learned is far less sure than it is right. What keeps a few
+validation texts that are all right from making it overconfident is the prior."""
 
 PRIOR = 0.5
 """How far, as a standard deviation of its logarithm, a temperature is expected from 1 before a text was seen: a handful
@@ -51,11 +52,9 @@ def fit_temperature(logits: Array, label_ids: Array) -> float:
 @torch.no_grad()
 def fold(model: PreTrainedModel, temperature: float) -> bool:
     """Divide the last linear layer by the temperature; False, and nothing changed, if the model has none such."""
-    layers = [
-        one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == model.config.num_labels
-    ]
-    if not layers:
+    layer = last_linear(model)
+    if layer is None:
         return False
-    for parameter in layers[-1].parameters():
+    for parameter in layer.parameters():
         parameter.div_(temperature)
     return True

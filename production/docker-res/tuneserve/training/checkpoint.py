@@ -6,6 +6,8 @@ the step. One safetensors file a checkpoint, replaced whole; its header holds wh
 
 import json
 import logging
+import math
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -97,7 +99,8 @@ class Position:
 
     def count_epoch(self, figures: dict[str, float], *, better: bool, epochs: int, patience: int) -> None:
         """One more epoch is validated; `better`: it is the best so far."""
-        moved = better or figures["validation_loss"] < min(one["validation_loss"] for one in self.history)
+        before = [one["validation_loss"] for one in self.history if "validation_loss" in one]
+        moved = better or figures.get("validation_loss", math.inf) < min(before, default=math.inf)
         self.history.append(figures)
         self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
         self.best_epoch = self.epoch if better else self.best_epoch
@@ -221,3 +224,23 @@ def _read(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     return dict(header)
+
+
+class NoCheckpoints(Checkpoints):
+    """Nothing is kept: of a training that is begun again when it was interrupted."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull), every_minutes=math.inf)
+
+    def save(self, *_: object) -> None:
+        """Forget it."""
+
+    def restore(self, *_: object) -> Position:
+        """Start afresh."""
+        return Position()
+
+    def save_best(self, *_: object) -> None:
+        """Forget it."""
+
+    def load_best(self, *_: object) -> None:
+        """Stay with the last epoch."""

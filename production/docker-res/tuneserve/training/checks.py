@@ -68,6 +68,11 @@ class Splits:
     test_source: Source | None = None
     """What the test texts were drawn from."""
 
+    @property
+    def cross_validates(self) -> bool:
+        """Whether no texts are held out for validation."""
+        return len(self.valid) == 0
+
 
 @dataclass
 class _Rows:
@@ -91,8 +96,9 @@ def check(
     valid_fraction: float,
     test_fraction: float,
     seed: int,
+    min_valid: int = 0,
     merge_labels: bool = False,
-    min_class_size: int = 5,
+    min_class_size: int = 2,
     rare_labels: Literal["refuse", "drop", "other"] = "refuse",
 ) -> Splits:
     """Check what was read, mend it, and split it where the data bring no split of their own.
@@ -104,6 +110,7 @@ def check(
         valid_fraction: share of the training texts to hold out where there are no validation texts.
         test_fraction: share of all texts to hold out where there are no test texts.
         seed: of the draws and splits.
+        min_valid: fewest texts that are worth holding out for validation; where it would be fewer, `valid` is empty.
         merge_labels: whether labels that differ only in case, spaces, Unicode form or number format are joined.
         min_class_size: fewest training texts of a label; fewer make it rare.
         rare_labels: what is done about rare ones: refuse the data, drop their texts, or join them as `other`.
@@ -147,13 +154,15 @@ def check(
     if "valid" in rows:
         valid_source, valid_rows = rows["valid"], rows["valid"].indices()
     else:
-        valid_source = train
-        valid_rows, pool = _stratify(pool, train, valid_fraction, salt=[seed, 1])
+        valid_source, valid_rows = train, pool[:0]
+        if round(len(pool) * valid_fraction) >= min_valid:
+            valid_rows, pool = _stratify(pool, train, valid_fraction, salt=[seed, 1])
 
     parts = {"train": (train, pool), "valid": (valid_source, valid_rows), "test": (test_source, test_rows)}
     splits = {name: Split(one.source.rows, rows_, one.labels[rows_]) for name, (one, rows_) in parts.items()}
     findings["counts"] = {name: count(split, labels) for name, split in splits.items()}
-    _require_use(splits, labels)
+    findings["cross_validated"] = "valid" not in rows and not len(valid_rows)
+    _require_use(splits, labels, cross_validates=findings["cross_validated"])
     fingerprints = {name: one.fingerprint for name, one in rows.items()}
     source = test_source.source
     return Splits(**splits, labels=labels, fingerprints=fingerprints, findings=findings, test_source=source)
@@ -313,9 +322,9 @@ def _require_class_sizes(train: _Rows, labels: list[str], findings: Mapping[str,
         )
 
 
-def _require_use(splits: Mapping[str, Split], labels: list[str]) -> None:
+def _require_use(splits: Mapping[str, Split], labels: list[str], *, cross_validates: bool) -> None:
     for name, split in splits.items():
-        if len(split) == 0:
+        if len(split) == 0 and not (name == "valid" and cross_validates):
             raise DataError(
                 f"No {name} texts are left: NUM_TRAIN is too small, or the {name} file holds only empty texts."
             )
@@ -357,6 +366,8 @@ def describe(findings: Mapping[str, Any]) -> list[str]:
     """The findings in sentences, for the log."""
     counts = findings["counts"]
     lines = [f"{split}: {sum(sizes.values())} texts ({_balance(sizes)})" for split, sizes in counts.items()]
+    if findings.get("cross_validated"):
+        lines[list(counts).index("valid")] = "valid: no texts; so few are all learned from, by cross-validation"
     words = {
         "repeated_train_texts": "training texts left out because they repeat another",
         "contradicted_train_texts": "training texts left out because the same text carries two labels",

@@ -38,6 +38,7 @@ from tuneserve.training import base_model, checks, data, feedback
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
+from tuneserve.training.few import HeldOut, fit_few
 from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer, rehearse, require_known_words, require_reloadable
 from tuneserve.training.publication import publish
@@ -49,7 +50,8 @@ from tuneserve.training.world import World
 logger = logging.getLogger(__name__)
 
 DECISIVE = {
-    *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
+    *("num_train", "num_test", "valid_pct", "min_valid", "test_pct", "num_max_positions"),
+    *("train_body", "n_epochs", "min_steps", "batch_size"),
     *("labels", "min_class_size", "rare_labels"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
 }
@@ -123,8 +125,9 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             checkpoints.forget_others()
         trackers = held.enter_context(_trackers(settings, fingerprint, checkpoints, world))
         trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
+        recipe = choose_recipe(settings, tokens["train"], splits.labels)
         steps = math.ceil(len(splits.train) / settings.batch_size)
-        status.training(steps=steps * settings.n_epochs, epochs=settings.n_epochs)
+        status.training(steps=steps * recipe.epochs, epochs=recipe.epochs)
 
         def record(step: int, figures: Mapping[str, float]) -> None:
             trackers.record(step, figures)
@@ -132,9 +135,17 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
 
         with stop.deferred():  # a signal that comes in here leaves a checkpoint
             run = Run(checkpoints, lambda: stop.requested, record, world)
-            recipe = choose_recipe(settings, tokens["train"], splits.labels)
-            fit = fit_model if settings.train_body else partial(fit_head, body=base.content, cache=settings.data_path)
-            seen = fit(model, tokens, splits.labels, recipe, run, precision=precision)
+            held_out: HeldOut | None = None
+            if splits.cross_validates:
+                learns = settings.train_body
+                seen, held_out = fit_few(
+                    model, tokens["train"], splits.labels, recipe, run, precision=precision, body=learns
+                )
+            else:
+                fit = (
+                    fit_model if settings.train_body else partial(fit_head, body=base.content, cache=settings.data_path)
+                )
+                seen = fit(model, tokens, splits.labels, recipe, run, precision=precision)
         if not lock:
             return None
 
@@ -161,6 +172,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             began=began,
             shares=not settings.train_body,
             losses=status.losses,
+            held_out=held_out,
         )
         trackers.finish(version)
         checkpoints.remove()
@@ -186,8 +198,9 @@ def choose_recipe(settings: Settings, train: TokenizedSplit, labels: Sequence[st
     if settings.class_weights == "balanced":
         sizes = np.bincount(train.label_ids, minlength=len(labels))
         weights = (len(train) / (len(labels) * sizes)).tolist()
+    steps = math.ceil(len(train) / settings.batch_size)
     return Recipe(
-        epochs=settings.n_epochs,
+        epochs=max(settings.n_epochs, math.ceil(settings.min_steps / steps)),
         batch_size=settings.batch_size,
         learning_rate=settings.lr,
         max_norm=settings.max_norm,
@@ -301,6 +314,7 @@ def gather(
         num_train=settings.num_train,
         num_test=settings.num_test,
         valid_fraction=settings.valid_pct,
+        min_valid=settings.min_valid,
         test_fraction=settings.test_pct,
         seed=settings.seed,
         merge_labels=settings.labels == "merge",
@@ -320,7 +334,9 @@ def read_tokens(
     """The base model's tokenizer, and all splits as tokens."""
     tokenizer = load_tokenizer(base.folder, max_tokens=settings.num_max_positions)
     encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=settings.num_max_positions)
-    named = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    named = {"train": splits.train, "test": splits.test}
+    if not splits.cross_validates:
+        named["valid"] = splits.valid
     if splits.feedback is not None:
         named["feedback"] = splits.feedback
     tokens = {name: tokenize(split, encoder, cache=settings.data_path) for name, split in named.items()}

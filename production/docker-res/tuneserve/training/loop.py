@@ -59,7 +59,8 @@ class Recipe:
     """How to train; `learning_rate` is the body's peak, `class_weights` go by label id.
 
     `patience` counts epochs without a better validation after which training ends; 0 is never. `select_by` names the
-    validation metric that chooses the best epoch.
+    validation metric that chooses the best epoch. Without validation, training ends after an epoch whose loss is below
+    `learned`.
     """
 
     epochs: int
@@ -71,6 +72,7 @@ class Recipe:
     label_smoothing: float = 0.0
     patience: int = 0
     select_by: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
+    learned: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ def fit_model(
     run: Run,
     *,
     precision: Precision,
+    validate: Callable[..., dict[str, float]] | None = validate,
 ) -> Position:
     """Train all of the model that needs a gradient, the fastest way that it can be fed; see `fit`."""
     forward = choose_forward(model)
-    position = fit(model, forward, tokens, labels, recipe, run, precision=precision)
+    position = fit(model, forward, tokens, labels, recipe, run, precision=precision, validate=validate)
     forward.remove()
     return position
 
@@ -115,7 +118,7 @@ def fit(
     run: Run,
     *,
     precision: Precision,
-    validate: Callable[..., dict[str, float]] = validate,
+    validate: Callable[..., dict[str, float]] | None = validate,
 ) -> Position:
     """Train `model` in place, on the device it is on, and leave it with its best epoch's weights, in fp32.
 
@@ -130,7 +133,8 @@ def fit(
         recipe: epochs, rates, seed.
         run: checkpoints, signals, trackers, other processes.
         precision: of the model's products; master weights, word embeddings and the optimizer stay fp32.
-        validate: figures at the end of an epoch, `validation_loss` and the metric that the recipe selects by.
+        validate: figures at the end of an epoch, `validation_loss` and the metric that the recipe selects by; None
+            where no texts are held out: then the last epoch's weights are taken.
 
     Raises:
         TrainingError: the loss is not a finite number any more, or memory does not hold a single text.
@@ -173,23 +177,33 @@ def fit(
                     if step.stop:
                         logger.info(INTERRUPTED, position.epoch + 1, position.step, steps)
                         return position
-            optimizer.settle()
+            figures = {"train_loss": position.loss_sum / len(train)}
+            last = position.epoch + 1 == recipe.epochs or figures["train_loss"] < recipe.learned
+            if validate is not None or last:
+                optimizer.settle()
             model.eval()
-            validated = validate(
-                forward, tokens["valid"], labels, device=gradient.device, stopping=run.stopping, world=world
-            )
-            figures = {"train_loss": position.loss_sum / len(train), **validated}
+            if validate is not None:
+                figures |= validate(
+                    forward, tokens["valid"], labels, device=gradient.device, stopping=run.stopping, world=world
+                )
             if world.any(run.stopping()):
                 checkpoints.save(position, optimizer, world)
                 logger.info(INTERRUPTED, position.epoch + 1, position.step, steps)
                 return position
             logger.info("epoch=%d; %s", position.epoch + 1, " ".join(f"{k}={v:.4f};" for k, v in figures.items()))
             run.record(position.epoch * steps + steps, figures)
-            better = position.best is None or rank(figures, recipe.select_by) > rank(position.best, recipe.select_by)
+            if validate is None:
+                better = last
+            else:
+                better = position.best is None or rank(figures, recipe.select_by) > rank(
+                    position.best, recipe.select_by
+                )
             position.count_epoch(figures, better=better, epochs=recipe.epochs, patience=recipe.patience)
+            position.finished |= validate is None and last
             if better and not position.finished:
                 checkpoints.save_best(optimizer, world)
-            checkpoints.save(position, optimizer, world)
+            if validate is not None or last:  # few texts have many short epochs
+                checkpoints.save(position, optimizer, world)
         if position.best_epoch != position.epoch:
             logger.info("epoch %d was the best: its weights are taken", position.best_epoch)
             checkpoints.load_best(optimizer, world)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,8 +20,10 @@ from transformers import (
 from tuneserve.errors import BaseModelError
 from tuneserve.logs import in_one_line
 from tuneserve.network import head
-from tuneserve.network.forward import Padded, Texts
+from tuneserve.network.embedding import read_pooling
+from tuneserve.network.forward import Padded, Texts, is_like_bert
 from tuneserve.network.optimizer import body_parameters
+from tuneserve.network.pooling import append_mean
 from tuneserve.training.tokens import TokenizedSplit, collate
 
 logger = logging.getLogger(__name__)
@@ -162,11 +165,20 @@ def build_model(
         )
         assert isinstance(model, PreTrainedModel)
         nn.Module.to(model, device)
+        if head.NETWORK is AutoModelForSequenceClassification and is_like_bert(model) and _pools_by_mean(folder):
+            append_mean(model)
     except BaseModelError:
         raise
     except Exception as error:  # transformers raises whatever met it in files of another kind
         raise BaseModelError(f"{folder} cannot be loaded as a classifier: {in_one_line(error)}") from error
     return model
+
+
+def _pools_by_mean(folder: Path) -> bool:
+    try:
+        return read_pooling(folder) == "mean"
+    except BaseModelError:  # it pools in a way that no layer here can stand for
+        return False
 
 
 def rehearse(model: PreTrainedModel, tokens: Mapping[str, TokenizedSplit], *, max_tokens: int) -> None:
@@ -246,6 +258,13 @@ def loss_of(
         label_smoothing: share of each text's weight that is spread over all labels.
     """
     return functional.cross_entropy(logits, label_ids, class_weights, reduction="none", label_smoothing=label_smoothing)
+
+
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """The layer that gives the logits, where they come from a linear layer as in all of transformers' classifiers."""
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == labels]
+    return layers[-1] if layers else None
 
 
 def freeze_body(model: PreTrainedModel) -> None:

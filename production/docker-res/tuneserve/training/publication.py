@@ -38,6 +38,7 @@ from tuneserve.training import calibration
 from tuneserve.training.base_model import BaseModel
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
 from tuneserve.training.exporters import Exporter, Saved, export
+from tuneserve.training.few import HeldOut
 from tuneserve.training.shared_body import write_head
 from tuneserve.training.tokens import TokenizedSplit
 
@@ -58,6 +59,7 @@ def publish(
     tested: bool = True,
     shares: bool = False,
     losses: Sequence[tuple[int, float]] = (),
+    held_out: HeldOut | None = None,
 ) -> Version:
     """Calibrate the model, save it, load it again as anyone would, test what was loaded, and export it.
 
@@ -74,20 +76,27 @@ def publish(
         tested: whether the splits have labels to test with.
         shares: whether the body is as it was in the base model, so that other versions may have the same.
         losses: of some of the steps, by their numbers; for the report.
+        held_out: what cross-validation answered to training texts, which then stand for validation texts.
 
     Raises:
         StoreError: the store cannot be written.
     """
     created, seed = datetime.now(UTC), metadata["settings"]["seed"]
     folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{metadata['fingerprint'][:8]}")
-    if temperature is None:
-        temperature = calibrate(model, tokens["valid"], precision)
+    if held_out is not None:
+        tokens = {**tokens, "valid": tokens["train"].select(held_out.rows)}
+        metadata = metadata | {"cross_validation": held_out.record()}
+        temperature = fold_fitted(model, held_out.logits, tokens["valid"].label_ids)
+    elif temperature is None:
+        temperature = fold_fitted(model, _logits(model, tokens["valid"], precision), tokens["valid"].label_ids)
     with new_version(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
         saved.to(model.device)
         logits = {name: _logits(saved, tokens[name], precision) for name in tokens if name != "train"}
+        if held_out is not None:
+            logits["valid"] = held_out.logits / temperature
         metrics, errors = test(logits if tested else {}, tokens, metadata["labels"], temperature)
         encoder = TextEncoder.from_json(
             tokenizer.backend_tokenizer.to_str(), max_tokens=int(tokenizer.model_max_length)
@@ -204,10 +213,9 @@ def golden_answers(saved: PreTrainedModel, encoder: TextEncoder, labels: list[st
     return Golden(list(GOLDEN_TEXTS), scores)
 
 
-def calibrate(model: PreTrainedModel, valid: TokenizedSplit, precision: Precision) -> float:
-    """Fold the temperature that fits the validation texts into the model; return it, 1 if nothing was changed."""
-    logits = _logits(model, valid, precision)
-    temperature = calibration.fit_temperature(logits, valid.label_ids)
+def fold_fitted(model: PreTrainedModel, logits: Array, label_ids: Array) -> float:
+    """Fold the temperature that fits these answers into the model; return it, 1 if nothing was changed."""
+    temperature = calibration.fit_temperature(logits, label_ids)
     return temperature if calibration.fold(model, temperature) else 1.0
 
 

@@ -59,6 +59,15 @@ class TokenizedSplit:
         """The token ids of one text, int32 [its length]."""
         return self.ids[self.starts[row] : self.starts[row + 1]]
 
+    def select(self, rows: Array) -> "TokenizedSplit":
+        """Some of the texts as a split of their own, in memory."""
+        return TokenizedSplit(
+            ids=np.concatenate([self.text_ids(row) for row in rows]),
+            starts=np.r_[0, np.cumsum(self.lengths[rows])],
+            label_ids=self.label_ids[rows],
+            truncated=self.truncated[rows],
+        )
+
 
 def tokenize(split: Split, encoder: TextEncoder, *, cache: Path) -> TokenizedSplit:
     """Tokenize a split, or find it done before with the same texts, tokenizer, limit and code.
