@@ -161,12 +161,12 @@ def test_labels_are_sorted_and_numbers_by_value_whatever_the_order_of_the_rows(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one class": ({"train": numbered({"bad": 40})}, "train.csv has one class only, 'bad'"),
     "a class too small": (
-        {"train": numbered({"bad": 40, "good": 4})},
-        "train.csv: too few usable training texts of 'good' (4); 5 of each class are the least",
+        {"train": numbered({"bad": 40, "good": 1})},
+        "train.csv: too few usable training texts of 'good' (1); 2 of each class are the least",
     ),
     "a class too small once mended": (
-        {"train": [*numbered({"bad": 40, "good": 5}), ("text good 0", "bad")], "test": numbered({"good": 1, "bad": 1})},
-        "of 'good' (4); 5 of each class are the least. Left out: contradicted_train_texts: 2, train_",
+        {"train": [*numbered({"bad": 40, "good": 2}), ("text good 0", "bad")], "test": numbered({"good": 1, "bad": 1})},
+        "of 'good' (1); 2 of each class are the least. Left out: contradicted_train_texts: 2, train_",
     ),
     "a class of copies": ({"train": [*numbered({"bad": 40}), *[("same", "good")] * 9]}, "'good' (1)"),
     "a label that is missing": ({"train": [*ENOUGH, ("text", "")]}, "row 82: the label is missing; write one"),
