@@ -75,6 +75,7 @@ def train_with_job(run: Run) -> dict[str, Any]:
         "BASE_MODEL": run.base_model,
         "TRAIN_BODY": str(int(run.train_body)),
         "N_EPOCHS": str(run.epochs),
+        "MIN_STEPS": "0",
         "BATCH_SIZE": str(run.batch_size),
         "LR": str(run.learning_rate),
         "SEED": str(run.seed),

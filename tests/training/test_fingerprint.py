@@ -94,7 +94,9 @@ RECIPE = {
 @pytest.mark.parametrize("name", sorted(RECIPE))
 def test_a_setting_reaches_the_recipe(name: str) -> None:
     field, value = RECIPE[name]
-    recipe = job.choose_recipe(Settings.from_environ({"MIN_STEPS": "0", name: str(value)}), tiny.make_split([5, 6]), ["a", "b"])
+    recipe = job.choose_recipe(
+        Settings.from_environ({"MIN_STEPS": "0", name: str(value)}), tiny.make_split([5, 6]), ["a", "b"]
+    )
     assert getattr(recipe, field) == value
 
 

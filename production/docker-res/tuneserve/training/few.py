@@ -38,13 +38,15 @@ logger = logging.getLogger(__name__)
 FOLDS = 4
 ENOUGH_HELD_OUT = 200
 """Texts that were held out once, from which on no further fold is trained for."""
-LEARNED = 0.05
+LEARNED = 0.01
 """Training loss in nats below which another pass would only make the model surer."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the way from the logistic regression to the model as it was trained, in ascending order."""
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Inverse strengths of regularization (`C` of scikit-learn) that are tried, for features of mean square length 1."""
 MOST_ITERATIONS = 500
+TOLERANCE = 0.5
+"""Standard errors by which a simpler model's log loss may be above the best one's."""
 
 Weights = tuple[Array, Array]
 """Of a linear layer: [labels, channels] and [labels]."""
@@ -313,7 +315,7 @@ def losses(logits: Array, label_ids: Array) -> Array:
 
 
 def choose(logits: Array, label_ids: Array) -> int:
-    """The first of several models that is not worse than the best by more than a standard error.
+    """The first of several models that is not worse than the best by more than TOLERANCE standard errors.
 
     Args:
         logits: float [models, texts, labels]; the simplest model first.
@@ -323,4 +325,4 @@ def choose(logits: Array, label_ids: Array) -> int:
     best = of_models[of_models.mean(1).argmin()]
     worse = of_models - best
     error = worse.std(1, ddof=1) / np.sqrt(len(label_ids)) if len(label_ids) > 1 else np.zeros(len(logits))
-    return int(np.argmax(worse.mean(1) <= error))
+    return int(np.argmax(worse.mean(1) <= TOLERANCE * error))
