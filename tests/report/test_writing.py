@@ -284,6 +284,24 @@ def test_a_version_that_cannot_be_asked_says_why(
         write_report(store, version, settings)
 
 
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        ({"task": "feature-extraction", "labels": []}, "for TASK=feature-extraction"),
+        ({"task": "summarization", "labels": []}, "for TASK=summarization"),
+        ({"task": "text-generation", "labels": []}, "for TASK=text-generation"),
+        ({"labels": []}, "without labels"),
+    ],
+)
+def test_what_is_no_classifier_has_no_report(about: dict[str, Any], why: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "MODEL" / "versions" / "one").mkdir(parents=True)
+    version = Version(folder, about)
+    with pytest.raises(StoreError, match=f"version one: it is {why}, and a report tells how a classifier") as refusal:
+        write_report(Store(tmp_path / "MODEL"), version, Settings.from_environ(tiny.paths(tmp_path)))
+    assert "\n" not in str(refusal.value)
+    assert list(folder.iterdir()) == []
+
+
 def test_a_report_that_fails_is_a_warning_and_the_version_serves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, PAGE, CARD = "report", "index.html", "README.md"
 TEMPLATES = Path(__file__).parent
+CLASSIFICATION = "text-classification"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HARDLY = 0.25
 """Weights below this share of the strongest are not shown."""
@@ -49,8 +50,9 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         settings: `data_path` for what Matplotlib keeps; and of a trial, if one is needed.
 
     Raises:
-        StoreError: the version cannot be asked, or the report not be written.
+        StoreError: the version is no classifier or cannot be asked, or the report cannot be written.
     """
+    _require_classifier(version)
     began = time.perf_counter()
     decision = read_decision(version)
     evidence = answers = None
@@ -84,6 +86,13 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         raise StoreError(f"The report cannot be written to {folder}: {error}") from error
     logger.info("report: %s (%.1f s)", folder / PAGE, time.perf_counter() - began)
     return folder / PAGE
+
+
+def _require_classifier(version: Version) -> None:
+    task = version.metadata.get("task") or CLASSIFICATION
+    if task != CLASSIFICATION or not version.labels:
+        why = f"for TASK={task}" if task != CLASSIFICATION else "without labels"
+        raise StoreError(f"No report of version {version.id}: it is {why}, and a report tells how a classifier did.")
 
 
 def _answers(store: Store, version: Version, evidence: Evidence, settings: Settings) -> Answers | None:
