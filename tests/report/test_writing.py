@@ -345,9 +345,10 @@ def test_wherever_a_report_ends_the_pictures_of_its_pages_are_there(
     for last in range(4):
         folder = drawn(*before)
         left = iter([replace_file] * last)
-        with monkeypatch.context() as patch, pytest.raises(StoreError, match="cannot be written"):
+        with monkeypatch.context() as patch:
             patch.setattr(writing, "replace_file", lambda *about, left=left: next(left, fail)(*about))
-            drawn(*after)
+            with pytest.raises(StoreError, match="cannot be written"):
+                drawn(*after)
         shown, found = pictures_of(folder)
         assert shown <= found
         cards.append(shown)
