@@ -85,6 +85,8 @@ def main(arguments: list[str]) -> int:
         leads = os.environ.get("RANK", "0") == "0"  # of several processes that train
         logs.start(settings.log_path, speaks=leads, json_lines=settings.log_format == "json")
         say_taken(quoted, wanted.verb)
+        if wanted.background and settings.retrain_nice == "idle":
+            logging.getLogger(__name__).info("RETRAIN_NICE=idle: no progress is made while all cores are busy")
         threads = set_threads(settings.omp_num_threads)  # the libraries that the verbs import read it once
         require_libraries(wanted.verb)
         start.prepare()

@@ -113,6 +113,31 @@ def test_a_killed_owner_holds_nothing_though_a_program_it_started_lives_on(
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_who_only_asks_for_the_lock_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.touch()
+    askers = [os.open(path, os.O_RDONLY) for _ in range(2)]
+    for asker in askers:
+        fcntl.flock(asker, fcntl.LOCK_SH)
+    monkeypatch.setattr(status.time, "sleep", lambda _: os.close(askers.pop()))
+    with hold(path) as lock:
+        assert lock.exclusive
+        assert askers == []
+        assert "has been training" in str(status.holder(path))
+    assert status.holder(path) is None
+
+
+def test_an_asker_that_stays_is_not_waited_for_without_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.touch()
+    asker = os.open(path, os.O_RDONLY)
+    fcntl.flock(asker, fcntl.LOCK_SH)
+    monkeypatch.setattr(status, "ASKED_S", 0.0)
+    with pytest.raises(BusyError), hold(path):
+        pass
+    os.close(asker)
+    with hold(path):
+        pass
+
+
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_the_lock_is_released_when_the_block_fails(path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), hold(path):

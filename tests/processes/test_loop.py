@@ -273,6 +273,7 @@ def test_a_training_yields_if_there_is_something_to_answer_with(start: Start, pu
     service = start(RETRAIN_NICE="idle", N_EPOCHS="400")
     child = training_process(service)
     wait_until(lambda: os.sched_getscheduler(child) == os.SCHED_IDLE)
+    wait_until(lambda: "RETRAIN_NICE=idle: no progress" in service.log.read_text())
     ready(service)
     assert ask(service)["label"] in ("good", "bad")
 

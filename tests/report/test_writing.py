@@ -1,7 +1,9 @@
 """Reports as they are written: a page and a card that nothing in the data can break, of a version that was trained."""
 
 import logging
+import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 
 from tuneserve.artifact import REPORT_LOSSES, Version, is_whole
 from tuneserve.errors import RefusedError, StoreError
+from tuneserve.files import replace_file
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import ANSWERS, Answers, Words, read_answers
 from tuneserve.lifecycle.decision import Decision
@@ -282,6 +285,78 @@ def test_a_version_that_cannot_be_asked_says_why(
     monkeypatch.setattr(gate, "run_trial", lambda *about: {"candidate": {"error": "it fell over"}, "champion": None})
     with pytest.raises(StoreError, match="it fell over"):
         write_report(store, version, settings)
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        ({"task": "feature-extraction", "labels": []}, "for TASK=feature-extraction"),
+        ({"task": "summarization", "labels": []}, "for TASK=summarization"),
+        ({"task": "text-generation", "labels": []}, "for TASK=text-generation"),
+        ({"labels": []}, "without labels"),
+    ],
+)
+def test_what_is_no_classifier_has_no_report(about: dict[str, Any], why: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "MODEL" / "versions" / "one").mkdir(parents=True)
+    version = Version(folder, about)
+    with pytest.raises(StoreError, match=f"version one: it is {why}, and a report tells how a classifier") as refusal:
+        write_report(Store(tmp_path / "MODEL"), version, Settings.from_environ(tiny.paths(tmp_path)))
+    assert "\n" not in str(refusal.value)
+    assert list(folder.iterdir()) == []
+
+
+def pictures_of(folder: Path) -> tuple[set[str], set[str]]:
+    """The pictures that a report's card shows, and those that are in its folder."""
+    card = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
+    return set(re.findall(r"\((\w+\.svg)\)", card)), {path.name for path in folder.glob("*.svg")}
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write the report of a version of which little is known, with these pictures; its folder."""
+    version = Version(tmp_path / "one", {"labels": ["bad", "good"]})
+    version.folder.mkdir()
+
+    def write(*names: str) -> Path:
+        monkeypatch.setattr(writing, "draw", lambda *about: dict.fromkeys(names, "<svg ></svg>"))
+        return write_report(Store(tmp_path), version, Settings.from_environ(tiny.paths(tmp_path))).parent
+
+    return write
+
+
+def test_a_report_written_anew_leaves_no_picture_of_the_one_before(drawn: Callable[..., Path]) -> None:
+    folder = drawn("curves", "confusion", "lengths")
+    (killed := folder / ".lengths.svg-0123abcd").write_text("half")
+    os.utime(killed, (0, 0))
+    for name in ("losses.json", "valid.json", "test.json"):
+        (folder / name).write_text("[]")
+    drawn("curves", "reliability")
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "index.html", "curves.svg", "reliability.svg"),
+        *("losses.json", "valid.json", "test.json"),
+    }
+
+
+def test_wherever_a_report_ends_the_pictures_of_its_pages_are_there(
+    drawn: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = ("curves", "confusion"), ("curves", "reliability")
+    cards = []
+    for last in range(4):
+        folder = drawn(*before)
+        left = iter([replace_file] * last)
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "replace_file", lambda *about, left=left: next(left, fail)(*about))
+            with pytest.raises(StoreError, match="cannot be written"):
+                drawn(*after)
+        shown, found = pictures_of(folder)
+        assert shown <= found
+        cards.append(shown)
+    assert cards[0] != cards[-1]  # and the pages were written in one of these
+
+
+def fail(*about: object) -> None:
+    raise OSError("no paper")
 
 
 def test_a_report_that_fails_is_a_warning_and_the_version_serves(

@@ -18,9 +18,11 @@ from tuneserve.artifact import Version, describe_files
 from tuneserve.errors import BaseModelError, DataError, StoreError, TextError
 from tuneserve.files import write_json
 from tuneserve.lifecycle.store import Store
+from tuneserve.report.writing import write_report
 from tuneserve.serving.application import Application
 from tuneserve.settings import Settings
 from tuneserve.tasks.embedder import Embedding
+from tuneserve.training import job
 from tuneserve.training.imported import bring_in
 
 TEXTS = ["a great film", "awful food and not very warm", " two <br /> three ", "film " * 40]
@@ -104,6 +106,18 @@ def test_how_many_tokens_are_read_is_the_models_to_say_and_the_variables_to_chan
     assert bring_in(str(encoder), settings(environment, NUM_MAX_POSITIONS="16"), threads=1).max_tokens == 16
     silent = tiny.make_base_model(tmp_path / "silent")
     assert bring_in(str(silent), settings(environment), threads=1).max_tokens == 64
+
+
+def test_an_import_tries_no_report_and_one_that_is_asked_for_is_refused(
+    environment: dict[str, str], encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(job, "write_report", lambda *about: tried.append(about))
+    version = bring_in(str(encoder), settings(environment, REPORT="1"), threads=1)
+    assert tried == []
+    with pytest.raises(StoreError, match="it is for TASK=feature-extraction"):
+        write_report(Store(Path(environment["MODEL_PATH"])), version, settings(environment))
+    assert not list(version.folder.glob("report/*"))
 
 
 def test_it_is_imported_once_and_the_newest_is_the_champion(

@@ -1,6 +1,7 @@
 """A frozen body's features: made once, kept, found again, and the same as what the whole model sees."""
 
 import copy
+import itertools
 import json
 import logging
 import shutil
@@ -82,6 +83,21 @@ def test_another_rate_encodes_nothing_again(head_only: dict[str, str], encoded: 
     assert sum(encoded) > 100
 
 
+def test_of_data_with_ten_texts_more_those_alone_are_encoded(
+    head_only: dict[str, str], encoded: list[int], tmp_path: Path
+) -> None:
+    train(head_only)
+    assert sum(encoded) > 150
+    for more, first in (10, 240), (5, 300):
+        encoded.clear()
+        rows = [*tiny.sentences(240), *tiny.sentences(more, first=first)]
+        train(head_only, DATASET=str(tiny.write_csv(tmp_path / f"{more}.csv", rows)))
+        assert 0 < sum(encoded) <= more  # some are held out for the test
+    encoded.clear()
+    train(head_only, DATASET=str(tiny.write_csv(tmp_path / "fewer.csv", tiny.sentences(200))))
+    assert encoded == []
+
+
 def test_the_head_learns_and_the_body_does_not_move(head_only: dict[str, str], tmp_path: Path) -> None:
     base = tiny.make_base_model(tmp_path / "base", initializer_range=0.5)  # a random body that tells words apart
     version = train(head_only, BASE_MODEL=str(base))
@@ -145,6 +161,90 @@ def test_a_note_that_a_killed_process_left_empty_counts_for_nothing(
     whole = np.array(features.encode(frozen(), split, tmp_path, stopping=lambda: False))
     (tmp_path / "encoded.txt").write_text("")
     assert np.array_equal(features.encode(frozen(), split, tmp_path, stopping=lambda: False), whole)
+
+
+def test_a_table_that_is_gone_is_not_taken_for_the_one_that_is_made_anew(
+    tmp_path: Path, frozen: Callable[..., features.Encoder]
+) -> None:
+    split = tiny.make_split([5, 9, 3])
+    whole = np.array(features.encode(frozen(), split, tmp_path, stopping=lambda: False))
+    (tmp_path / "features.npy").unlink()
+    features.encode(frozen(), split, tmp_path, stopping=lambda: True)  # and ends before a text is encoded
+    assert np.array_equal(features.encode(frozen(), split, tmp_path, stopping=lambda: False), whole)
+
+
+class Counting(features.Encoder):
+    """Counts the texts that are encoded."""
+
+    texts = 0
+
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the encoder."""
+        self.texts += len(batch.lengths)
+        return super().__call__(batch)
+
+
+def part(split: TokenizedSplit, rows: list[int]) -> TokenizedSplit:
+    lengths = split.lengths[rows]
+    ids = np.concatenate([split.text_ids(row) for row in rows])
+    return TokenizedSplit(ids, np.r_[0, np.cumsum(lengths)], split.label_ids[rows], split.truncated[rows])
+
+
+KIND, OTHER_KIND = "0" * 16, "1" * 16
+
+
+@pytest.fixture
+def count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Encode some rows of thirty texts, and compare them with what the encoder says; how many went through it."""
+    monkeypatch.setattr(features, "WINDOW_TEXTS", 8)
+    whole = tiny.make_split([3 + number % 7 for number in range(30)])
+    model = tiny.make_classifier().eval()
+    encoder = Counting(model, choose_forward(model))
+    expected = np.array(features.encode(encoder, whole, tmp_path / "expected", stopping=lambda: False))
+
+    def count(name: str, rows: list[int], *, stops_after: int = 99) -> int:
+        encoder.texts, asked = 0, itertools.count(1)
+        folder = tmp_path / name
+        found = features.encode(encoder, part(whole, rows), folder, stopping=lambda: next(asked) > stops_after)
+        if stops_after == 99:
+            assert np.allclose(found, expected[rows], atol=1e-5)
+        return encoder.texts
+
+    return count
+
+
+def test_texts_that_other_tables_have_are_copied_and_the_rest_encoded(
+    count: Callable[..., int], tmp_path: Path
+) -> None:
+    first, second, third = (f"{KIND}{number:016x}" for number in (1, 2, 3))
+    assert count(first, [*range(12)]) == 12 + 1  # and one, to see how wide a row is
+    assert count(second, [20, *range(11, 2, -1), 21]) == 2
+    assert count(third, [*range(30)]) == 30 - 12 - 2
+    assert count(third, [*range(30)]) == 0
+    assert count(f"{KIND}{4:016x}", [29, 0, 20]) == 0
+    assert count(f"{OTHER_KIND}{1:016x}", [1, 2]) == 2 + 1
+
+
+def test_an_interrupted_table_gives_what_it_has_and_goes_on_where_it_was(count: Callable[..., int]) -> None:
+    first, second = (f"{KIND}{number:016x}" for number in (1, 2))
+    assert count(first, [*range(20)], stops_after=1) == 1 + 8
+    assert count(second, [*range(5, 15)]) == 10 - 3
+    assert count(first, [*range(20)]) == 20 - 8
+    assert count(second, [*range(5, 15)]) == 0
+
+
+@pytest.mark.parametrize("name", ["features.npy", "texts.npy", "order.npy", "encoded.txt"])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", None], ids=["empty", "cut", "gone"])
+def test_a_damaged_table_is_no_source_and_is_made_again(
+    count: Callable[..., int], tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    damaged, second = (f"{KIND}{number:016x}" for number in (1, 2))
+    count(damaged, [*range(9)])
+    (tmp_path / damaged / name).unlink()
+    if content is not None:
+        (tmp_path / damaged / name).write_bytes(content)
+    assert count(second, [1, 2, 3]) == 3 + 1
+    assert count(damaged, [*range(9)]) == (0 if name == "texts.npy" else 9 - 3)
 
 
 def test_a_full_disk_is_said_and_does_not_end_the_process(disk: Any, frozen: Callable[..., features.Encoder]) -> None:

@@ -338,7 +338,8 @@ class Settings(BaseModel):
 
     retrain_nice: Annotated[int, Field(ge=0, le=19)] | Literal["idle"] = "idle"
     """Niceness of a training beside a model that answers. `idle`: it computes only while a core has nothing else to do,
-    and gives way at once; with a number it may hold up an answer, but gets on a little faster on busy cores."""
+    gives way at once, and makes no progress while all cores are busy; with a number it may hold up an answer, but gets
+    on faster: 10 gives it a tenth of a busy core, 19 a hundredth."""
 
     retrain_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """CPU threads of a training beside a model that answers. `auto`: half of them."""

@@ -36,6 +36,9 @@ REFUSALS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MAX_BYTES = 64 << 10
 """Of the status file: servers read it on their event loop."""
 
+ASKED_S, ASK_AGAIN_S = 5.0, 0.01
+"""Seconds for which those are waited for who only ask whether the lock is held, and between two tries."""
+
 EVERY_S = 1.0
 """Seconds between two writings."""
 
@@ -94,7 +97,8 @@ def hold(path: Path) -> Iterator[Lock]:
 def holder(path: Path) -> str | None:
     """Who holds the lock at `path`, as the start of a sentence; None if nobody does. Nothing is written.
 
-    The kernel tells only by a lock that is taken: a shared one, for the moment in which it is asked.
+    The kernel tells only by a lock that is taken: a shared one, for the moment in which it is asked. `/proc/locks` does
+    not know those of other containers and machines. A training that starts in this moment waits for its end.
 
     Raises:
         StoreError: the file cannot be read.
@@ -117,10 +121,30 @@ def holder(path: Path) -> str | None:
     return None
 
 
+def _lock(descriptor: int) -> None:
+    """Take the lock. Who only asks for it (see `holder`) shares it for a moment, and is waited for.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file system has no locks.
+    """
+    until = time.monotonic() + ASKED_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which is refused if somebody trains
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            if time.monotonic() >= until:
+                raise
+        time.sleep(ASK_AGAIN_S)
+
+
 def _acquire(path: Path, descriptor: int) -> bool:
     exclusive = True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     except BlockingIOError:
         raise BusyError(f"{_read_owner(descriptor)} ({path}).") from None
     except OSError as error:

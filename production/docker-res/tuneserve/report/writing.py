@@ -12,12 +12,12 @@ from pydantic import TypeAdapter
 
 from tuneserve.artifact import REPORT_LOSSES, Version
 from tuneserve.errors import StoreError
-from tuneserve.files import read_record, replace_file
+from tuneserve.files import read_record, remove_leftovers, replace_file
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import Answers, read_answers
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence
-from tuneserve.lifecycle.store import Store
+from tuneserve.lifecycle.store import ABANDONED_S, Store
 from tuneserve.report.facts import Facts, Piece, clean, gather
 from tuneserve.report.plots import draw
 from tuneserve.settings import Settings
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, PAGE, CARD = "report", "index.html", "README.md"
 TEMPLATES = Path(__file__).parent
+CLASSIFICATION = "text-classification"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HARDLY = 0.25
 """Weights below this share of the strongest are not shown."""
@@ -39,7 +40,7 @@ CAPTIONS = {
 
 
 def write_report(store: Store, version: Version, settings: Settings) -> Path:
-    """Write a version's report and return its page; what is there is replaced.
+    """Write a version's report and return its page; a report that is there is replaced.
 
     The texts of its test are asked again where no answers to them are kept.
 
@@ -49,8 +50,9 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         settings: `data_path` for what Matplotlib keeps; and of a trial, if one is needed.
 
     Raises:
-        StoreError: the version cannot be asked, or the report not be written.
+        StoreError: the version is no classifier or cannot be asked, or the report cannot be written.
     """
+    _require_classifier(version)
     began = time.perf_counter()
     decision = read_decision(version)
     evidence = answers = None
@@ -73,17 +75,34 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
     pages = {CARD: render_card(facts, pictures), PAGE: render_page(facts, pictures)}
     folder = version.folder / FOLDER
     try:
-        folder.mkdir(exist_ok=True)
-        for name, svg in pictures.items():
-            replace_file(folder / f"{name}.svg", _alone(svg).encode())
-        for name, content in pages.items():
-            replace_file(folder / name, content.encode())
-        for path in [*(folder / f"{name}.svg" for name in pictures), *(folder / name for name in pages)]:
-            path.chmod(0o644)  # other users may serve it
+        _replace(folder, {f"{name}.svg": _alone(svg) for name, svg in pictures.items()}, pages)
     except OSError as error:
         raise StoreError(f"The report cannot be written to {folder}: {error}") from error
     logger.info("report: %s (%.1f s)", folder / PAGE, time.perf_counter() - began)
     return folder / PAGE
+
+
+def _replace(folder: Path, pictures: Mapping[str, str], pages: Mapping[str, str]) -> None:
+    """Put a report in the place of the one before: at any time the pictures that a page shows are there.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    folder.mkdir(exist_ok=True)
+    for name, content in [*pictures.items(), *pages.items()]:
+        replace_file(folder / name, content.encode())
+        (folder / name).chmod(0o644)  # other users may serve it
+    for path in folder.glob("*.svg"):
+        if path.name not in pictures:
+            path.unlink(missing_ok=True)
+    remove_leftovers(folder, older_than_s=ABANDONED_S)  # somebody else may write now
+
+
+def _require_classifier(version: Version) -> None:
+    task = version.metadata.get("task") or CLASSIFICATION
+    if task != CLASSIFICATION or not version.labels:
+        why = f"for TASK={task}" if task != CLASSIFICATION else "without labels"
+        raise StoreError(f"No report of version {version.id}: it is {why}, and a report tells how a classifier did.")
 
 
 def _answers(store: Store, version: Version, evidence: Evidence, settings: Settings) -> Answers | None:

@@ -1,11 +1,17 @@
 """Training the head alone: a frozen body's work is done once, and what the head reads of every text is kept on disk.
 
 With TRAIN_BODY=0 the body gives the same states in every epoch and every run; so each text goes through it once, and
-what is left to train reads a table.
+what is left to train reads a table. Other data of the same body, with some texts more, get a table of their own, into
+which the rows of texts that another one has are copied.
+
+A folder holds `features.npy` (a row for each text), `texts.npy` (the texts' hashes), `order.npy` (rows, in the order in
+which they were filled) and `encoded.txt` (how many of them were). Its name begins with a hash of what made the rows.
+The tables and the head that reads them know each other well, which makes the module a little long.
 """
 
 import copy
 import hashlib
+import itertools
 import logging
 import os
 import time
@@ -22,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tuneserve.code import code_hash
 from tuneserve.errors import StoreError
-from tuneserve.files import mark_used
+from tuneserve.files import CACHED, mark_used
 from tuneserve.hardware import Precision
 from tuneserve.network.forward import PROBE_TOLERANCE, Forward, LastStates, Texts, cast, choose_forward, probe
 from tuneserve.progress import counted
@@ -34,6 +40,9 @@ from tuneserve.training.tokens import Array, TokenizedSplit, collate, sorted_bat
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
+TABLE, TEXTS, ORDER, NOTE = "features.npy", "texts.npy", "order.npy", "encoded.txt"
+KIND_DIGITS = 16
+"""Of a folder's name: equal ones have tables that the same body and code made."""
 
 CODE = ("text.py", "network", *(f"training/{name}.py" for name in ("features", "model", "tokens")))
 """What makes the features; an edit in it makes them anew."""
@@ -100,10 +109,10 @@ def fit_head(
 
 
 def _key(body: str, precision: Precision, split: TokenizedSplit) -> str:
-    key = hashlib.sha256(f"{body} {precision} {code_hash(*CODE)}".encode())
+    kind, content = hashlib.sha256(f"{body} {precision} {code_hash(*CODE)}".encode()), hashlib.sha256()
     for array in (split.starts, split.ids):
-        key.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return key.hexdigest()[:32]
+        content.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return kind.hexdigest()[:KIND_DIGITS] + content.hexdigest()[:16]
 
 
 class Head(nn.Module):
@@ -165,53 +174,114 @@ def agree(encoder: Encoder, head: Head) -> bool:
 def encode(encoder: Encoder, split: TokenizedSplit, folder: Path, *, stopping: Callable[[], bool]) -> Array:
     """The features of a split, float32 [texts, channels], memory-mapped; found again if `folder` has them.
 
-    What was encoded before an interruption is not encoded again; it is cut short when `stopping` says yes.
+    Texts that are in another table of this kind beside `folder`, and what was encoded before an interruption, are not
+    encoded again; it is cut short when `stopping` says yes.
 
     Raises:
         StoreError: the disk refuses.
     """
-    table, note = folder / "features.npy", folder / "encoded.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        said = note.read_text() if note.exists() and table.exists() else ""
-        done = int(said) if said.isdecimal() else 0  # a note is empty if the process was killed while it wrote
-        if done < len(split):
-            if done:
-                logger.info("%d of %d texts are encoded already", done, len(split))
-            _encode(encoder, split, table, note, done, stopping)
+        order, done = _read_progress(folder)
+        if len(order) != len(split) or done < len(split):
+            _encode(encoder, split, folder, stopping)
         else:
             logger.info("%d texts are encoded already", len(split))
         mark_used(folder)
-        features: Array = np.load(table, mmap_mode="r")
+        features: Array = np.load(folder / TABLE, mmap_mode="r")
     except OSError as error:
         raise StoreError(f"{folder} cannot be written to: {error}") from error
     return features
 
 
-def _encode(
-    encoder: Encoder,
-    split: TokenizedSplit,
-    table: Path,
-    note: Path,
-    done: int,
-    stopping: Callable[[], bool],
-) -> None:
+def _read_progress(folder: Path) -> tuple[Array, int]:
+    """The order in which rows are filled, and how many are; none of a folder that has no table or is damaged."""
+    try:
+        done = int((folder / NOTE).read_text())  # it is empty if the process was killed while it wrote
+        order: Array = np.load(folder / ORDER)
+        if len(order) == len(np.load(folder / TABLE, mmap_mode="r")):
+            return order, done
+    except (OSError, ValueError, EOFError):
+        pass
+    return np.zeros(0, dtype=np.int64), 0
+
+
+def _encode(encoder: Encoder, split: TokenizedSplit, folder: Path, stopping: Callable[[], bool]) -> None:
     device = encoder.model.device
-    channels = encoder(collate(split, [0], device))[0].shape[1]
-    mode = "r+" if done else "w+"
-    features = np.lib.format.open_memmap(table, mode=mode, dtype=np.float32, shape=(len(split), channels))
-    if hasattr(os, "posix_fallocate"):
-        with table.open("r+b") as file:  # on a full disk, this is an error; writing to the map would end the process
-            os.posix_fallocate(file.fileno(), 0, table.stat().st_size)
+    order, done = _read_progress(folder)
+    if not done or len(order) != len(split):
+        order, done = _begin(encoder, split, folder)
+    if done:
+        logger.info("%d of %d texts are encoded already", done, len(split))
+    features = np.load(folder / TABLE, mmap_mode="r+")
     for begin in range(done, len(split), WINDOW_TEXTS):
-        end = min(begin + WINDOW_TEXTS, len(split))
-        for rows in counted(sorted_batches(split.lengths[begin:end], ENCODING_TOKENS), "encoding"):
+        window = order[begin : begin + WINDOW_TEXTS]
+        for rows in counted(sorted_batches(split.lengths[window], ENCODING_TOKENS), "encoding"):
             if stopping():
                 return
-            features[begin + rows] = encoder(collate(split, begin + rows, device))[0].cpu().numpy()
+            features[window[rows]] = encoder(collate(split, window[rows], device))[0].cpu().numpy()
         features.flush()
-        note.write_text(str(end))
-        logger.info("encoded %d of %d texts", end, len(split))
+        (folder / NOTE).write_text(str(begin + len(window)))
+        logger.info("encoded %d of %d texts", begin + len(window), len(split))
+
+
+def _begin(encoder: Encoder, split: TokenizedSplit, folder: Path) -> tuple[Array, int]:
+    """Make a table with the rows that others have; the order of all rows, and how many there are already."""
+    texts = _hash_texts(split)
+    known = _find_known(texts, folder)
+    channels = (known[0][0] if known else encoder(collate(split, [0], encoder.model.device))[0]).shape[1]
+    (folder / NOTE).unlink(missing_ok=True)  # it is of a table that is gone
+    shape = (len(split), channels)
+    features = np.lib.format.open_memmap(folder / TABLE, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with (folder / TABLE).open("r+b") as file:  # on a full disk, an error; writing to the map would end the process
+            os.posix_fallocate(file.fileno(), 0, (folder / TABLE).stat().st_size)
+    for table, theirs, ours in known:
+        for begin in range(0, len(ours), WINDOW_TEXTS):
+            part = slice(begin, begin + WINDOW_TEXTS)
+            features[ours[part]] = table[theirs[part]]
+    features.flush()
+    filled = np.concatenate([np.zeros(0, dtype=np.int64), *(ours for _, _, ours in known)])
+    order = np.r_[filled, np.setdiff1d(np.arange(len(split)), filled)]
+    np.save(folder / TEXTS, texts)
+    np.save(folder / ORDER, order)
+    (folder / NOTE).write_text(str(len(filled)))
+    return order, len(filled)
+
+
+def _hash_texts(split: TokenizedSplit) -> Array:
+    """A hash of each text's token ids, uint64 [texts]."""
+    ids, starts = np.asarray(split.ids), split.starts.tolist()
+    hashes = (
+        hashlib.blake2b(ids[begin:end].tobytes(), digest_size=8).digest() for begin, end in itertools.pairwise(starts)
+    )
+    return np.frombuffer(b"".join(hashes), dtype=np.uint64)
+
+
+def _find_known(texts: Array, folder: Path) -> list[tuple[Array, Array, Array]]:
+    """Tables of this kind beside the folder, each with rows to be taken from it, and the rows here that they become."""
+    found: list[tuple[Array, Array, Array]] = []
+    missing = np.arange(len(texts))
+    if not CACHED.fullmatch(folder.name):  # it is no cache's folder, and has none beside it
+        return []
+    for other in sorted(folder.parent.glob(f"{folder.name[:KIND_DIGITS]}*")):
+        order, done = _read_progress(other)
+        if other == folder or not done or not len(missing):
+            continue
+        try:
+            rows, theirs = order[:done], np.load(other / TEXTS)[order[:done]]
+            table = np.load(other / TABLE, mmap_mode="r")
+        except (OSError, ValueError, EOFError, IndexError) as error:  # it is damaged, or was just removed
+            logger.info("features in %s cannot be read: %s", other, error)
+            continue
+        by_hash = np.argsort(theirs)
+        index = np.searchsorted(theirs, texts[missing], sorter=by_hash)
+        index = by_hash[np.minimum(index, len(theirs) - 1)]
+        same = theirs[index] == texts[missing]
+        if same.any():
+            found.append((table, rows[index[same]], missing[same]))
+            missing = missing[~same]
+    return found
 
 
 def as_splits(tokens: Mapping[str, TokenizedSplit]) -> dict[str, TokenizedSplit]:

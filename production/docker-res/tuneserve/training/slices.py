@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from tuneserve.errors import DataError
 from tuneserve.lifecycle.evidence import key_of
+from tuneserve.logs import in_one_line
 from tuneserve.tables.rows import NOT_TEXT, counts_rows, format_value, read_types, read_values, shorten
 from tuneserve.training.data import Source
 
@@ -32,14 +33,16 @@ def read_slices(source: Source | None, texts: Sequence[str]) -> dict[str, list[s
             text, label = source.columns.text, source.columns.label
             others = [name for name, kind in types if name not in (text, label) and _may_divide(name, kind)]
             others = others[:MOST_COLUMNS]
-            if not others or text not in [name for name, _ in types]:
+            if text not in [name for name, _ in types]:
+                raise DataError(f"{file.name} no longer has a column {text!r}.")
+            if not others:
                 continue
             for value, *values in read_values(file, file.name, types, [text, *others]):
                 if (index := wanted.get(key_of(format_value(value)))) is not None:
                     for name, one in zip(others, values, strict=True):
                         found.setdefault(name, [""] * len(texts))[index] = shorten(one.strip())
-    except (OSError, DataError) as error:  # they were there when the texts were read
-        logger.warning("other columns of the data cannot be read: %s", error)
+    except Exception as error:  # they were there when the texts were read; readers raise whatever has met them since
+        logger.warning("other columns of the data cannot be read, and the report lacks them: %s", in_one_line(error))
         return {}
     return {name: values for name, values in found.items() if 2 <= len(set(values) - {""}) <= MOST_VALUES}
 
