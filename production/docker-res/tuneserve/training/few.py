@@ -134,6 +134,7 @@ def fit_few(
             return Position(), None
         held.append(rows)
         answers.append(np.stack(at))
+        del twin  # before the next one is made
     order = np.argsort(np.concatenate(held), kind="stable")
     rows, logits = np.concatenate(held)[order], np.concatenate(answers, axis=1)[:, order]
     chosen = choose(logits, train.label_ids[rows])
