@@ -92,7 +92,7 @@ def by_regression(train: Rows, test: Rows) -> float:
     base = base_model.resolve(base_model.PACKAGED, revision="", cache=PROJECT / "data")
     tokenizer = load_tokenizer(base.folder, max_tokens=MAX_TOKENS)
     encoder = TextEncoder.from_json(tokenizer.backend_tokenizer.to_str(), max_tokens=MAX_TOKENS)
-    model = build_model(base.folder, labels, dropout=0.0, seed=0, device=torch.device("cpu"))
+    model = build_model(base.folder, labels, dropout=0.0, seed=0, device=torch.device("cpu"), reads_mean=True)
     splits = [_tokenize(rows, encoder, labels) for rows in (train, test)]
     features = [read_features(model, split) for split in splits]
     assert features[0] is not None

@@ -212,7 +212,18 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
         if {"torch", "transformers"} & {one.split(".")[0] for one in imports_of_its_own(tree)}
     }
     apart = {name for name in of_torch if not within(name, "training")}
-    network = ("attention", "cache", "decoder", "embedding", "forward", "head", "optimizer", "page", "search")
+    network = (
+        "attention",
+        "cache",
+        "decoder",
+        "embedding",
+        "forward",
+        "head",
+        "optimizer",
+        "page",
+        "pooling",
+        "search",
+    )
     assert apart == {*(f"tuneserve.network.{name}" for name in network), *ENGINES}
     askers = {
         (name, other)
@@ -223,6 +234,7 @@ def test_outside_training_the_network_and_two_engines_load_torch_and_two_functio
     assert askers == {
         ("tuneserve.network.decoder", "tuneserve.network.cache"),
         ("tuneserve.network.forward", "tuneserve.network.attention"),
+        ("tuneserve.network.forward", "tuneserve.network.pooling"),
         ("tuneserve.network.head", "tuneserve.network.embedding"),
         ("tuneserve.network.optimizer", "tuneserve.network.forward"),
         ("tuneserve.serving.engines.torch_engine", "tuneserve.network.attention"),

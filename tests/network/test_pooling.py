@@ -28,8 +28,8 @@ def texts() -> Texts:
     return Texts(torch.from_numpy(split.ids).long(), np.array(LENGTHS))
 
 
-def build(folder: Path) -> torch.nn.Module:
-    model = build_model(folder, ["a", "b", "c"], dropout=0.0, seed=0, device=torch.device("cpu"))
+def build(folder: Path, *, reads_mean: bool = True) -> torch.nn.Module:
+    model = build_model(folder, ["a", "b", "c"], dropout=0.0, seed=0, device=torch.device("cpu"), reads_mean=reads_mean)
     with torch.no_grad():
         model.classifier.weight.mul_(50)
     return model.eval()
@@ -86,8 +86,9 @@ def test_the_packed_way_asks_that_layer_for_no_attention(tmp_path: Path, monkeyp
 def test_a_layer_is_added_where_the_base_model_says_mean_and_is_like_bert(
     tmp_path: Path, mean: bool, kind: str, layers: int
 ) -> None:
-    config = build(made(tmp_path, mean=mean, kind=kind)).config
-    assert config.num_hidden_layers == layers
+    base = made(tmp_path, mean=mean, kind=kind)
+    assert build(base).config.num_hidden_layers == layers
+    assert build(base, reads_mean=False).config.num_hidden_layers == 2
 
 
 def test_the_layer_is_not_trained_and_stays_uniform(tmp_path: Path) -> None:

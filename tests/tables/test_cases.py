@@ -538,7 +538,7 @@ LABELS = {
     "numbers of classes": Case({"a.csv": table([(f"a text {n}", n % 77) for n in range(770)])}, {"train": 770}),
     "rare labels": Case(
         {"a.csv": table(RARE)},
-        ", and 395 more; 5 of each class are the least. Most texts",
+        ", and 395 more; 2 of each class are the least. Most texts",
         520,
     ),
     "rare labels, left out": Case(
@@ -575,7 +575,7 @@ LABELS = {
     ),
     "none is left": Case(
         {"a.csv": table(RARE[120:])},
-        "only 0 of 400 labels have 5 usable training texts",
+        "only 0 of 400 labels have 2 usable training texts",
         400,
         how={"rare_labels": "drop"},
     ),

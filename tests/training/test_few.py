@@ -86,8 +86,8 @@ def test_the_simplest_model_that_is_not_surely_worse_is_chosen() -> None:
     good = np.eye(2)[label_ids] * 4 + rng.normal(size=(200, 2))
     assert choose(np.stack([good, good, good]), label_ids) == 0
     assert choose(np.stack([rng.normal(size=(200, 2)), good]), label_ids) == 1
-    little = np.stack([good, good + np.eye(2)[label_ids] * rng.choice([0.0, 0.02], 200)[:, None]])
-    assert choose(little[:, :5], label_ids[:5]) == 0
+    gains = np.eye(2)[label_ids] * rng.normal(0.02, 0.5, 200)[:, None]  # less than their spread lets one tell
+    assert choose(np.stack([good, good + gains]), label_ids) == 0
 
 
 def test_features_are_what_the_last_layer_reads() -> None:
@@ -221,3 +221,14 @@ def test_the_head_alone_learns_from_few_texts_in_no_epoch(environment: dict[str,
     assert version.metadata["history"] == []
     assert "body" in version.metadata
     assert json.loads((version.folder / "metadata.json").read_text())["fit_s"] > 0
+
+
+@pytest.mark.parametrize(("changed", "layers"), [({}, 2), ({"TRAIN_BODY": "0"}, 3), (FEW, 3)])
+def test_the_mean_is_read_where_the_body_is_frozen_or_texts_are_few(
+    environment: dict[str, str], tmp_path: Path, changed: dict[str, str], layers: int
+) -> None:
+    base = tiny.make_base_model(tmp_path / "base")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    version = train(environment, BASE_MODEL=str(base), DATASET=few_texts(tmp_path), **changed)
+    assert json.loads((version.folder / "config.json").read_text())["num_hidden_layers"] == layers

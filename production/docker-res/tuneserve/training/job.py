@@ -114,6 +114,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             seed=settings.seed,
             device=device,
             pad_id=tokenizer.pad_token_id,
+            reads_mean=splits.cross_validates or not settings.train_body,
         )
         require_reloadable(model)
         rehearse(model, tokens, max_tokens=settings.num_max_positions)

@@ -122,10 +122,12 @@ def build_model(
     seed: int,
     device: torch.device,
     pad_id: int | None = None,
+    reads_mean: bool = False,
 ) -> PreTrainedModel:
     """The base model with a new classification head, in fp32 on the device; `seed` decides the new weights.
 
-    `pad_id` is the tokenizer's, for models that do not say what fills a row.
+    `pad_id` is the tokenizer's, for models that do not say what fills a row. With `reads_mean` the head reads the mean
+    of the last states instead of the first one, if the base model was trained for that and is built like BERT.
 
     The place for a head of your own, by its configuration; layers of your own are a class in `network/head.py`, which
     also loads the model again wherever a version is exported or served.
@@ -165,7 +167,8 @@ def build_model(
         )
         assert isinstance(model, PreTrainedModel)
         nn.Module.to(model, device)
-        if head.NETWORK is AutoModelForSequenceClassification and is_like_bert(model) and _pools_by_mean(folder):
+        usual = head.NETWORK is AutoModelForSequenceClassification
+        if reads_mean and usual and is_like_bert(model) and _pools_by_mean(folder):
             append_mean(model)
     except BaseModelError:
         raise
