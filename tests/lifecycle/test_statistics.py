@@ -5,6 +5,7 @@ from scipy import special, stats
 from tuneserve.lifecycle import statistics
 from tuneserve.lifecycle.statistics import (
     chi_square,
+    fewest_share,
     fisher,
     holm,
     kolmogorov_smirnov,
@@ -30,6 +31,12 @@ def test_the_distance_of_two_samples_is_scipys(shift: float) -> None:
 def test_the_sign_test_is_scipys_exact_binomial_one(gained: int, lost: int) -> None:
     assert sign_test(gained, lost) == pytest.approx(stats.binomtest(lost, gained + lost, alternative="greater").pvalue)
     assert sign_test(gained, 0) == 1
+
+
+@pytest.mark.parametrize(("found", "count"), [(1, 1), (1, 500), (3, 20), (20, 20), (499, 500)])
+def test_the_exact_bound_of_a_share_is_scipys(found: int, count: int) -> None:
+    assert fewest_share(found, count) == pytest.approx(stats.beta.ppf(0.05, found, count - found + 1), abs=1e-9)
+    assert fewest_share(0, count) == 0
 
 
 def test_equal_values_do_not_make_a_difference_surer() -> None:

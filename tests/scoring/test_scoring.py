@@ -24,7 +24,7 @@ RUN = PROJECT / "production" / "docker-res" / "run.py"
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 ENDINGS = [".csv", ".tsv", ".jsonl", ".parquet"]
-ANSWER = ["label", "score", "scores", "tokens", "truncated", "error", "model_version"]
+ANSWER = ["label", "score", "scores", "tokens", "truncated", "error", "model_version", "abstain"]
 TEXTS = [
     "a great film",
     'she said "good", twice',

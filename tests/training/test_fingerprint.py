@@ -29,6 +29,7 @@ DECIDE = {
     **{"VALID_PCT": "0.2", "TEST_PCT": "0.2", "NUM_MAX_POSITIONS": "64", "TRAIN_BODY": "0", "N_EPOCHS": "4"},
     **{"BATCH_SIZE": "16", "LR": "1e-3", "DROPOUT": "0.1", "MAX_NORM": "2", "CLASS_WEIGHTS": "balanced"},
     **{"LABEL_SMOOTHING": "0.1", "PATIENCE": "1", "SELECT_BY": "loss", "SEED": "1", "PRECISION": "int8"},
+    **{"MAX_ERROR": "0.02"},
 }
 """Settings that make another run of the same texts and the same base model; `int8` saves one graph more."""
 BY_CONTENT = {"DATASET": "/x.csv", "TEXT_COLUMN": "x", "LABEL_COLUMN": "x", "BASE_MODEL": "x", "USE_FEEDBACK": "0"}

@@ -95,6 +95,20 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
 
 
+def fewest_share(found: int, count: int, certainty: float = CONFIDENCE) -> float:
+    """The exact one-sided lower bound of a share of which `found` of `count` were seen (Clopper and Pearson, 1934)."""
+    if not found:
+        return 0.0
+    seen = np.arange(found, count + 1)
+    log_ways = _log_ways(count, seen)
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the chance of as many or more grows with the share
+        share = (low + high) / 2
+        chance = np.exp(log_ways + seen * math.log(share) + (count - seen) * math.log1p(-share)).sum()
+        low, high = (share, high) if chance < 1 - certainty else (low, share)
+    return low
+
+
 def sign_test(gained: int, lost: int) -> float:
     """The one-sided p-value of `lost` or more of the texts that only one of two models has right, if they were equal.
 

@@ -52,6 +52,7 @@ DECISIVE = {
     *("num_train", "num_test", "valid_pct", "test_pct", "num_max_positions", "train_body", "n_epochs", "batch_size"),
     *("labels", "min_class_size", "rare_labels"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
+    "max_error",
 }
 """The settings that, with the data and the base model, decide what training ends with."""
 
