@@ -1,4 +1,4 @@
-"""The promise of few wrong answers: kept in 95% of a thousand draws, refused with too few texts, and said in metadata."""
+"""The promise of few wrong answers: kept in 95% of a thousand draws, refused with too few texts, said in metadata."""
 
 import logging
 from collections.abc import Callable

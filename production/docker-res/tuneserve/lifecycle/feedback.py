@@ -30,7 +30,7 @@ from tuneserve.lifecycle.feedback_database import (
     open_database,
 )
 from tuneserve.lifecycle.secret import pseudonym, read_secret
-from tuneserve.lifecycle.statistics import fewest_share, wilson
+from tuneserve.lifecycle.statistics import CONFIDENCE, sequential_p_value, wilson
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class Accuracy:
 class Kept:
     """Whether a version keeps its promise of few wrong answers, by its newest labelled ones that did not abstain.
 
-    `low` is the exact lower bound of its `error` with 95% certainty; the promise is not kept where that is above
-    `max_error`, and where nothing is labelled nobody knows.
+    It is not where the p-value of these labels is below 0.05; where nothing is labelled nobody knows.
     """
 
     version: str
@@ -101,7 +100,8 @@ class Kept:
     count: int
     wrong: int
     error: float | None
-    low: float | None
+    p_value: float | None
+    """See `sequential_p_value`."""
     kept: bool | None
 
 
@@ -249,8 +249,8 @@ class Feedback:
         count, wrong = len(answered), answered.count(False)
         if not count:
             return Kept(version, max_error, 0, 0, None, None, None)
-        low = fewest_share(wrong, count)
-        return Kept(version, max_error, count, wrong, wrong / count, low, low <= max_error)
+        p_value = sequential_p_value(wrong, count, max_error)
+        return Kept(version, max_error, count, wrong, wrong / count, p_value, p_value >= 1 - CONFIDENCE)
 
     def _newest(self, database: sqlite3.Connection, version: str) -> dict[tuple[str, int], bool]:
         """Its newest labelled answers, by request and index, and whether each was right."""

@@ -55,6 +55,7 @@ class Metrics:
             "0 if labelled answers show more errors than MAX_ERROR promises, else 1; NaN without a promise or labels.",
             registry=registry,
         )
+        self.show_promise(None)
         self.queue_tokens = Gauge("tuneserve_queue_tokens", "Tokens that wait for the engine.", registry=registry)
         self.batch_texts = Histogram(
             "tuneserve_batch_texts",
