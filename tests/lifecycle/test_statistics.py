@@ -51,7 +51,7 @@ def test_looking_after_every_label_calls_what_is_true_untrue_in_a_twentieth_of_t
 def test_a_larger_share_is_soon_found_out_and_a_smaller_one_never() -> None:
     assert sequential_p_value(0, 0, 0.02) == sequential_p_value(0, 500, 0.02) == 1
     assert sequential_p_value(1, 1, 0.02) > 0.05
-    assert sequential_p_value(6, 100, 0.02) < 0.1 < sequential_p_value(4, 100, 0.02)
+    assert sequential_p_value(8, 100, 0.02) < 0.05 < sequential_p_value(5, 100, 0.02)
     assert sequential_p_value(500, 500, 0.9) < 1e-3
     assert sequential_p_value(5, 500, 0.02) == 1
 

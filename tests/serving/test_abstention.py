@@ -62,13 +62,13 @@ def figures(client: TestClient) -> dict[str, float]:
     return {sample.name: sample.value for one in families for sample in one.samples}
 
 
-def label(client: TestClient, text: str, *, wrong: int, right: int) -> None:
-    """Answers to a text, so many of which people call wrong, then so many right."""
-    for number in range(wrong + right):
+def label(client: TestClient, text: str, *, right: int = 0, wrong: int = 0) -> None:
+    """Answers to a text, of which people call so many right, then so many wrong."""
+    for number in range(right + wrong):
         answer = client.post("/inference", json={"text": text})
-        labels = {"bad", "good"} - ({answer.json()["label"]} if number < wrong else set())
-        said = labels if number < wrong else {answer.json()["label"]}
-        sent = {"request_id": answer.headers["X-Request-Id"], "label": said.pop()}
+        [other] = {"bad", "good"} - {answer.json()["label"]}
+        said = answer.json()["label"] if number < right else other
+        sent = {"request_id": answer.headers["X-Request-Id"], "label": said}
         assert client.post("/feedback", json=sent).json() == {"stored": True}
 
 
@@ -105,25 +105,38 @@ def test_labels_break_the_promise_when_chance_no_longer_explains_them(
     client = open_client(threshold)
     assert client.get("/feedback").json()["promise"]["kept"] is None
     assert math.isnan(figures(client)["tuneserve_promise_kept"])
-    label(client, UNSURE, wrong=5, right=0)  # they abstained, and nothing was promised of them
+    label(client, UNSURE, wrong=5)  # they abstained, and nothing was promised of them
     assert client.get("/feedback").json()["promise"]["kept"] is None
-    label(client, SURE, wrong=3, right=17)
+    label(client, SURE, right=17, wrong=3)
     promise = client.get("/feedback").json()["promise"]
     assert (promise["count"], promise["wrong"], promise["error"], promise["kept"]) == (20, 3, 0.15, True)
     assert promise["p_value"] > 0.05
     assert figures(client)["tuneserve_promise_kept"] == 1
     assert "does not keep" not in caplog.text
-    label(client, SURE, wrong=4, right=0)
-    assert "does not keep MAX_ERROR=0.1: of 23 labelled" in caplog.text  # as soon as the third of these was stored
+    label(client, SURE, wrong=6)
+    assert "does not keep MAX_ERROR=0.1: of the last 25 labelled" in caplog.text  # as soon as that one was stored
     promise = client.get("/feedback").json()["promise"]
-    assert (promise["count"], promise["wrong"], promise["kept"]) == (24, 7, False)
+    assert (promise["count"], promise["wrong"], promise["kept"]) == (26, 9, False)
     assert figures(client)["tuneserve_promise_kept"] == 0
     assert caplog.text.count("does not keep") == 1
 
 
+def test_only_labels_whose_answers_are_still_known_are_evidence(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / FILE, max_rows=2, keep_texts=False, keyed=True)
+    for number in range(3):
+        feedback.remember(f"r{number}", 0, "v1", "bad", 0.9, "text")
+        assert feedback.label_answer(f"r{number}", 0, "good")  # before and after the answer is written
+        found = feedback.kept("v1", threshold=0.9, max_error=0.1)
+        assert (found.count, found.wrong) == (number + 1, number + 1)
+    feedback._write()
+    assert feedback.kept("v1", threshold=0.9, max_error=0.1).count == 2  # the oldest answer is gone
+    assert feedback.kept("v1", threshold=0.91, max_error=0.1).kept is None
+    assert feedback.kept("v2", threshold=0.5, max_error=0.1).kept is None
+
+
 def test_anonymous_labels_are_no_evidence_where_there_is_a_key(open_client: Open, threshold: float) -> None:
     stranger = open_client(threshold, keyed=False)
-    label(stranger, SURE, wrong=9, right=0)
+    label(stranger, SURE, wrong=9)
     assert stranger.get("/feedback").json()["promise"]["kept"] is False
     assert open_client(threshold).get("/feedback").json()["promise"]["kept"] is None
 

@@ -304,8 +304,8 @@ class Service:
         if found.kept is False and model.id not in self._broken:
             self._broken.add(model.id)
             logger.warning(
-                "version %s does not keep MAX_ERROR=%g: of the last %d labelled answers that did not abstain %d are wrong "
-                "(p=%.2g); train again with texts like these",
+                "version %s does not keep MAX_ERROR=%g: of the last %d labelled answers that did not abstain %d are "
+                "wrong (p=%.2g); train again with texts like these",
                 *(model.id, found.max_error, found.count, found.wrong, found.p_value),
             )
         return found
