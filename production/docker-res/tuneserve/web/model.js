@@ -153,7 +153,7 @@ function versionParts({ answers, versions }, view, refresh) {
                 h("td", {}, h("input", { type: "checkbox", "data-version": one.id, "aria-label": `Compare ${one.id}`, checked: view.chosen.has(one.id), onchange: (event) => toggle(one.id, event.target.checked) })),
                 h("td", {}, h("code", {}, one.id), h("br"), h("span", { class: "note" }, when(one.created_at)), " ", one.id === answers && h("span", { class: "tag on" }, "answers"), " ", one.role && h("span", { class: "tag" }, ROLES[one.role])),
                 h("td", { class: "number" }, one.train_texts?.toLocaleString() ?? ""),
-                h("td", { class: "number" }, one.test.accuracy === undefined ? "" : [percent(one.test.accuracy), h("br"), h("span", { class: "note" }, `F1 ${percent(one.test.macro_f1)}`, one.abstention && [h("br"), `answers ${percent(one.abstention.test.answered_share)}`])]),
+                h("td", { class: "number" }, one.test.accuracy === undefined ? "" : [percent(one.test.accuracy), h("br"), h("span", { class: "note" }, `F1 ${percent(one.test.macro_f1)}`, one.abstention?.test && [h("br"), `answers ${percent(one.abstention.test.answered_share)}`])]),
                 h("td", { class: "words" }, decisionWords(one.decision)),
                 h(
                   "td",
