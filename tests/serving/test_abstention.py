@@ -14,7 +14,7 @@ from wire import app_of
 
 from tuneserve.artifact import Version
 from tuneserve.lifecycle.feedback import Feedback
-from tuneserve.lifecycle.feedback_database import FILE
+from tuneserve.lifecycle.feedback_database import FILE, open_database
 from tuneserve.serving.slot import Slot
 from tuneserve.settings import Settings
 from tuneserve.tasks.classifier import Classifier, Prediction
@@ -122,14 +122,16 @@ def test_labels_break_the_promise_when_chance_no_longer_explains_them(
 
 
 def test_only_labels_whose_answers_are_still_known_are_evidence(tmp_path: Path) -> None:
-    feedback = Feedback(tmp_path / FILE, max_rows=2, keep_texts=False, keyed=True)
+    feedback = Feedback(tmp_path / FILE, max_rows=9, keep_texts=False, keyed=True)
     for number in range(3):
         feedback.remember(f"r{number}", 0, "v1", "bad", 0.9, "text")
         assert feedback.label_answer(f"r{number}", 0, "good")  # before and after the answer is written
         found = feedback.kept("v1", threshold=0.9, max_error=0.1)
         assert (found.count, found.wrong) == (number + 1, number + 1)
     feedback._write()
-    assert feedback.kept("v1", threshold=0.9, max_error=0.1).count == 2  # the oldest answer is gone
+    with open_database(tmp_path / FILE) as database:
+        database.execute("DELETE FROM answers WHERE request = 'r0'")
+    assert feedback.kept("v1", threshold=0.9, max_error=0.1).count == 2
     assert feedback.kept("v1", threshold=0.91, max_error=0.1).kept is None
     assert feedback.kept("v2", threshold=0.5, max_error=0.1).kept is None
 
