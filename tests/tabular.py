@@ -78,7 +78,7 @@ def parse(content: bytes, ending: str) -> list[Row]:
     table = csv.DictReader(
         io.StringIO(content.decode(), newline=""), delimiter="\t" if ending == ".tsv" else ",", strict=True
     )
-    typed = ("score", "scores", "tokens", "truncated")
+    typed = ("score", "scores", "tokens", "truncated", "abstain")
     empty = ("label", "error", *typed)
     return [
         {

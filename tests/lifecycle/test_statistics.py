@@ -10,6 +10,7 @@ from tuneserve.lifecycle.statistics import (
     kolmogorov_smirnov,
     paired_bootstrap,
     rank_sum,
+    sequential_p_value,
     sign_test,
     wilson,
 )
@@ -30,6 +31,29 @@ def test_the_distance_of_two_samples_is_scipys(shift: float) -> None:
 def test_the_sign_test_is_scipys_exact_binomial_one(gained: int, lost: int) -> None:
     assert sign_test(gained, lost) == pytest.approx(stats.binomtest(lost, gained + lost, alternative="greater").pvalue)
     assert sign_test(gained, 0) == 1
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_looking_after_every_label_calls_what_is_true_untrue_in_a_twentieth_of_the_cases(share: float) -> None:
+    labels, cases = 300, 1000
+    found = (np.random.default_rng(0).random((cases, labels)) < share).cumsum(axis=1)
+    p_values = {
+        (number, count): sequential_p_value(number, count, share)
+        for count in range(1, labels + 1)
+        for number in np.unique(found[:, count - 1]).tolist()
+    }
+    ever = sum(any(p_values[number, at + 1] < 0.05 for at, number in enumerate(row)) for row in found.tolist())
+    assert 0 < ever <= 0.05 * cases
+    exact = stats.binom.sf(found - 1, np.arange(1, labels + 1), share)
+    assert (exact < 0.05).any(axis=1).mean() > 0.15  # a test for one look
+
+
+def test_a_larger_share_is_soon_found_out_and_a_smaller_one_never() -> None:
+    assert sequential_p_value(0, 0, 0.02) == sequential_p_value(0, 500, 0.02) == 1
+    assert sequential_p_value(1, 1, 0.02) > 0.05
+    assert sequential_p_value(8, 100, 0.02) < 0.05 < sequential_p_value(5, 100, 0.02)
+    assert sequential_p_value(500, 500, 0.9) < 1e-3
+    assert sequential_p_value(5, 500, 0.02) == 1
 
 
 def test_equal_values_do_not_make_a_difference_surer() -> None:

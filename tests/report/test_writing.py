@@ -133,6 +133,32 @@ def test_ids_stand_once_on_a_page_with_several_pictures(tmp_path: Path) -> None:
     assert len(clipped) == len(set(clipped))
 
 
+def test_a_promise_is_told_with_what_the_test_shows_of_it(tmp_path: Path) -> None:
+    found = facts(["bad", "good"])
+    said: dict[str, Any] = {"max_error": 0.02, "certainty": 0.95, "texts": 400, "reason": None, "threshold": 0.91}
+    said["test"] = {"answered_share": 0.625, "answered": 250, "wrong": 3}
+    found.version.metadata["abstention"] = said
+    page, card = (" ".join(one(found, {}).split()) for one in (render_page, render_card))
+    parse(page)
+    for words in (
+        "below 0.910 abstain",
+        "at most 2.0% are wrong",
+        "400 validation",
+        "62.5% are answered",
+        "and 1.2% of",
+    ):
+        assert words in page
+    assert "(0.4% to 3.5% by chance)" in page  # Wilson's interval
+    assert "| answers that do not abstain (MAX_ERROR=0.02) | 62.5%, from a confidence of 0.910 on; 1.2% of" in card
+    said |= {"threshold": None, "reason": "there are 9 <texts>", "test": {"answered_share": 0.0}}
+    page, card = (" ".join(one(found, {}).split()) for one in (render_page, render_card))
+    parse(page)
+    assert "cannot be promised: there are 9 &lt;texts&gt;." in page
+    assert "| none: there are 9 " in card
+    del found.version.metadata["abstention"]
+    assert not any("abstain" in one(found, {}) for one in (render_page, render_card))
+
+
 def front_matter(card: str) -> Any:
     assert card.startswith("---\n")
     return yaml.safe_load(card.split("\n---\n", 1)[0])

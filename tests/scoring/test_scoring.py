@@ -9,6 +9,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from serving.conftest import EchoEngine
 from tabular import Row, parse, read, write
 
 from tuneserve.artifact import Version
@@ -24,7 +25,7 @@ RUN = PROJECT / "production" / "docker-res" / "run.py"
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 ENDINGS = [".csv", ".tsv", ".jsonl", ".parquet"]
-ANSWER = ["label", "score", "scores", "tokens", "truncated", "error", "model_version"]
+ANSWER = ["label", "score", "scores", "tokens", "truncated", "error", "model_version", "abstain"]
 TEXTS = [
     "a great film",
     'she said "good", twice',
@@ -81,6 +82,21 @@ def test_every_row_keeps_its_columns_and_order_and_gets_its_answer(
         assert (row["error"], row["model_version"]) == (None, version.id)
     assert [row["truncated"] for row in found] == [False] * 8 + [True]
     assert {path.name for path in tmp_path.iterdir()} == {f"in{ending}", f"out{ending}"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_row_says_whether_its_answer_abstains_if_the_version_promises_anything(
+    version: Version, classifier: Classifier, tmp_path: Path, ending: str
+) -> None:
+    source = write(tmp_path / f"in{ending}", [{"text": text} for text in ("a", "three three three two", "")])
+    run(classifier, source, tmp_path / f"without{ending}")
+    scores = [row["score"] for row in read(tmp_path / f"without{ending}")]
+    assert [row["abstain"] for row in read(tmp_path / f"without{ending}")] == [None] * 3
+    promised = {**version.metadata, "abstention": {"max_error": 0.1, "threshold": scores[1]}}
+    promising = Classifier(Version(version.folder, promised), EchoEngine())
+    run(promising, source, tmp_path / f"with{ending}")
+    promising.close()
+    assert [row["abstain"] for row in read(tmp_path / f"with{ending}")] == [True, False, None]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -30,6 +30,7 @@ DECIDE = {
     **{"BATCH_SIZE": "16", "LR": "1e-3", "DROPOUT": "0.1", "MAX_NORM": "2", "CLASS_WEIGHTS": "balanced"},
     **{"MIN_VALID": "0", "MIN_STEPS": "99"},
     **{"LABEL_SMOOTHING": "0.1", "PATIENCE": "1", "SELECT_BY": "loss", "SEED": "1", "PRECISION": "int8"},
+    **{"MAX_ERROR": "0.02"},
 }
 """Settings that make another run of the same texts and the same base model; `int8` saves one graph more."""
 BY_CONTENT = {"DATASET": "/x.csv", "TEXT_COLUMN": "x", "LABEL_COLUMN": "x", "BASE_MODEL": "x", "USE_FEEDBACK": "0"}

@@ -12,6 +12,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,13 @@ class Body(Part):
     sha256: str
 
 
+class Abstention(Part):
+    """Which answers are withheld."""
+
+    max_error: Share
+    threshold: Share | None = None
+
+
 class Metadata(Part):
     """What the store and the engines read of `metadata.json`."""
 
@@ -94,6 +102,7 @@ class Metadata(Part):
     data: Findings | None = None
     engine: Exported | None = None
     body: Body | None = None
+    abstention: Abstention | None = None
     files: dict[str, Count] = {}
     sha256: dict[str, str] = {}
 
@@ -132,6 +141,16 @@ class Version:
         if not isinstance(found, int):
             raise StoreError(f"{self.folder / METADATA} does not say settings.num_max_positions.")
         return found
+
+    @property
+    def threshold(self) -> float | None:
+        """The confidence below which its answers abstain; None if none does, infinite if all do.
+
+        All do where MAX_ERROR was asked for and could not be promised.
+        """
+        if (said := self.metadata.get("abstention")) is None:
+            return None
+        return math.inf if said.get("threshold") is None else float(said["threshold"])
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,10 @@ class Settings(BaseModel):
     select_by: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
     """Validation metric that chooses the best epoch; of equally good epochs the one with the lower loss is taken."""
 
+    max_error: float = Field(default=0, ge=0, lt=1)
+    """Share of the answers that may be wrong (0.02 is 2%): the validation texts show with 95% certainty how confident
+    an answer must be for that, and a less confident one says `"abstain": true`. 0: none does."""
+
     seed: int = Field(default=1337, ge=0, lt=2**32)
     """Seed of every random choice: splits, order, new weights, dropout."""
 

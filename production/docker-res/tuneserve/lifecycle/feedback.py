@@ -30,7 +30,7 @@ from tuneserve.lifecycle.feedback_database import (
     open_database,
 )
 from tuneserve.lifecycle.secret import pseudonym, read_secret
-from tuneserve.lifecycle.statistics import wilson
+from tuneserve.lifecycle.statistics import CONFIDENCE, sequential_p_value, wilson
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,23 @@ class Accuracy:
     accuracy: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whether a version keeps its promise of few wrong answers, by its newest labelled ones that did not abstain.
+
+    It is not where the p-value of these labels is below 0.05; where nothing is labelled nobody knows.
+    """
+
+    version: str
+    max_error: float
+    count: int
+    wrong: int
+    error: float | None
+    p_value: float | None
+    """See `sequential_p_value`."""
+    kept: bool | None
 
 
 class Feedback:
@@ -206,22 +223,48 @@ class Feedback:
 
         Where there is a key, labels without one do not count.
         """
-        one = "SELECT * FROM (SELECT id, request, place, label = predicted FROM labels "
-        one += "WHERE version = ? AND origin = ? ORDER BY id DESC LIMIT ?)"
-        origins = TRUSTED if self.keyed else ORIGINS
-        query = " UNION ALL ".join([one] * len(origins)) + " ORDER BY 1 DESC"
-        values = [value for origin in origins for value in (version, origin, CORRECTIONS * ACCURACY_LABELS)]
-        newest: dict[tuple[str, int], int] = {}
         with open_database(self._path, wait_s=READ_WAIT_S) as database:
-            for _, request, text_index, right in database.execute(query, values):
-                newest.setdefault((request, text_index), right)
-                if len(newest) == ACCURACY_LABELS:
-                    break
+            newest = self._newest(database, version)
         if not newest:
             return None
         count, right = len(newest), sum(newest.values())
         low, high = wilson(right, count)
         return Accuracy(version, count, right, right / count, low, high)
+
+    def kept(self, version: str, *, threshold: float, max_error: float) -> Kept:
+        """Whether at most `max_error` of its labelled answers of at least this confidence are wrong.
+
+        The labels are those of `accuracy`; one whose answer is not stored any more does not count.
+        """
+        # An answer is in the next of the three before it leaves the one before.
+        waiting = {one[:2]: one.score for one in chain(list(self._pending), self._writing) if one.version == version}
+        query = "SELECT score FROM answers WHERE request = ? AND place = ? AND version = ?"
+        answered = []
+        with open_database(self._path, wait_s=READ_WAIT_S) as database:
+            for key, right in self._newest(database, version).items():
+                row = database.execute(query, (*key, version)).fetchone()
+                score = row[0] if row else waiting.get(key)
+                if score is not None and score >= threshold:
+                    answered.append(right)
+        count, wrong = len(answered), answered.count(False)
+        if not count:
+            return Kept(version, max_error, 0, 0, None, None, None)
+        p_value = sequential_p_value(wrong, count, max_error)
+        return Kept(version, max_error, count, wrong, wrong / count, p_value, p_value >= 1 - CONFIDENCE)
+
+    def _newest(self, database: sqlite3.Connection, version: str) -> dict[tuple[str, int], bool]:
+        """Its newest labelled answers, by request and index, and whether each was right."""
+        one = "SELECT * FROM (SELECT id, request, place, label = predicted FROM labels "
+        one += "WHERE version = ? AND origin = ? ORDER BY id DESC LIMIT ?)"
+        origins = TRUSTED if self.keyed else ORIGINS
+        query = " UNION ALL ".join([one] * len(origins)) + " ORDER BY 1 DESC"
+        values = [value for origin in origins for value in (version, origin, CORRECTIONS * ACCURACY_LABELS)]
+        newest: dict[tuple[str, int], bool] = {}
+        for _, request, text_index, right in database.execute(query, values):
+            newest.setdefault((request, text_index), bool(right))
+            if len(newest) == ACCURACY_LABELS:
+                break
+        return newest
 
     def unlabelled(self, most: int) -> list[Unlabelled]:
         """The newest different texts that were answered and have no label that counts; none without KEEP_TEXTS.

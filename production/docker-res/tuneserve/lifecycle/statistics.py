@@ -15,6 +15,8 @@ FEWEST_EXPECTED = 5
 """Texts of a label that both samples should show at least, or the chi-square approximation is a poor one (Cochran)."""
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+LARGER = (1.5, 2.0, 3.0, 5.0)
+"""How many times a share the ones are that it is tested against; see `sequential_p_value`."""
 
 
 def kolmogorov_smirnov(first: Array, second: Array) -> tuple[float, float]:
@@ -93,6 +95,29 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     whole = 1 + z * z / count
     return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
+
+
+def sequential_p_value(found: int, count: int, share: float) -> float:
+    """How likely so many of `count` are, if at most this share of all is such; valid however often one looks.
+
+    A test made anew after each label would sooner or later reject what is true. This is one over the mean likelihood
+    ratio of larger shares, which begins at 1 and does not grow by itself: the chance that it ever comes down to a level
+    is at most that level (Ville, Étude critique de la notion de collectif, 1939; Shafer, Testing by betting, 2021).
+
+    Args:
+        found: of the kind.
+        count: of all, in the order of their coming.
+        share: above 0 and below 1.
+    """
+    log_ratios = []
+    for times in LARGER:
+        larger = min(times * share, (1 + share) / 2)
+        log_ratios.append(
+            found * math.log(larger / share) + (count - found) * (math.log1p(-larger) - math.log1p(-share))
+        )
+    highest = max(log_ratios)
+    ratio = highest + math.log(sum(math.exp(one - highest) for one in log_ratios) / len(log_ratios))
+    return math.exp(min(0.0, -ratio))
 
 
 def sign_test(gained: int, lost: int) -> float:

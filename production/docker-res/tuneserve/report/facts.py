@@ -141,6 +141,20 @@ class Facts:
         return (self.metadata.get("metrics") or {}).get("test") or {}
 
     @property
+    def abstention(self) -> Mapping[str, Any]:
+        """Which answers are withheld; nothing without MAX_ERROR."""
+        return self.metadata.get("abstention") or {}
+
+    @property
+    def answered(self) -> Group | None:
+        """Of the test's texts, those whose answers do not abstain."""
+        tested = self.abstention.get("test") or {}
+        if not tested.get("answered"):
+            return None
+        right, count = tested["answered"] - tested["wrong"], tested["answered"]
+        return Group("answered", count, right / count, *wilson(right, count))
+
+    @property
     def classes(self) -> list[tuple[str, Mapping[str, float]]]:
         """Precision, recall, f1 and texts of each label, the weakest first."""
         found = self.metrics.get("per_class") or {}

@@ -150,7 +150,7 @@ def answer(values: Sequence[Any], predict: Predict, model_version: str) -> list[
         if isinstance(outcome, Prediction):
             score = outcome.scores[outcome.label]
             read = outcome.tokens, outcome.truncated
-            answers.append(Answer(outcome.label, score, outcome.scores, *read, None, model_version))
+            answers.append(Answer(outcome.label, score, outcome.scores, *read, None, model_version, outcome.abstain))
         else:
             answers.append(Answer(None, None, None, None, None, str(outcome), model_version))
     return answers

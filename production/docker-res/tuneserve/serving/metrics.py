@@ -50,6 +50,12 @@ class Metrics:
         self.feedback_dropped = Gauge(
             "tuneserve_feedback_dropped", "Answers that could not be remembered.", registry=registry
         )
+        self.promise_kept = Gauge(
+            "tuneserve_promise_kept",
+            "0 if labelled answers show more errors than MAX_ERROR promises, else 1; NaN without a promise or labels.",
+            registry=registry,
+        )
+        self.show_promise(None)
         self.queue_tokens = Gauge("tuneserve_queue_tokens", "Tokens that wait for the engine.", registry=registry)
         self.batch_texts = Histogram(
             "tuneserve_batch_texts",
@@ -73,6 +79,9 @@ class Metrics:
         self.texts = Counter("tuneserve_texts", "Texts answered.", registry=registry)
         self.truncated = Counter(
             "tuneserve_truncated_texts", "Texts of which only the beginning was read.", registry=registry
+        )
+        self.abstained = Counter(
+            "tuneserve_abstained_texts", "Texts whose answer was too uncertain for MAX_ERROR.", registry=registry
         )
         self.labels = Counter("tuneserve_predicted", "Texts by predicted label.", ["label"], registry=registry)
         self.engine_failures = Counter(
@@ -124,6 +133,10 @@ class Metrics:
             return
         for name, gauge in self.feedback_accuracy.items():
             gauge.set(getattr(accuracy, name, math.nan))
+
+    def show_promise(self, kept: bool | None) -> None:
+        """Say whether the promise of the version that answers is kept; None where nobody knows."""
+        self.promise_kept.set(math.nan if kept is None else kept)
 
     def totals(self, routes: Collection[str]) -> dict[str, Any]:
         """How requests to some routes ended since the start, and how many took at most so many seconds.

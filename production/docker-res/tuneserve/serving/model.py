@@ -22,6 +22,8 @@ class Answer:
     model_version: str
     truncated: bool = False
     """Whether only the beginning of the input was read."""
+    abstain: bool | None = None
+    """Whether it is less sure than the version's answers must be to be given; None where it promises nothing."""
     observation: Observation | None = field(default=None, repr=False, compare=False)
     """What drift is judged by; None where it is not judged."""
 

@@ -1,18 +1,19 @@
 """The use case: every way in asks here and nothing below, so that none can forget feedback, shadow or drift."""
 
 import asyncio
+import logging
 import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from tuneserve.errors import NotFoundError, OverloadedError, TimeoutExceededError
-from tuneserve.lifecycle.feedback import WRITE_EVERY_S, Feedback
+from tuneserve.errors import NotFoundError, OverloadedError, TimeoutExceededError, UnavailableError
+from tuneserve.lifecycle.feedback import WRITE_EVERY_S, Feedback, Kept
 from tuneserve.serving.metrics import Metrics
 from tuneserve.serving.model import Answer, Answers, Model, wait_for
 from tuneserve.serving.monitor import Monitor
@@ -20,6 +21,8 @@ from tuneserve.serving.registry import Registry
 from tuneserve.serving.slot import Phase, Served, Slot
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """The name of the model that answers where none is named."""
@@ -62,6 +65,7 @@ class Service:
         self._slots = slots
         self._rendering = threading.Lock()
         self._consulting = 0
+        self._broken: set[str] = set()
         self._turns = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
 
     @classmethod
@@ -259,10 +263,15 @@ class Service:
             raise NotFoundError("This server keeps no labels.")
         keep = partial(self.feedback.keep, label, text=text, request=request_id, index=index, client=client)
         try:
-            return await keep()
+            stored = await keep()
         except NotFoundError:
             await asyncio.sleep(2 * WRITE_EVERY_S)  # perhaps another server of this store is about to write it
-            return await keep()
+            stored = await keep()
+        served = self._ready(DEFAULT)
+        if stored and text is None and served is not None and "abstention" in served.model.metadata:
+            with suppress(UnavailableError):  # the label is kept all the same
+                await asyncio.to_thread(self._check_promise, served.model)
+        return stored
 
     def labels_kept(self) -> dict[str, Any]:
         """How many labels there are, and the accuracy of the model that answers on the newest of them.
@@ -273,8 +282,33 @@ class Service:
         """
         if self.feedback is None:
             raise NotFoundError("This server keeps no labels.")
-        accuracy = self.feedback.accuracy(self.model().id)
-        return {**self.feedback.counts(), "accuracy": asdict(accuracy) if accuracy is not None else None}
+        model = self.model()
+        accuracy = self.feedback.accuracy(model.id)
+        kept = self._check_promise(model)
+        return {
+            **self.feedback.counts(),
+            "accuracy": asdict(accuracy) if accuracy is not None else None,
+            **({"promise": asdict(kept)} if kept is not None else {}),
+        }
+
+    def _check_promise(self, model: Model) -> Kept | None:
+        """Whether labels show that a version breaks what it promises, which the log says once; None without a promise.
+
+        Raises:
+            UnavailableError: they cannot be read.
+        """
+        said = model.metadata.get("abstention")
+        if self.feedback is None or not said or said.get("threshold") is None:
+            return None
+        found = self.feedback.kept(model.id, threshold=said["threshold"], max_error=said["max_error"])
+        if found.kept is False and model.id not in self._broken:
+            self._broken.add(model.id)
+            logger.warning(
+                "version %s does not keep MAX_ERROR=%g: of the last %d labelled answers that did not abstain %d are "
+                "wrong (p=%.2g); train again with texts like these",
+                *(model.id, found.max_error, found.count, found.wrong, found.p_value),
+            )
+        return found
 
     def figures(self, routes: Collection[str]) -> dict[str, Any]:
         """What is going on: how requests to these routes ended, and what waits; see `Metrics.totals`."""
@@ -296,6 +330,9 @@ class Service:
             self.metrics.show_drift(served.monitor.report())
             if self.feedback is not None:
                 self.metrics.show_feedback(self.feedback, model.id)
+                with suppress(UnavailableError):
+                    kept = self._check_promise(model)
+                    self.metrics.show_promise(kept.kept if kept is not None else None)
         return self.metrics.render()
 
     def _hold(self, name: str, timeout_s: float) -> AbstractAsyncContextManager[Slot]:
@@ -319,5 +356,7 @@ class Service:
             self.metrics.labels.labels(answer.verdict[0]).inc()
         if answer.truncated:
             self.metrics.truncated.inc()
+        if answer.abstain:
+            self.metrics.abstained.inc()
         if answer.observation is not None:
             monitor.observe(answer.observation)

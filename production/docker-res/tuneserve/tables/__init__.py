@@ -23,6 +23,7 @@ class Answer:
     truncated: bool | None
     error: str | None
     model_version: str
+    abstain: bool | None = None
 
 
 ANSWER_FIELDS = tuple(field.name for field in fields(Answer))

@@ -25,6 +25,7 @@ ANSWER_TYPES = {
     "truncated": pa.bool_(),
     "error": pa.string(),
     "model_version": pa.string(),
+    "abstain": pa.bool_(),
 }
 
 GROUP_BYTES = 8 << 20

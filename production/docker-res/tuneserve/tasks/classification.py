@@ -81,6 +81,13 @@ class PredictionResponse(BaseModel):
     tokens: Annotated[int, Field(description="Tokens that were read, special ones included.")]
     truncated: Annotated[bool, Field(description="Whether the text was longer than what was read.")]
     model_version: Annotated[str, Field(description="The version that answered.")]
+    abstain: Annotated[
+        bool | None,
+        Field(
+            description="Whether the label is too uncertain for what the version promises. Not there unless it was "
+            "trained with MAX_ERROR."
+        ),
+    ] = None
 
 
 class FailedText(BaseModel):
@@ -108,13 +115,14 @@ def shown(answer: Any) -> dict[str, Any]:
     """The JSON of an answer or of its error."""
     if not isinstance(answer, Prediction):
         return {"error": str(answer)}
-    return {
+    found = {
         "label": answer.label,
         "scores": answer.scores,
         "tokens": answer.tokens,
         "truncated": answer.truncated,
         "model_version": answer.model_version,
     }
+    return found if answer.abstain is None else {**found, "abstain": answer.abstain}
 
 
 def _batch(answers: Answers) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class Classifier(Encoder):
             engine = Body(version.folder, engine, max_tokens=version.max_tokens, **options)
         super().__init__(version, engine)
         self.labels = version.labels
+        self._threshold = version.threshold
+        if self._threshold == math.inf:
+            said = version.metadata["abstention"]
+            words = "every answer of version %s abstains: MAX_ERROR=%g cannot be promised (%s)"
+            logger.warning(words, version.id, said["max_error"], said.get("reason"))
 
     @cached_property
     def reference(self) -> Reference | None:
@@ -119,6 +124,7 @@ class Classifier(Encoder):
             tokens=tokens.read,
             truncated=tokens.truncated,
             model_version=self.id,
+            abstain=values[label_id] < self._threshold if self._threshold is not None else None,
             observation=Observation(
                 label_id,
                 values[label_id],

@@ -187,6 +187,7 @@ def _bring_in_classifier(settings: Settings, *, threads: int) -> Version:
         tokens = {name: replace(one, label_ids=ids[one.label_ids]) for name, one in tokens.items()}
         rehearse(model, tokens, max_tokens=settings.num_max_positions)
         content = [base.content, splits.fingerprints, settings.num_max_positions, [one.name for one in exporters]]
+        content += [settings.max_error] if settings.max_error else []
         code = code_hash("text.py", "training", "network")
         fingerprint = hashlib.sha256(json.dumps(["imported", code, *content]).encode()).hexdigest()
         version = store.find(fingerprint)

@@ -54,6 +54,7 @@ DECISIVE = {
     *("train_body", "n_epochs", "min_steps", "batch_size"),
     *("labels", "min_class_size", "rare_labels"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
+    "max_error",
 }
 """The settings that, with the data and the base model, decide what training ends with."""
 

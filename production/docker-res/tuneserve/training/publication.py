@@ -34,7 +34,7 @@ from tuneserve.network import head
 from tuneserve.network.forward import cast, choose_forward
 from tuneserve.settings import Settings
 from tuneserve.text import TextEncoder
-from tuneserve.training import calibration
+from tuneserve.training import abstention, calibration
 from tuneserve.training.base_model import BaseModel
 from tuneserve.training.evaluation import Array, expected_calibration_error, predict_logits, score
 from tuneserve.training.exporters import Exporter, Saved, export
@@ -107,6 +107,12 @@ def publish(
         threads = torch.get_num_threads()
         shown = Saved(saved, tokens, golden, encoder, seed, threads, shares=body is not None)
         engine = export(exporters, shown, temporary)
+        promised: dict[str, Any] = {}
+        if (max_error := metadata["settings"].get("max_error", 0)) > 0:
+            test_ids = tokens["test"].label_ids if tested else None
+            promised["abstention"] = abstention.promise(
+                logits["valid"], tokens["valid"].label_ids, logits["test"], test_ids, max_error
+            )
         answers = answers_to([tokens["valid"], tokens["test"]], [logits["valid"], logits["test"]], encoder)
         write_reference(temporary, answers, seed=seed)
         (temporary / "report").mkdir()
@@ -120,6 +126,7 @@ def publish(
                 name: {k: v for k, v in one.items() if k != "confusion_matrix"} for name, one in metrics.items()
             },
             "calibration": {"temperature": temperature, "ece_before": errors},
+            **promised,
             "engine": engine,
             **({"body": body} if body is not None else {}),
             **describe_files(temporary),

@@ -114,6 +114,7 @@ async function classify(text, result, waiting) {
   fill(
     result,
     h("h2", { class: "verdict" }, answer.label, " ", h("small", {}, percent(answer.scores[answer.label]))),
+    answer.abstain && h("p", { class: "warn" }, "Abstains: too uncertain for what this version promises."),
     scoreList(answer.scores),
     h("h3", {}, "What drove it"),
     read,

@@ -153,7 +153,7 @@ function versionParts({ answers, versions }, view, refresh) {
                 h("td", {}, h("input", { type: "checkbox", "data-version": one.id, "aria-label": `Compare ${one.id}`, checked: view.chosen.has(one.id), onchange: (event) => toggle(one.id, event.target.checked) })),
                 h("td", {}, h("code", {}, one.id), h("br"), h("span", { class: "note" }, when(one.created_at)), " ", one.id === answers && h("span", { class: "tag on" }, "answers"), " ", one.role && h("span", { class: "tag" }, ROLES[one.role])),
                 h("td", { class: "number" }, one.train_texts?.toLocaleString() ?? ""),
-                h("td", { class: "number" }, one.test.accuracy === undefined ? "" : [percent(one.test.accuracy), h("br"), h("span", { class: "note" }, `F1 ${percent(one.test.macro_f1)}`)]),
+                h("td", { class: "number" }, one.test.accuracy === undefined ? "" : [percent(one.test.accuracy), h("br"), h("span", { class: "note" }, `F1 ${percent(one.test.macro_f1)}`, one.abstention?.test && [h("br"), `answers ${percent(one.abstention.test.answered_share)}`])]),
                 h("td", { class: "words" }, decisionWords(one.decision)),
                 h(
                   "td",
@@ -249,7 +249,7 @@ function driftParts(report) {
   ];
 }
 
-function feedbackParts({ labels, labelled_texts, kept_apart, accuracy }) {
+function feedbackParts({ labels, labelled_texts, kept_apart, accuracy, promise }) {
   return [
     accuracy
       ? [
@@ -257,6 +257,8 @@ function feedbackParts({ labels, labelled_texts, kept_apart, accuracy }) {
           bar(accuracy.accuracy, { range: [accuracy.low, accuracy.high] }),
         ]
       : h("p", {}, "No answer of this version has been labelled yet."),
+    promise?.count > 0 &&
+      h("p", { class: promise.kept ? "" : "bad" }, `Of ${promise.count.toLocaleString()} that did not abstain ${percent(promise.error)} were wrong; at most ${percent(promise.max_error)} are promised${promise.kept ? "" : ", which holds no longer"}.`),
     h("p", { class: "note" }, `${count(labels, "label")} in all; ${labelled_texts.toLocaleString()} to train with, ${kept_apart.toLocaleString()} kept apart because they came without a key.`),
   ];
 }

@@ -158,8 +158,11 @@ async function score(rows, column, head, outcome, mine, current) {
   }
   const width = rows.reduce((most, row) => Math.max(most, row.length), 0);
   const names = [...Array(width).keys()].map((index) => (head && rows[0][index]) || (index === column ? "text" : `column_${index + 1}`));
-  const cells = answers.map((one) => (one.error === undefined ? [one.label, one.scores[one.label].toFixed(4), ""] : ["", "", one.error]));
-  const scored = [[...names, "prediction", "probability", "error"], ...body.map((row, index) => [...names.map((_, at) => row[at] ?? ""), ...cells[index]])];
+  const promises = answers.some((one) => one.abstain !== undefined);
+  const abstains = (one) => (promises ? [one.abstain === undefined ? "" : one.abstain ? "yes" : "no"] : []);
+  const titles = ["prediction", "probability", ...(promises ? ["abstains"] : []), "error"];
+  const cells = answers.map((one) => (one.error === undefined ? [one.label, one.scores[one.label].toFixed(4), ...abstains(one), ""] : ["", "", ...abstains(one), one.error]));
+  const scored = [[...names, ...titles], ...body.map((row, index) => [...names.map((_, at) => row[at] ?? ""), ...cells[index]])];
   if (last) URL.revokeObjectURL(last);
   const link = (last = URL.createObjectURL(new Blob([writeCsv(scored)], { type: "text/csv" })));
   const totals = new Map();
@@ -175,7 +178,7 @@ async function score(rows, column, head, outcome, mine, current) {
       h(
         "table",
         {},
-        h("thead", {}, h("tr", {}, ["text", "prediction", "probability", "error"].map((name) => h("th", { scope: "col" }, name)))),
+        h("thead", {}, h("tr", {}, ["text", ...titles].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, cells.slice(0, SHOWN).map((one, index) => h("tr", {}, h("td", { class: "cell" }, texts[index].slice(0, 200)), one.map((cell) => h("td", {}, cell))))),
       ),
     ),

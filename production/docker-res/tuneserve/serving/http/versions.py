@@ -98,6 +98,7 @@ def summary(version: Version, roles: Mapping[str, str]) -> dict[str, Any]:
         "test": _figures(metadata),
         "train_texts": _train_texts(metadata),
         "decision": asdict(decision) if decision is not None else None,
+        **({"abstention": said} if (said := metadata.get("abstention")) else {}),
     }
 
 
