@@ -138,14 +138,7 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        members = family(self._process.pid)
-        self._process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_S)
-        for member in members:
-            with suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
-        self._process.wait()
+        end_family(self._process, patience_s=STOP_S)
 
     def wait_until_right(self, texts: Sequence[str], labels: Sequence[str]) -> float:
         """Ask for one text after another until one is answered with its label, which also waits for abandoned work.
@@ -195,6 +188,19 @@ class Server:
     def memory_bytes(self) -> int:
         """What the processes hold now; a page that several share counts once."""
         return sum(map(held_bytes, family(self._process.pid)))
+
+
+def end_family(process: "subprocess.Popen[bytes]", *, patience_s: float = 0) -> None:
+    """Kill a process with all that descend from it; it first gets SIGTERM, and so many seconds, if any."""
+    members = family(process.pid)
+    if patience_s:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+    for member in members:
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    process.wait()
 
 
 def family(process: int) -> list[int]:
