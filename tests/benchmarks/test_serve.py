@@ -68,9 +68,11 @@ def test_every_peer_has_its_files_and_pins() -> None:
         ("tuneserve", {"label": "good", "scores": {"bad": 0.1, "good": 0.9}}),
         ("fastapi-pipeline", {"label": "good", "score": 0.9}),
         ("litserve", {"label": "good", "score": 0.9}),
+        ("litserve-openvino", {"label": "good", "score": 0.9}),
         ("mosec", {"label": "good", "score": 0.9}),
         ("bentoml", [{"label": "good", "score": 0.9}]),
         ("infinity", {"data": [[{"label": "bad", "score": 0.1}, {"label": "good", "score": 0.9}]]}),
+        ("infinity-onnx", {"data": [[{"label": "bad", "score": 0.1}, {"label": "good", "score": 0.9}]]}),
     ],
 )
 def test_the_label_is_found_in_every_answer(name: str, answer: object) -> None:
