@@ -47,11 +47,11 @@ class Section:
 
 SECTIONS = [
     Section("machine", 8),
-    Section("materials", 10),
+    Section("materials", 20),
     Section("tests", 12),
-    Section("packed", 8),
-    Section("memory", 5),
-    Section("beside", 9),
+    Section("packed", 10),
+    Section("memory", 6),
+    Section("beside", 10),
     Section("serving", 13),
     Section("writing", 10),
     Section("training", 30),

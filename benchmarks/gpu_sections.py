@@ -125,7 +125,9 @@ def packed(about: About) -> Iterator[Row]:
         encoder = TextEncoder.from_folder(Path(base["folder"]), max_tokens=layouts.MAX_TOKENS)
         count = 6 if about.quick else 256
         texts = [
-            text for kind in NAMES for text in made_up.read_texts(Path(about.work, "data", kind, "test.csv"), count)
+            text
+            for kind in NAMES
+            for text in made_up.read_texts(made_up.find_test(Path(about.work, "data", kind)), count)
         ]
         ids = [one.ids for one in encoder.encode(texts)]
         flat = torch.tensor([number for text in ids for number in text], device=device)
@@ -311,7 +313,7 @@ def beside(about: About) -> Iterator[Row]:
     import httpx
     from loop import KEY, Load, Service, free_port
 
-    texts = made_up.read_texts(Path(about.work, "data", "sst2", "test.csv"), 200)
+    texts = made_up.read_texts(made_up.find_test(Path(about.work, "data", "sst2")), 200)
     variables = environment(about) | {"PORT": str(free_port()), "HOST": "127.0.0.1"}
     variables |= {"API_KEY": KEY["X-API-Key"], "RETRAIN_GPU_FRACTION": str(FRACTION)}
     service = Service(variables, Path(about.work, "beside.log"))
@@ -378,7 +380,7 @@ def serving(about: About) -> Iterator[Row]:
 
     store = Path(about.work, "models")
     checkpoint = store / "versions" / (store / "champion").read_text(encoding="utf-8").strip()
-    texts = made_up.read_texts(Path(about.work, "data", "sst2", "test.csv"), 30 if about.quick else 200)
+    texts = made_up.read_texts(made_up.find_test(Path(about.work, "data", "sst2")), 30 if about.quick else 200)
     seconds, connections = (2, (1, 8, 32)) if about.quick else (3, (1, 32, 256))
     about_engine = {"checkpoint": str(checkpoint), "texts": {"short": texts}, "body": 0, "flops": 1.0, "seconds": 1}
     for one in asyncio.run(inference.engine_alone(**about_engine)):

@@ -123,6 +123,12 @@ def read_texts(path: Path, texts: int) -> list[str]:
         return [row["text"] for _, row in zip(range(texts), csv.DictReader(file), strict=False)]
 
 
+def find_test(folder: Path) -> Path:
+    """The file of a set of texts that is least trained on."""
+    names = ("test.csv", "valid.csv", "dev.csv", "train.csv")
+    return next(path for name in names if (path := folder / name).exists())
+
+
 def write_bases(folder: Path, *, layers: int | None) -> dict[str, dict[str, Any]]:
     """Both shapes, described in `bases.json`; `layers` cuts the one that is always drawn."""
     bases = {
