@@ -122,6 +122,25 @@ def test_a_server_that_ends_is_a_reason_and_not_the_end(tmp_path: Path) -> None:
     assert last_line("one\ntwo  \n\n") == "two"
 
 
+def test_a_checkpoint_is_converted_once_and_before_the_server_starts(tmp_path: Path) -> None:
+    write = "import os, sys; open(sys.argv[1] + '/model', 'a').write(os.environ['CHECKPOINT'] + ' ')"
+    serve = "import os, sys; sys.exit(open(os.environ['EXPORT'] + '/model').read() + sys.argv[1][-10:])"
+    nothing = (lambda text: {}, lambda answer: "", tmp_path)
+    command = (sys.executable, "-c", serve, "{made}")
+    contender = Contender("some", command, "/", *nothing, export=(sys.executable, "-c", write, "{made}"))
+    place = {"store": tmp_path, "checkpoint": Path("a-model"), "folder": tmp_path}
+    for _ in range(2):
+        with (
+            pytest.raises(BenchError, match=r"ended with 1: a-model some-model$"),
+            Server(contender, **place, base=dict(os.environ)) as server,
+        ):
+            server.wait_until_right(["a"], ["good"])
+    failing = Contender("bad", command, "/", *nothing, export=(sys.executable, "-c", "import sys; sys.exit('no')"))
+    for _ in range(2):  # what it left is no model
+        with pytest.raises(BenchError, match="cannot convert the checkpoint: no"):
+            Server(failing, **place, base=dict(os.environ))
+
+
 def test_a_server_that_failed_keeps_its_row() -> None:
     cell = {"texts": "short", "connections": 4, "requests_per_s": 10.0, "p50_ms": 1.0, "p99_ms": 2.0, "errors": 3}
     examined = {"accuracy": 0.9, "agreement": 1.0, "unanswered": 0}
