@@ -3,17 +3,23 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import gpu
 import gpu_sections
 import made_up
 import pytest
+import torch
+import train
 from conftest import serving
 from gpu import About, Section, conduct, status, tabulate
 from load import press_without_wrk, write_bodies
 from servers import CONTENDERS, held_bytes
+
+from tuneserve import hardware
 
 FAKE = """
 import json, subprocess, sys, time
@@ -116,6 +122,31 @@ def test_memory_that_runs_out_is_seen_to_halve_and_go_on(about: About, monkeypat
     assert serves["measured"].startswith("2 halvings, 2048 to 512 tokens a batch; logits")
     assert trains["holds"]
     assert trains["measured"].startswith("1 halvings, 2 of 2 steps, losses 0.")
+
+
+def test_ratios_and_padding_are_judged_on_a_gpu(about: About, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases = Path(about.work, "bases")
+    bases.mkdir()
+    (bases / "bases.json").write_text(json.dumps({name: {"folder": "", "shown": name} for name in made_up.SHAPES}))
+    speeds = {"tuneserve": 300.0, "trainer": 100.0, "trainer-tuned": 250.0}
+    asked = []
+
+    def compete(bench: train.Bench, name: str, base: dict[str, Any]) -> dict[str, Any]:
+        asked.append((name, base["shown"], bench.options.num_train_imdb))
+        if name == "imdb":
+            raise SystemExit("contenders.py ended with 1:\nno accelerate")
+        return {"runs": [{"contender": key, "texts_per_s": speeds[key], "padding_share": 0.01} for key in speeds]}
+
+    monkeypatch.setattr(train.Bench, "compete", compete)
+    monkeypatch.setattr(hardware, "choose_device", lambda setting: (torch.device("cpu"), ""))
+    by_default, by_tuned, padding, failed = gpu_sections.training(replace(about, device="cuda"))
+    assert asked == [("sst2", "MiniLM", train.QUICK_TEXTS), ("imdb", "BERT-base", train.QUICK_TEXTS)]
+    assert (by_default["measured"], by_default["holds"]) == ("3.00 times (300 by 100 texts/s)", True)
+    assert (by_tuned["measured"], by_tuned["holds"]) == ("1.20 times (300 by 250 texts/s)", False)
+    assert (padding["measured"], padding["holds"]) == ("1.0%", True)
+    assert (failed["measured"], failed["holds"]) == ("no accelerate", False)
+    on_cpu = [row["holds"] for row in gpu_sections.training(about)]
+    assert on_cpu == [None, None, True, None]  # a CPU's speed is not judged
 
 
 def test_without_bases_a_section_says_what_it_lacks(about: About) -> None:
