@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RES := production/docker-res
 
-.PHONY: help setup run test test-processes test-benchmarks test-containers test-platforms clients test-all bench-train bench-serve bench-generate bench-embed bench-heads bench-images lint format docs lock audit image
+.PHONY: help setup run test test-processes test-benchmarks test-containers test-platforms clients test-all gpu-check bench-train bench-serve bench-generate bench-embed bench-heads bench-images lint format docs lock audit image
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -71,10 +71,13 @@ test-platforms: .venv/.dev $(CLIENTS) ## every platform, asked by its own client
 
 test-all: test test-processes test-benchmarks test-containers test-platforms ## all five
 
+gpu-check: .venv/.dev .venv/.bench ## what a GPU must show, eight minutes on one card (ARGS="--device cpu --quick" without one)
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 bench-train: .venv/.bench ## training against Hugging Face Trainer, an hour on two cores (ARGS="--help" for options)
 	@$(BIN)/python benchmarks/train.py $(ARGS)
 
-bench-serve: .venv/.setup ## serving against other servers under wrk's load, 35 minutes on two cores
+bench-serve: .venv/.setup ## serving against other servers under wrk's load, 45 minutes on two cores
 	@$(BIN)/python benchmarks/serve.py $(ARGS)
 
 bench-generate: .venv/.setup ## writing against other servers, by turns, half an hour on two cores (ARGS="--help" for options)

@@ -71,8 +71,8 @@ def contenders(kind: str) -> dict[str, Contender]:
     return {one.name: one for one in made}
 
 
-def make_checkpoint(kind: str, folder: Path) -> Path:
-    """A model with random weights of the shape that is named above, with a tokenizer of made-up words."""
+def make_checkpoint(kind: str, folder: Path, **changed: int) -> Path:
+    """A model with random weights of the shape that is named above, or changed, with a tokenizer of made-up words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -84,7 +84,7 @@ def make_checkpoint(kind: str, folder: Path) -> Path:
     )
 
     torch.manual_seed(0)
-    count = 50264 if kind == "summary" else 50257
+    count = changed.get("vocab_size", 50264 if kind == "summary" else 50257)
     words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(count - 4))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -95,12 +95,10 @@ def make_checkpoint(kind: str, folder: Path) -> Path:
     ).save_pretrained(folder)
     ids = {"vocab_size": count, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     if kind == "summary":
-        config: Any = BartConfig(
-            encoder_layers=12, decoder_layers=6, decoder_start_token_id=2, forced_eos_token_id=2, **ids
-        )
-        BartForConditionalGeneration(config).save_pretrained(folder)
+        distilbart = {"encoder_layers": 12, "decoder_layers": 6, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+        BartForConditionalGeneration(BartConfig(**distilbart | ids | changed)).save_pretrained(folder)
     else:
-        GPT2LMHeadModel(GPT2Config(**ids)).save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(**ids | changed)).save_pretrained(folder)
     return folder
 
 

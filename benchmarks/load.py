@@ -1,13 +1,16 @@
 """What is sent to a server: each text once, to see whether it is right, and many at once from wrk, to see how fast."""
 
+import asyncio
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from client import LOST, Answer, Connection, write_request
 from servers import BenchError, Contender, last_line
 
 PATIENCE_S = 60
@@ -78,6 +81,44 @@ def read_figures(printed: dict[str, Any]) -> dict[str, Any]:
         "p99_ms": printed["p99_us"] / 1e3 if answers else None,
         "errors": printed["refused"] + printed["unanswered"] + printed["late"],
     }
+
+
+def press_without_wrk(
+    contender: Contender, port: int, bodies: Path, *, connections: int, seconds: float
+) -> dict[str, Any]:
+    """As `press`, by a client in Python, which takes more of the machine for itself."""
+    lines = bodies.read_bytes().splitlines()
+    return asyncio.run(_press([write_request(contender.path, line) for line in lines], port, connections, seconds))
+
+
+async def _press(requests: Sequence[bytes], port: int, connections: int, seconds: float) -> dict[str, Any]:
+    running, took, errors = asyncio.get_running_loop(), list[float](), 0
+    began = time.perf_counter()
+
+    async def ask_on(first: int) -> None:
+        nonlocal errors
+        number, client = first, None
+        while (sent := time.perf_counter()) < began + seconds:
+            if client is None:
+                _, client = await running.create_connection(Connection, "127.0.0.1", port)
+            answered: asyncio.Future[Answer] = running.create_future()
+            client.ask(requests[number % len(requests)], answered.set_result)
+            status = (await asyncio.wait_for(answered, PATIENCE_S)).status
+            number += connections
+            if status == 200:
+                took.append(1e3 * (time.perf_counter() - sent))
+            else:
+                errors += 1
+            if status == LOST:
+                client = None
+        if client is not None:
+            client.transport.close()
+
+    await asyncio.gather(*map(ask_on, range(connections)))
+    took.sort()
+    p50, p99 = (took[int(share * (len(took) - 1))] if took else None for share in (0.5, 0.99))
+    rate = len(took) / (time.perf_counter() - began)
+    return {"requests_per_s": rate, "p50_ms": p50, "p99_ms": p99, "errors": errors}
 
 
 def examine(

@@ -1,12 +1,14 @@
 """Serving side by side: this server and others with the same checkpoint and texts, one after another, under wrk's load.
 
-    make bench-serve                                              all servers, the embedded reviews: 35 minutes
+    make bench-serve                                              all servers, the embedded reviews: 45 minutes
     make bench-serve ARGS="--data FOLDER"                         with the sentences of SST-2 and the reviews of IMDB
     make bench-serve ARGS="--peers mosec --connections 1,32 --seconds 3 --rounds 1"     whether it runs: two minutes
 
 Servers: `tuneserve`, `run.py serve` with its defaults; `fastapi-pipeline`, FastAPI around a transformers pipeline;
 `litserve`, `infinity`, `bentoml` and `mosec` as their documentation shows, batches of up to 32,
-in the precision and with the threads they choose themselves. What each runs stands in benchmarks/peers, with its
+in the precision and with the threads they choose themselves; `litserve-openvino`, LitServe as an expert would tune it,
+with OpenVINO, padded batches and raw tokenizers; `infinity-onnx`, infinity with ONNX Runtime. The last two convert the
+checkpoint before they are started. What each runs stands in benchmarks/peers, with its
 versions; each has a virtual environment of its own in .venv/peers, made by the first run. In a round each server is
 started, examined, pressed with each kind of texts at each number of connections, and ended; every other round goes the
 other way round. A server that fails is a line that says why.

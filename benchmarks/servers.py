@@ -7,6 +7,7 @@ reads the checkpoint's folder in `CHECKPOINT` and its port in `PORT`.
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,8 @@ class Contender:
     body: Callable[[str], dict[str, Any]]
     label: Callable[[Any], str]
     folder: Path = PEERS
+    export: tuple[str, ...] = ()
+    """What converts the checkpoint before a start; `{made}`, an empty folder, is filled in too."""
 
     @property
     def environment(self) -> Path:
@@ -101,6 +104,27 @@ class Contender:
                 raise BenchError(f"cannot be installed: {last_line(done.stderr or done.stdout)}")
         stamp.write_bytes(wanted.read_bytes())
 
+    def convert(self, checkpoint: Path, made: Path, base: dict[str, str]) -> None:
+        """Write into a folder whatever the server loads in place of the checkpoint; it counts as no start.
+
+        Raises:
+            BenchError: it could not be done.
+        """
+        if not self.export or made.exists():
+            return
+        made.mkdir(parents=True)
+        places = {"bin": str(self.environment / "bin"), "checkpoint": str(checkpoint), "made": str(made)}
+        done = subprocess.run(
+            [part.format(**places) for part in self.export],
+            cwd=self.folder,
+            env=base | QUIET | {"CHECKPOINT": str(checkpoint)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            shutil.rmtree(made)
+            raise BenchError(f"cannot convert the checkpoint: {last_line(done.stderr or done.stdout)}")
+
 
 class Server:
     """A contender's running process with its children: a context that kills them all at its end.
@@ -114,11 +138,15 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.contender = contender
+        made = folder / f"{contender.name}-model"
+        contender.convert(checkpoint, made, base)
         self._log = folder / f"{contender.name}.log"
         own = {"PORT": str(self.port), "CHECKPOINT": str(checkpoint), "BENTOML_HOME": str(folder / "bentoml")}
+        own |= {"EXPORT": str(made)}
         if contender.name == OURS:
             own |= {"MODEL_PATH": str(store), "HOST": "127.0.0.1", "LOG_PATH": str(folder)}
         places = {"bin": str(contender.environment / "bin"), "port": str(self.port), "checkpoint": str(checkpoint)}
+        places |= {"made": str(made)}
         self._began = time.perf_counter()
         try:
             with self._log.open("wb") as log:
@@ -138,14 +166,7 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        members = family(self._process.pid)
-        self._process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_S)
-        for member in members:
-            with suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
-        self._process.wait()
+        end_family(self._process, patience_s=STOP_S)
 
     def wait_until_right(self, texts: Sequence[str], labels: Sequence[str]) -> float:
         """Ask for one text after another until one is answered with its label, which also waits for abandoned work.
@@ -195,6 +216,19 @@ class Server:
     def memory_bytes(self) -> int:
         """What the processes hold now; a page that several share counts once."""
         return sum(map(held_bytes, family(self._process.pid)))
+
+
+def end_family(process: "subprocess.Popen[bytes]", *, patience_s: float = 0) -> None:
+    """Kill a process with all that descend from it; it first gets SIGTERM, and so many seconds, if any."""
+    members = family(process.pid)
+    if patience_s:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+    for member in members:
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    process.wait()
 
 
 def family(process: int) -> list[int]:
@@ -260,6 +294,14 @@ CONTENDERS = {
             lambda answer: answer["label"],
         ),
         Contender(
+            "litserve-openvino",
+            ("{bin}/python", "litserve_openvino.py"),
+            "/predict",
+            lambda text: {"text": text},
+            lambda answer: answer["label"],
+            export=("{bin}/python", "litserve_openvino.py", "export", "{made}"),
+        ),
+        Contender(
             "infinity",
             (
                 *("{bin}/infinity_emb", "v2", "--model-id", "{checkpoint}", "--served-model-name", "sentiment"),
@@ -268,6 +310,20 @@ CONTENDERS = {
             "/classify",
             lambda text: {"model": "sentiment", "input": [text]},
             lambda answer: best_of(answer["data"][0]),
+        ),
+        Contender(
+            "infinity-onnx",
+            (
+                *("{bin}/infinity_emb", "v2", "--model-id", "{made}", "--served-model-name", "sentiment"),
+                *("--engine", "optimum", "--device", "cpu", "--batch-size", "32", "--port", "{port}"),
+            ),
+            "/classify",
+            lambda text: {"model": "sentiment", "input": [text]},
+            lambda answer: best_of(answer["data"][0]),
+            export=(
+                *("{bin}/optimum-cli", "export", "onnx", "--model", "{checkpoint}"),
+                *("--task", "text-classification", "{made}"),
+            ),
         ),
         Contender(
             "bentoml",

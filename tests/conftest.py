@@ -62,6 +62,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the server's transcript anew instead of checking it")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where torch can use none."""
+    if item.get_closest_marker("gpu"):
+        torch: Any = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU is here")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     """With TUNESERVE_REQUIRE_ALL=1 a skipped test has failed, unless it needs a GPU."""

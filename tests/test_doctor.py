@@ -302,10 +302,9 @@ def test_a_gpus_memory_and_number_format_are_held_against_what_is_wanted(
     assert "NVIDIA L4" in found.said
 
 
+@pytest.mark.gpu
 def test_a_gpu_that_is_there_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch: Any = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU is here")
     monkeypatch.setattr(doctor, "LIMIT_S", 60)
     assert torch.cuda.get_device_name() in look("gpu", PATH="/usr/bin").said
 

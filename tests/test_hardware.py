@@ -113,10 +113,9 @@ def test_without_a_gpu_cuda_is_refused_and_auto_says_why_it_took_the_cpu(python:
     assert cuda == f"DEVICE=cuda, but no GPU can be used: {reason}."
 
 
+@pytest.mark.gpu
 def test_a_gpu_that_is_there_is_taken() -> None:
     torch: Any = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU is here")
     for setting in ("auto", "cuda"):
         device, name = hardware.choose_device(setting)
         assert device.type == "cuda"

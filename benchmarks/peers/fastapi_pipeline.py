@@ -24,7 +24,8 @@ class Sentiment(BaseModel):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    app.state.classify = pipeline("text-classification", os.environ["CHECKPOINT"], device="cpu")
+    device = os.environ.get("DEVICE", "cpu")
+    app.state.classify = pipeline("text-classification", os.environ["CHECKPOINT"], device=device)
     yield
 
 

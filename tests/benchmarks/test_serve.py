@@ -68,9 +68,11 @@ def test_every_peer_has_its_files_and_pins() -> None:
         ("tuneserve", {"label": "good", "scores": {"bad": 0.1, "good": 0.9}}),
         ("fastapi-pipeline", {"label": "good", "score": 0.9}),
         ("litserve", {"label": "good", "score": 0.9}),
+        ("litserve-openvino", {"label": "good", "score": 0.9}),
         ("mosec", {"label": "good", "score": 0.9}),
         ("bentoml", [{"label": "good", "score": 0.9}]),
         ("infinity", {"data": [[{"label": "bad", "score": 0.1}, {"label": "good", "score": 0.9}]]}),
+        ("infinity-onnx", {"data": [[{"label": "bad", "score": 0.1}, {"label": "good", "score": 0.9}]]}),
     ],
 )
 def test_the_label_is_found_in_every_answer(name: str, answer: object) -> None:
@@ -118,6 +120,25 @@ def test_a_server_that_ends_is_a_reason_and_not_the_end(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="cannot be started"):
         Server(absent, **place, base={})
     assert last_line("one\ntwo  \n\n") == "two"
+
+
+def test_a_checkpoint_is_converted_once_and_before_the_server_starts(tmp_path: Path) -> None:
+    write = "import os, sys; open(sys.argv[1] + '/model', 'a').write(os.environ['CHECKPOINT'] + ' ')"
+    serve = "import os, sys; sys.exit(open(os.environ['EXPORT'] + '/model').read() + sys.argv[1][-10:])"
+    nothing = (lambda text: {}, lambda answer: "", tmp_path)
+    command = (sys.executable, "-c", serve, "{made}")
+    contender = Contender("some", command, "/", *nothing, export=(sys.executable, "-c", write, "{made}"))
+    place = {"store": tmp_path, "checkpoint": Path("a-model"), "folder": tmp_path}
+    for _ in range(2):
+        with (
+            pytest.raises(BenchError, match=r"ended with 1: a-model some-model$"),
+            Server(contender, **place, base=dict(os.environ)) as server,
+        ):
+            server.wait_until_right(["a"], ["good"])
+    failing = Contender("bad", command, "/", *nothing, export=(sys.executable, "-c", "import sys; sys.exit('no')"))
+    for _ in range(2):  # what it left is no model
+        with pytest.raises(BenchError, match="cannot convert the checkpoint: no"):
+            Server(failing, **place, base=dict(os.environ))
 
 
 def test_a_server_that_failed_keeps_its_row() -> None:

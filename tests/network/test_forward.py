@@ -211,10 +211,9 @@ def test_a_packed_pass_that_fails_leaves_the_model_as_it_was() -> None:
     assert torch.equal(Padded(model)(batch), before)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["bert", "modernbert of a narrow window"])
 def test_on_a_gpu_bf16_goes_through_its_own_kernel_and_agrees(name: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU is here")
     device = torch.device("cuda")
     model = make(name).to(device)
     forward = choose_forward(model)

@@ -238,12 +238,11 @@ def test_a_damaged_checkpoint_is_a_store_error(make: Make, tmp_path: Path) -> No
 
 @pytest.fixture
 def gpu() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU is here")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", PACKED)
 def test_on_a_gpu_batches_in_bf16_are_queued_without_waiting(kind: str, make: Make, tmp_path: Path, gpu: None) -> None:
     engine = make(kind, DEVICE="cuda", PRECISION="bf16")
@@ -262,6 +261,7 @@ def test_on_a_gpu_batches_in_bf16_are_queued_without_waiting(kind: str, make: Ma
         assert np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 6 * 2**-8
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
 def test_on_a_gpu_fp32_has_the_logits_of_the_checkpoint(kind: str, make: Make, tmp_path: Path, gpu: None) -> None:
     engine = make(kind, DEVICE="cuda")
@@ -269,6 +269,7 @@ def test_on_a_gpu_fp32_has_the_logits_of_the_checkpoint(kind: str, make: Make, t
     np.testing.assert_allclose(infer(engine, texts), wanted(engine, texts, tmp_path / kind), rtol=0, atol=1e-4)
 
 
+@pytest.mark.gpu
 def test_a_gpu_that_ran_out_of_memory_goes_on(make: Make, gpu: None) -> None:
     engine = make(DEVICE="cuda", PRECISION="bf16")
     sizes = fail_beyond(engine, 70)
