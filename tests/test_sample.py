@@ -60,7 +60,6 @@ EVERYDAY = {
     "app",
     "staff",
     "refund",
-    "waiter",
     "dentist",
     "return",
     "recommend",
