@@ -6,8 +6,9 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from tuneserve.artifact import REPORT_LOSSES, Version
@@ -17,6 +18,8 @@ from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import Answers, read_answers
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence
+from tuneserve.lifecycle.label_issues import LABEL_ISSUES, LabelIssue, read_label_issues, render_label_issues
+from tuneserve.lifecycle.statistics import Array
 from tuneserve.lifecycle.store import Store
 from tuneserve.report.facts import Facts, Piece, clean, gather
 from tuneserve.report.plots import draw
@@ -58,6 +61,7 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         evidence = read_evidence(store.evidence_folder / version.id)
     except StoreError as error:
         logger.warning("the report says nothing of single texts: %s", error)
+    issues = _issues(store.evidence_folder / version.id)
     if evidence is not None:
         answers = _answers(store, version, evidence, settings)
     facts = gather(
@@ -68,18 +72,20 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         findings=_findings(version),
         losses=_losses(version),
         others=store.versions(),
+        matrix=_matrix(version),
+        issues=issues or [],
     )
     pictures = draw(facts, settings.data_path)
-    pages = {CARD: render_card(facts, pictures), PAGE: render_page(facts, pictures)}
+    files = {f"{name}.svg": _alone(svg).encode() for name, svg in pictures.items()}
+    if issues is not None:
+        files[LABEL_ISSUES] = render_label_issues(issues)
+    files |= {CARD: render_card(facts, pictures).encode(), PAGE: render_page(facts, pictures).encode()}
     folder = version.folder / FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        for name, svg in pictures.items():
-            replace_file(folder / f"{name}.svg", _alone(svg).encode())
-        for name, content in pages.items():
-            replace_file(folder / name, content.encode())
-        for path in [*(folder / f"{name}.svg" for name in pictures), *(folder / name for name in pages)]:
-            path.chmod(0o644)  # other users may serve it
+        for name, content in files.items():
+            replace_file(folder / name, content)
+            (folder / name).chmod(0o644)  # other users may serve it
     except OSError as error:
         raise StoreError(f"The report cannot be written to {folder}: {error}") from error
     logger.info("report: %s (%.1f s)", folder / PAGE, time.perf_counter() - began)
@@ -115,6 +121,28 @@ def _findings(version: Version) -> list[str]:
     return describe(data) if {"counts", "empty_texts"} <= set(data) else []
 
 
+def _issues(folder: Path) -> list[LabelIssue] | None:
+    """The labels that are probably wrong; None if it is not known."""
+    try:
+        return read_label_issues(folder)
+    except StoreError as error:
+        logger.warning("the report names no labels that are probably wrong: %s", error)
+        return None
+
+
+def _matrix(version: Version) -> Array | None:
+    """The confusion matrix of its whole test; None of a version that was not tested."""
+    path = version.folder / FOLDER / "test.json"
+    try:
+        matrix = np.array(read_record(path, TESTED, max_bytes=MAX_BYTES)["confusion_matrix"], dtype=np.int64)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return None
+    return matrix if matrix.shape == (len(version.labels),) * 2 and (matrix >= 0).all() else None
+
+
 def _losses(version: Version) -> list[tuple[int, float]]:
     """The losses of its steps; a short training, or an older release, has none."""
     try:
@@ -127,6 +155,15 @@ def _losses(version: Version) -> list[tuple[int, float]]:
 
 
 LOSSES = TypeAdapter(list[tuple[int, float]])
+
+
+class _Tested(TypedDict):
+    confusion_matrix: list[list[int]]
+
+
+TESTED = TypeAdapter(_Tested)
+MAX_BYTES = 64 << 20
+"""Of a test's figures, whose matrix has as many cells as there are pairs of labels."""
 
 
 def render_page(facts: Facts, pictures: Mapping[str, str]) -> str:
