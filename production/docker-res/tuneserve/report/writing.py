@@ -6,12 +6,12 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from tuneserve.artifact import REPORT_LOSSES, Version
+from tuneserve.artifact import REPORT_LOSSES, Part, Version
 from tuneserve.errors import StoreError
 from tuneserve.files import read_record, replace_file
 from tuneserve.lifecycle import gate
@@ -134,10 +134,10 @@ def _matrix(version: Version) -> Array | None:
     """The confusion matrix of its whole test; None of a version that was not tested."""
     path = version.folder / FOLDER / "test.json"
     try:
-        matrix = np.array(read_record(path, TESTED, max_bytes=MAX_BYTES)["confusion_matrix"], dtype=np.int64)
+        matrix = np.array(read_record(path, TESTED, max_bytes=MAX_BYTES).confusion_matrix, dtype=np.int64)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s cannot be read: %s", path, error)
         return None
     return matrix if matrix.shape == (len(version.labels),) * 2 and (matrix >= 0).all() else None
@@ -157,7 +157,7 @@ def _losses(version: Version) -> list[tuple[int, float]]:
 LOSSES = TypeAdapter(list[tuple[int, float]])
 
 
-class _Tested(TypedDict):
+class _Tested(Part):
     confusion_matrix: list[list[int]]
 
 

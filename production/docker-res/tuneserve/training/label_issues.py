@@ -1,9 +1,10 @@
 """Labels that are probably wrong, found before the training: confident learning (Northcutt et al., 1911.00068).
 
 A logistic regression on what the untrained body says of each text answers texts that it has not learned from, in five
-folds. A text is suspected where another label than its own is above that label's threshold, the mean probability of
-the label among the texts that carry it; so a label that the regression is seldom sure of needs less, and a frequent one
-does not draw everything. What is suspected is often merely hard: people should look before anything is changed.
+folds. Texts for which another label than their own is above that label's threshold, the mean probability of the label
+among the texts that carry it, say how many labels are wrong: a label that the regression is seldom sure of needs less,
+and a frequent one does not draw everything. So many texts are suspected, the least probable labels first. What is
+suspected is often merely hard: people should look before anything is changed.
 """
 
 import json
@@ -129,8 +130,9 @@ def draw_folds(label_ids: Array, seed: int) -> Array:
 def judge(probabilities: Array, label_ids: Array) -> Suspects:
     """Confident learning, from held-out probabilities float [texts, labels] and the given labels, int [texts].
 
-    The suspects are what stands beside the diagonal of the confident joint, ranked by normalized margin: how much
-    less probable the given label is than the best other one.
+    The confident joint counts texts by given label and the label above its threshold. What stands beside its diagonal,
+    as shares of each given label, says how many labels are wrong; so many are suspected, in the order of the normalized
+    margin: how much less probable the given label is than the best other one.
     """
     texts, labels = probabilities.shape
     everyone = np.arange(texts)
@@ -140,17 +142,16 @@ def judge(probabilities: Array, label_ids: Array) -> Suspects:
     thresholds[sizes == 0] = np.inf
     reached = np.where(probabilities >= thresholds, probabilities, -1.0)
     confident = reached.max(1) >= 0
-    likely = np.where(confident, reached.argmax(1), label_ids)
     joint = np.zeros((labels, labels))
-    np.add.at(joint, (label_ids[confident], likely[confident]), 1)
+    np.add.at(joint, (label_ids[confident], reached[confident].argmax(1)), 1)
     counted = joint.sum(1)
     rates = np.where(counted > 0, 1 - np.diag(joint) / np.maximum(counted, 1), 0.0)
     others = probabilities.copy()
     others[everyone, label_ids] = -1.0
     margins = own - others.max(1)
-    rows = np.flatnonzero(likely != label_ids)
-    rows = rows[np.argsort(margins[rows], kind="stable")]
-    return Suspects(rows, likely[rows], own[rows], rates)
+    rows = np.argsort(margins, kind="stable")[: round(float(rates @ sizes))]
+    rows = rows[margins[rows] < 0]
+    return Suspects(rows, others.argmax(1)[rows], own[rows], rates)
 
 
 def look(
