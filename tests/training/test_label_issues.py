@@ -205,4 +205,4 @@ def test_texts_are_read_as_they_were_written(text: str, tmp_path: Path) -> None:
     issue = LabelIssue("test", text, "a,b", "c", 0.25)
     write_label_issues(tmp_path, [issue])
     assert read_label_issues(tmp_path) == [issue]
-    assert (tmp_path / LABEL_ISSUES).read_text(newline="").startswith("split,text,given,likely,probability\n")
+    assert (tmp_path / LABEL_ISSUES).read_bytes().startswith(b"split,text,given,likely,probability\n")
