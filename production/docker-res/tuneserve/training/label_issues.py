@@ -39,7 +39,7 @@ SPLITS = ("train", "valid", "test")
 FOLDS = 5
 MOST_TEXTS = 20_000
 """Texts that are looked at; of more, a sample is drawn."""
-STRENGTH = 10.0
+STRENGTH = 1.0
 """Inverse strength of the regression's regularization (`C` of scikit-learn), for features of mean square length 1."""
 MOST_ITERATIONS = 100
 TOLERANCE = 1e-3
