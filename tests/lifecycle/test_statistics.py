@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy import special, stats
+from sklearn.metrics import f1_score
 
 from tuneserve.lifecycle import statistics
 from tuneserve.lifecycle.statistics import (
@@ -10,6 +11,7 @@ from tuneserve.lifecycle.statistics import (
     kolmogorov_smirnov,
     paired_bootstrap,
     rank_sum,
+    resampled_figures,
     sequential_p_value,
     sign_test,
     wilson,
@@ -111,6 +113,24 @@ def test_p_values_are_corrected_for_their_number() -> None:
 )
 def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float) -> None:
     assert wilson(right, count) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_a_test_drawn_anew_has_the_figures_of_texts_drawn_one_by_one() -> None:
+    confusion = np.array([[40, 5, 0], [9, 20, 3], [0, 1, 4]])
+    true, predicted = np.repeat(np.indices((3, 3)).reshape(2, -1), confusion.ravel(), axis=1)
+    rng = np.random.default_rng(1)
+    accuracies, scores = [], []
+    for _ in range(1000):
+        rows = rng.integers(len(true), size=len(true))
+        accuracies.append((true[rows] == predicted[rows]).mean())
+        scores.append(f1_score(true[rows], predicted[rows], average="macro"))
+    for found, drawn in zip(resampled_figures(confusion), (accuracies, scores), strict=True):
+        assert found == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+    assert resampled_figures(confusion) == resampled_figures(confusion)
+
+
+def test_labels_that_no_text_has_do_not_lower_the_score_of_a_test_drawn_anew() -> None:
+    assert resampled_figures(np.diag([3, 0, 1])) == ((1.0, 1.0), (1.0, 1.0))
 
 
 def test_the_bootstrap_covers_the_true_difference_as_often_as_it_says() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import tiny
 import yaml
@@ -20,6 +21,7 @@ from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import ANSWERS, Answers, Words, read_answers
 from tuneserve.lifecycle.decision import Decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence
+from tuneserve.lifecycle.label_issues import LABEL_ISSUES, LabelIssue, read_label_issues
 from tuneserve.lifecycle.store import Store
 from tuneserve.report import writing
 from tuneserve.report.facts import Facts, gather
@@ -79,7 +81,13 @@ def facts(labels: list[str], text: str = "a text") -> Facts:
         "settings": {"dataset": text, "lr": 3e-5},
         "base_model": {"name": text},
         "versions": {"tuneserve": "0"},
+        "label_issues": {
+            "texts": {"train": 9, "test": count},
+            "suspected": {"train": 3, "test": 1},
+            "test_label_error": 0.125,
+        },
     }
+    issues = [LabelIssue("test", f"{text} {number}", labels[0], labels[1], 0.1) for number in range(30)]
     scores = [
         [0.9 if other == (label + 1) % count else 0.1 / count for other in range(count)] for label in range(count)
     ]
@@ -96,7 +104,16 @@ def facts(labels: list[str], text: str = "a text") -> Facts:
     )
     decision = Decision("one", "refused", "gate", text, None)
     losses = [(1, 1.0), (2, 0.9)]
-    return gather(Version(Path("/x/one"), metadata), decision, evidence, answers, findings=[text], losses=losses)
+    return gather(
+        Version(Path("/x/one"), metadata),
+        decision,
+        evidence,
+        answers,
+        findings=[text],
+        losses=losses,
+        matrix=np.roll(np.eye(count, dtype=np.int64), 1, axis=1),
+        issues=issues,
+    )
 
 
 def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
@@ -107,12 +124,37 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     tags = parse(page)
     assert not {"script", "iframe", "img", "link", "object", "form"} & set(tags.tags)
     assert not [name for name, _ in tags.attributes if name.startswith("on")]
-    assert not [value for name, value in tags.attributes if name in ("href", "src") and not str(value).startswith("#")]
+    links = [value for name, value in tags.attributes if name in ("href", "src") and not str(value).startswith("#")]
+    assert links == ["label-issues.csv"]
     assert "49" not in re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)  # no template in a template
     assert "\x00" not in page
     assert "\u202e" not in page
     for svg in pictures.values():
         ElementTree.fromstring(svg)
+
+
+def test_the_page_and_the_card_say_which_labels_are_suspected_and_how_many_of_the_tests() -> None:
+    found = facts(["bad", "good"])
+    page, card = render_page(found, {}), render_card(found, {})
+    assert page.count("<td>test</td><td>bad</td><td>good</td>") == card.count(" | test | bad | good |") == 20
+    for content in (page, card):
+        assert "12.5% of the test" in content
+        assert "3 of 9 train texts, 1 of 2 test texts" in content
+        assert content.count("label-issues.csv") >= 2
+
+
+def test_the_page_and_the_card_say_how_far_chance_moves_the_figures() -> None:
+    metadata = {"labels": ["a", "b"], "metrics": {"test": {"accuracy": 0.88, "macro_f1": 0.88}}}
+    metadata["data"] = {"counts": {"test": {"a": 500, "b": 500}}}
+    matrix = np.array([[440, 60], [60, 440]])
+    found = gather(Version(Path("/x"), metadata), None, None, None, findings=[], matrix=matrix)
+    assert found.interval == pytest.approx((0.86, 0.90), abs=0.004)  # 0.88 ± 1.96 √(0.88 · 0.12 / 1000)
+    assert found.f1_interval == pytest.approx(found.interval, abs=0.003)
+    low, high = (f"{100 * one:.1f}%" for one in found.interval or ())
+    for content in (render_page(found, {}), render_card(found, {})):
+        assert f"Another test of this size would have given an accuracy of {low} to {high} and a macro F1 of" in content
+        assert "suspected" not in content
+        assert "probably wrong" not in content
 
 
 def test_the_page_asks_nobody(tmp_path: Path) -> None:
@@ -231,6 +273,7 @@ def test_a_training_leaves_a_report_with_groups_curves_and_the_words_of_mistakes
     assert names == {
         *("index.html", "README.md", "test.json", "valid.json"),
         *("curves.svg", "confusion.svg", "reliability.svg", "lengths.svg"),
+        "label-issues.csv",
     }
     page = (folder / "index.html").read_text()
     parse(page)
@@ -240,6 +283,10 @@ def test_a_training_leaves_a_report_with_groups_curves_and_the_words_of_mistakes
     assert re.search(r'<mark class="for\d">', page.split("<ol")[1])
     assert "N_EPOCHS=2" in page
     assert is_whole(version)
+    issues = read_label_issues(folder)
+    assert issues is not None
+    assert issues == read_label_issues(trained[0].evidence_folder / version.id)
+    assert len(issues) == sum(version.metadata["label_issues"]["suspected"].values())
     assert (folder / "index.html").stat().st_mode & 0o777 == 0o644
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -413,4 +460,5 @@ def test_a_refused_version_is_reported_with_what_it_lost(tmp_path: Path) -> None
 def test_no_report_is_written_that_is_not_wanted(tmp_path: Path) -> None:
     version = tiny.train(tiny.write_csv(tmp_path / "t.csv", tiny.sentences(120)), tmp_path, REPORT="0")
     assert not (version.folder / "report" / "index.html").exists()
+    assert not (version.folder / "report" / LABEL_ISSUES).exists()
     assert not (Store(tmp_path / "MODEL").evidence_folder / version.id / ANSWERS).exists()

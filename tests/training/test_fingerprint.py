@@ -28,7 +28,7 @@ DECIDE = {
     **{"LABELS": "merge", "MIN_CLASS_SIZE": "6", "RARE_LABELS": "drop", "NUM_TRAIN": "9", "NUM_TEST": "9"},
     **{"VALID_PCT": "0.2", "TEST_PCT": "0.2", "NUM_MAX_POSITIONS": "64", "TRAIN_BODY": "0", "N_EPOCHS": "4"},
     **{"BATCH_SIZE": "16", "LR": "1e-3", "DROPOUT": "0.1", "MAX_NORM": "2", "CLASS_WEIGHTS": "balanced"},
-    **{"MIN_VALID": "0", "MIN_STEPS": "99"},
+    **{"MIN_VALID": "0", "MIN_STEPS": "99", "LABEL_ISSUES": "drop"},
     **{"LABEL_SMOOTHING": "0.1", "PATIENCE": "1", "SELECT_BY": "loss", "SEED": "1", "PRECISION": "int8"},
     **{"MAX_ERROR": "0.02"},
 }

@@ -126,6 +126,10 @@ class Settings(BaseModel):
     rare_labels: Literal["refuse", "drop", "other"] = "refuse"
     """Rare labels: refuse the data, drop the texts of these labels, or join them as the label `other`."""
 
+    label_issues: Literal["report", "drop", "off"] = "report"
+    """Labels that are probably wrong, in training, validation and test texts: `report` lists them, `drop` also leaves
+    such training texts out, `off` does not look for them."""
+
     num_train: int = Field(default=0, ge=0)
     """Training texts to use, drawn by SEED. 0: all."""
 
@@ -312,7 +316,8 @@ class Settings(BaseModel):
     """Gate: how much larger and slower than the champion a new version may be (0.5 is half as much again)."""
 
     report: bool = True
-    """Write a report into each version's `report/`; it holds some of the test's texts."""
+    """Write a report into each version's `report/`; it holds some of the test's texts, and all texts whose labels are
+    probably wrong."""
 
     keep_versions: int = Field(default=10, ge=2)
     """Versions that the store keeps; the champion and the one before it always stay."""

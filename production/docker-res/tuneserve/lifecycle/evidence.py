@@ -3,6 +3,7 @@
     MODEL_PATH/evidence/<id>/test.parquet   columns `text`, `label`, and `origin`: `data` or `feedback`; of each at
                                             most MAX_TEXTS; and `data:<name>` for other columns of the data
     MODEL_PATH/evidence/<id>/learned.npy    uint64 [training and validation texts], sorted: hashes, no texts
+    MODEL_PATH/evidence/<id>/label-issues.csv   texts whose labels are probably wrong; see `label_issues`
     MODEL_PATH/evidence/<id>/examples.json  a few short test texts, for people to try the version with
 
 It is stored beside the version and not in it, so that a model can be handed on without any texts.

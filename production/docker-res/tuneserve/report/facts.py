@@ -1,7 +1,7 @@
 """Everything that a report says, computed once for both of its forms."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from tuneserve.artifact import Version
 from tuneserve.lifecycle.answers import Answers, Words
 from tuneserve.lifecycle.decision import Decision
 from tuneserve.lifecycle.evidence import Evidence
-from tuneserve.lifecycle.statistics import Array, wilson
+from tuneserve.lifecycle.label_issues import LabelIssue
+from tuneserve.lifecycle.statistics import Array, resampled_figures, wilson
 from tuneserve.settings import Settings
 
 BINS = 10
@@ -19,6 +20,7 @@ LENGTH_GROUPS = 5
 MOST_MISTAKES = 20
 MOST_DIFFERENCES = 20
 MOST_CONFUSIONS = 20
+MOST_ISSUES = 20
 SHOWN_CHARACTERS = 1200
 """Of a text."""
 WHERE_IT_RAN = {"model_path", "data_path", "log_path", "input", "output", "host", "port"}
@@ -112,12 +114,16 @@ class Facts:
     """Of the owner's test that were answered for this report."""
     interval: tuple[float, float] | None
     """The 95% interval of the accuracy on the whole test."""
+    f1_interval: tuple[float, float] | None
+    """That of its macro F1; None if only the shares of right answers are known."""
     findings: list[str]
     changed: dict[str, str]
     """Settings that are not the defaults, as environment variables."""
     steps: list[Step]
     losses: list[tuple[int, float]]
     """Of some of the training's steps, by their numbers."""
+    issues: list[LabelIssue] = field(default_factory=list)
+    """Texts whose labels are probably wrong, the first of them."""
     confusion: Array | None = None
     """Texts, int [true labels, predicted labels]."""
     confused: list[tuple[str, str, int]] = field(default_factory=list)
@@ -155,6 +161,11 @@ class Facts:
         return Group("answered", count, right / count, *wilson(right, count))
 
     @property
+    def label_issues(self) -> Mapping[str, Any]:
+        """What is known of the data's wrong labels: how many texts were looked at and are suspected, by split."""
+        return self.metadata.get("label_issues") or {}
+
+    @property
     def classes(self) -> list[tuple[str, Mapping[str, float]]]:
         """Precision, recall, f1 and texts of each label, the weakest first."""
         found = self.metrics.get("per_class") or {}
@@ -170,6 +181,8 @@ def gather(
     findings: Sequence[str],
     losses: Sequence[tuple[int, float]] = (),
     others: Sequence[Version] = (),
+    matrix: Array | None = None,
+    issues: Sequence[LabelIssue] = (),
 ) -> Facts:
     """The facts of a version.
 
@@ -181,20 +194,30 @@ def gather(
         findings: what was found in its data, in sentences.
         losses: of some of its steps, by their numbers.
         others: versions of its store, the oldest first.
+        matrix: the confusion matrix of the whole test, int [true labels, predicted labels].
+        issues: texts whose labels are probably wrong.
     """
     test = (version.metadata.get("metrics") or {}).get("test") or {}
     tested = sum((version.metadata.get("data") or {}).get("counts", {}).get("test", {}).values())
     accuracy = test.get("accuracy")
+    interval = wilson(round(accuracy * tested), tested) if accuracy is not None and tested else None
+    f1_interval = None
+    if matrix is not None and matrix.sum():
+        drawn, f1_interval = resampled_figures(matrix)
+        if 0 < np.trace(matrix) < matrix.sum():  # draws of a test that is all right never show a mistake
+            interval = drawn
     facts = Facts(
         version,
         decision,
         labels=[clean(label) for label in version.labels],
         texts=0,
-        interval=wilson(round(accuracy * tested), tested) if accuracy is not None and tested else None,
+        interval=interval,
+        f1_interval=f1_interval,
         findings=[clean(one) for one in findings],
         changed=changed_settings(version),
         steps=bought(version, others),
         losses=list(losses),
+        issues=[_shown(issue) for issue in issues[:MOST_ISSUES]],
     )
     if evidence is None or answers is None or len(answers.scores) != len(evidence.texts):
         return facts
@@ -231,6 +254,11 @@ def _answered(version: Version, evidence: Evidence, answers: Answers) -> dict[st
         "mistaken": int((~right).sum()),
         "comparison": _compare(evidence, answers, names, predicted, right),
     }
+
+
+def _shown(issue: LabelIssue) -> LabelIssue:
+    text = issue.text[:SHOWN_CHARACTERS] + ("…" if len(issue.text) > SHOWN_CHARACTERS else "")
+    return replace(issue, text=clean(text), given=clean(issue.given), likely=clean(issue.likely))
 
 
 def changed_settings(version: Version) -> dict[str, str]:

@@ -8,15 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
-from tuneserve.artifact import REPORT_LOSSES, Version
+from tuneserve.artifact import REPORT_LOSSES, Part, Version
 from tuneserve.errors import StoreError
 from tuneserve.files import read_record, remove_leftovers, replace_file
 from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.answers import Answers, read_answers
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import Evidence, read_evidence
+from tuneserve.lifecycle.label_issues import LABEL_ISSUES, LabelIssue, read_label_issues, render_label_issues
+from tuneserve.lifecycle.statistics import Array
 from tuneserve.lifecycle.store import ABANDONED_S, Store
 from tuneserve.report.facts import Facts, Piece, clean, gather
 from tuneserve.report.plots import draw
@@ -60,6 +63,7 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         evidence = read_evidence(store.evidence_folder / version.id)
     except StoreError as error:
         logger.warning("the report says nothing of single texts: %s", error)
+    issues = _issues(store.evidence_folder / version.id)
     if evidence is not None:
         answers = _answers(store, version, evidence, settings)
     facts = gather(
@@ -70,30 +74,35 @@ def write_report(store: Store, version: Version, settings: Settings) -> Path:
         findings=_findings(version),
         losses=_losses(version),
         others=store.versions(),
+        matrix=_matrix(version),
+        issues=issues or [],
     )
     pictures = draw(facts, settings.data_path)
-    pages = {CARD: render_card(facts, pictures), PAGE: render_page(facts, pictures)}
+    beside = {f"{name}.svg": _alone(svg).encode() for name, svg in pictures.items()}
+    if issues is not None:
+        beside[LABEL_ISSUES] = render_label_issues(issues)
+    pages = {CARD: render_card(facts, pictures).encode(), PAGE: render_page(facts, pictures).encode()}
     folder = version.folder / FOLDER
     try:
-        _replace(folder, {f"{name}.svg": _alone(svg) for name, svg in pictures.items()}, pages)
+        _replace(folder, beside, pages)
     except OSError as error:
         raise StoreError(f"The report cannot be written to {folder}: {error}") from error
     logger.info("report: %s (%.1f s)", folder / PAGE, time.perf_counter() - began)
     return folder / PAGE
 
 
-def _replace(folder: Path, pictures: Mapping[str, str], pages: Mapping[str, str]) -> None:
-    """Put a report in the place of the one before: at any time the pictures that a page shows are there.
+def _replace(folder: Path, beside: Mapping[str, bytes], pages: Mapping[str, bytes]) -> None:
+    """Put a report in the place of the one before: at any time there are the files `beside` that a page shows.
 
     Raises:
         OSError: the disk refuses.
     """
     folder.mkdir(exist_ok=True)
-    for name, content in [*pictures.items(), *pages.items()]:
-        replace_file(folder / name, content.encode())
+    for name, content in [*beside.items(), *pages.items()]:
+        replace_file(folder / name, content)
         (folder / name).chmod(0o644)  # other users may serve it
     for path in folder.glob("*.svg"):
-        if path.name not in pictures:
+        if path.name not in beside:
             path.unlink(missing_ok=True)
     remove_leftovers(folder, older_than_s=ABANDONED_S)  # somebody else may write now
 
@@ -134,6 +143,28 @@ def _findings(version: Version) -> list[str]:
     return describe(data) if {"counts", "empty_texts"} <= set(data) else []
 
 
+def _issues(folder: Path) -> list[LabelIssue] | None:
+    """The labels that are probably wrong; None if it is not known."""
+    try:
+        return read_label_issues(folder)
+    except StoreError as error:
+        logger.warning("the report names no labels that are probably wrong: %s", error)
+        return None
+
+
+def _matrix(version: Version) -> Array | None:
+    """The confusion matrix of its whole test; None of a version that was not tested."""
+    path = version.folder / FOLDER / "test.json"
+    try:
+        matrix = np.array(read_record(path, TESTED, max_bytes=MAX_BYTES).confusion_matrix, dtype=np.int64)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return None
+    return matrix if matrix.shape == (len(version.labels),) * 2 and (matrix >= 0).all() else None
+
+
 def _losses(version: Version) -> list[tuple[int, float]]:
     """The losses of its steps; a short training, or an older release, has none."""
     try:
@@ -146,6 +177,15 @@ def _losses(version: Version) -> list[tuple[int, float]]:
 
 
 LOSSES = TypeAdapter(list[tuple[int, float]])
+
+
+class _Tested(Part):
+    confusion_matrix: list[list[int]]
+
+
+TESTED = TypeAdapter(_Tested)
+MAX_BYTES = 64 << 20
+"""Of a test's figures, whose matrix has as many cells as there are pairs of labels."""
 
 
 def render_page(facts: Facts, pictures: Mapping[str, str]) -> str:

@@ -373,6 +373,7 @@ def describe(findings: Mapping[str, Any]) -> list[str]:
         "contradicted_train_texts": "training texts left out because the same text carries two labels",
         "train_texts_also_in_valid": "training texts left out because they are also in the validation texts",
         "train_texts_also_in_test": "training texts left out because they are also in the test texts",
+        "suspected_train_texts": "training texts left out because their labels are probably wrong (LABEL_ISSUES=drop)",
     }
     for split in ("valid", "test"):
         words[f"repeated_{split}_texts"] = f"{split} texts repeat another; they stay"

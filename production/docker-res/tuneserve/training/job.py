@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tuneserve
 from tuneserve.artifact import Version
@@ -25,6 +25,7 @@ from tuneserve.lifecycle import gate
 from tuneserve.lifecycle.decision import read_decision
 from tuneserve.lifecycle.evidence import MAX_TEXTS, Evidence, write_evidence
 from tuneserve.lifecycle.feedback_database import FILE, labelled_texts
+from tuneserve.lifecycle.label_issues import LabelIssue, write_label_issues
 from tuneserve.lifecycle.secret import read_secret
 from tuneserve.lifecycle.status import Lock, Status, hold
 from tuneserve.lifecycle.store import Store
@@ -34,7 +35,7 @@ from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
-from tuneserve.training import base_model, checks, data, feedback
+from tuneserve.training import base_model, checks, data, feedback, label_issues
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.features import fit_head
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 DECISIVE = {
     *("num_train", "num_test", "valid_pct", "min_valid", "test_pct", "num_max_positions"),
     *("train_body", "n_epochs", "min_steps", "batch_size"),
-    *("labels", "min_class_size", "rare_labels"),
+    *("labels", "min_class_size", "rare_labels", "label_issues"),
     *("lr", "dropout", "max_norm", "class_weights", "label_smoothing", "patience", "select_by", "seed"),
     "max_error",
 }
@@ -108,15 +109,16 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         with world.one_a_node_first():
             tokenizer, tokens = read_tokens(settings, base, splits)
         require_known_words(tokenizer, tokens["train"])
-        model = build_model(
+        build = partial(
+            build_model,
             base.folder,
             splits.labels,
             dropout=settings.dropout,
             seed=settings.seed,
             device=device,
             pad_id=tokenizer.pad_token_id,
-            reads_mean=splits.cross_validates or not settings.train_body,
         )
+        model = build(reads_mean=splits.cross_validates or not settings.train_body)
         require_reloadable(model)
         rehearse(model, tokens, max_tokens=settings.num_max_positions)
 
@@ -125,6 +127,13 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         )
         if lock and lock.exclusive:
             checkpoints.forget_others()
+        found = judge_labels(settings, build, tokens, splits, checkpoints, world)
+        issues = label_issues.quote(splits, found) if found is not None and world.leads else None
+        if found is not None and settings.label_issues == "drop":
+            splits = label_issues.drop(splits, found)
+            with world.one_a_node_first():
+                tokens = {**tokens, "train": read_tokens(settings, base, splits)[1]["train"]}
+            status.found(checks.describe(splits.findings))
         trackers = held.enter_context(_trackers(settings, fingerprint, checkpoints, world))
         trackers.start({**settings.public(), "device": device.type, "precision": precision, "processes": world.size})
         recipe = choose_recipe(settings, tokens["train"], splits.labels)
@@ -158,6 +167,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             "settings": settings.public(),
             "base_model": base.record(),
             "data": describe_data(settings, splits, tokens),
+            **({"label_issues": found.record} if found is not None else {}),
             "device": device.type,
             "precision": precision,
             "processes": world.size,
@@ -179,7 +189,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         trackers.finish(version)
         checkpoints.remove()
 
-        judge(settings, store, version, splits, lock, status)
+        judge(settings, store, version, splits, lock, status, issues)
         return version
 
 
@@ -214,8 +224,45 @@ def choose_recipe(settings: Settings, train: TokenizedSplit, labels: Sequence[st
     )
 
 
+def judge_labels(
+    settings: Settings,
+    build: Callable[..., PreTrainedModel],
+    tokens: Mapping[str, TokenizedSplit],
+    splits: checks.Splits,
+    checkpoints: Checkpoints,
+    world: World,
+) -> label_issues.Found | None:
+    """The labels that are probably wrong, the same in all processes and after an interruption; None if unknown.
+
+    Before a long training of the body only so many texts are looked at as cost a small share of it.
+
+    Raises:
+        StoreError: they cannot be kept beside the checkpoints.
+    """
+    if settings.label_issues == "off":
+        return None
+    found: label_issues.Found | None = None
+    if world.leads:
+        memory = checkpoints.folder / "label-issues.json"
+        found = label_issues.recall(memory)
+        if found is None:
+            most = label_issues.MOST_TEXTS
+            if settings.train_body and not splits.cross_validates and settings.label_issues == "report":
+                most = min(most, round(label_issues.PASSES_SHARE * settings.n_epochs * len(tokens["train"])))
+            reader = build(reads_mean=True)
+            found = label_issues.look(reader, tokens, len(splits.labels), seed=settings.seed, most=most)
+            label_issues.remember(memory, found)
+    return label_issues.share(found, world)
+
+
 def judge(
-    settings: Settings, store: Store, version: Version, splits: checks.Splits, lock: Lock, status: Status
+    settings: Settings,
+    store: Store,
+    version: Version,
+    splits: checks.Splits,
+    lock: Lock,
+    status: Status,
+    issues: Sequence[LabelIssue] | None = None,
 ) -> None:
     """Keep the version's evidence, and let the gate decide about it, also about one that was trained before; report.
 
@@ -224,7 +271,7 @@ def judge(
         StoreError: another process may hold the lock meanwhile.
     """
     status.phase("judging")
-    keep_evidence(store, version, splits, seed=settings.seed)
+    keep_evidence(store, version, splits, seed=settings.seed, issues=issues)
     lock.require()
     before = read_decision(version)
     try:
@@ -242,8 +289,18 @@ def report(settings: Settings, store: Store, version: Version) -> None:
         logger.warning("no report of version %s (run.py report %s tries again): %s", version.id, version.id, error)
 
 
-def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed: int) -> None:
-    """Put the test texts, and marks of those that were learned from, beside the version, if they are not there yet."""
+def keep_evidence(
+    store: Store,
+    version: Version,
+    splits: checks.Splits,
+    *,
+    seed: int,
+    issues: Sequence[LabelIssue] | None = None,
+) -> None:
+    """Put the test texts, and marks of those that were learned from, beside the version, if they are not there yet.
+
+    So are labels that are probably wrong, if they were looked for.
+    """
     folder = store.evidence_folder / version.id
     if folder.exists():
         return
@@ -252,6 +309,8 @@ def keep_evidence(store: Store, version: Version, splits: checks.Splits, *, seed
     slices = read_slices(splits.test_source, own)
     evidence = Evidence(own + texts, own_labels + labels, own=len(own), columns=slices)
     write_evidence(folder, evidence, chain(splits.train, splits.valid))
+    if issues is not None:
+        write_label_issues(folder, issues)
 
 
 def _sample(split: checks.Split, names: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
