@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ FOLDS = 5
 MOST_TEXTS = 20_000
 """Texts that are looked at; of more, a sample is drawn."""
 PASSES_SHARE = 0.25
-"""Of the texts that the epochs of a trained body pass over, the most that are looked at: a text costs a third of what it
-costs to learn from it, so this is a twelfth of the training."""
+"""Of the texts that the epochs of a trained body pass over, the most that are looked at: to read a text costs a third
+of what it costs to learn from it, so this is a twelfth of the training."""
 STRENGTH = 1.0
 """Inverse strength of the regression's regularization (`C` of scikit-learn), for features of mean square length 1."""
 MOST_ITERATIONS = 100
@@ -280,7 +280,7 @@ def quote(splits: Splits, found: Found) -> list[LabelIssue]:
         if not rows:
             continue
         split: Split = getattr(splits, name)
-        given: Sequence[int] = split.label_ids[rows]
+        given = split.label_ids[rows]
         texts = split.texts.select(rows)["text"]
         for row in zip(texts, given, found.likely[name], found.probability[name], strict=True):
             text, own, likely, probability = row
