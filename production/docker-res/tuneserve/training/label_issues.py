@@ -42,8 +42,9 @@ MOST_TEXTS = 20_000
 PASSES_SHARE = 0.25
 """Of the texts that the epochs of a trained body pass over, the most that are looked at: to read a text costs a third
 of what it costs to learn from it, so this is a twelfth of the training."""
-STRENGTH = 1.0
-"""Inverse strength of the regression's regularization (`C` of scikit-learn), for features of mean square length 1."""
+STRENGTH = 0.5
+"""Inverse strength of the regression's regularization (`C` of scikit-learn) for each label, of many of which each has
+fewer of the texts; for features of mean square length 1."""
 MOST_ITERATIONS = 100
 TOLERANCE = 1e-3
 """Of the gradient: probabilities to three digits are enough to rank texts by."""
@@ -109,7 +110,7 @@ def held_out_probabilities(features: Array, label_ids: Array, labels: int, seed:
         if len(known) < 2:
             probabilities[rows, label_ids[rows]] = 1.0
             continue
-        regression = LogisticRegression(C=STRENGTH, max_iter=MOST_ITERATIONS, tol=TOLERANCE)
+        regression = LogisticRegression(C=STRENGTH * labels, max_iter=MOST_ITERATIONS, tol=TOLERANCE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what is found by then is good enough
             regression.fit(centered[rest], label_ids[rest])
