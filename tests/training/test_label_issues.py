@@ -114,9 +114,23 @@ def flawed(tmp_path: Path) -> tuple[Path, set[str]]:
     ), wrong
 
 
-def test_what_is_suspected_is_written_and_nothing_is_changed(
-    environment: dict[str, str], flawed: tuple[Path, set[str]], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("changed", "looked_at"), [({}, 43), ({"TRAIN_BODY": "0"}, 240), ({"LABEL_ISSUES": "drop"}, 240)]
+)
+def test_before_a_training_of_the_body_only_so_many_texts_are_looked_at(
+    environment: dict[str, str], flawed: tuple[Path, set[str]], changed: dict[str, str], looked_at: int
 ) -> None:
+    version = train(environment, DATASET=str(flawed[0]), **FAST, **changed)
+    assert sum(version.metadata["label_issues"]["texts"].values()) == looked_at
+
+
+def test_what_is_suspected_is_written_and_nothing_is_changed(
+    environment: dict[str, str],
+    flawed: tuple[Path, set[str]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(label_issues, "PASSES_SHARE", 9.0)  # all texts are looked at
     data, _ = flawed
     with caplog.at_level(logging.INFO):
         version = train(environment, DATASET=str(data), **FAST)
@@ -142,7 +156,7 @@ def test_drop_leaves_suspected_training_texts_out_and_no_others(
 ) -> None:
     data, _ = flawed
 
-    def accuse(model: Any, tokens: Any, labels: int, *, seed: int) -> label_issues.Found:
+    def accuse(model: Any, tokens: Any, labels: int, **_: Any) -> label_issues.Found:
         rows = {name: list(range(8)) for name in ("train", "valid", "test")}
         likely = {name: (1 - tokens[name].label_ids[:8]).tolist() for name in rows}
         record = {"texts": {name: len(tokens[name]) for name in rows}, "suspected": dict.fromkeys(rows, 8)}
