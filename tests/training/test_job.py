@@ -218,7 +218,8 @@ def test_a_limit_beyond_the_base_models_is_refused(environment: dict[str, str]) 
         train(environment, NUM_MAX_POSITIONS="256")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", ["0", "100"])
+def test_a_loss_that_is_no_number_stops_the_run(environment: dict[str, str], tmp_path: Path, least: str) -> None:
     base = tiny.make_base_model(tmp_path / "huge")
     weights = load_file(base / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][:] = float("inf")
@@ -226,7 +227,7 @@ def test_a_loss_that_is_no_number_stops_the_run(environment: dict[str, str], tmp
     with pytest.raises(
         TrainingError, match=r"loss became nan, .* in epoch 1 at batch 1\. LR=0\.005 is probably too high"
     ):
-        train(environment, BASE_MODEL=str(base))
+        train(environment, BASE_MODEL=str(base), MIN_VALID=least)
     with pytest.raises(NoModelError):
         Store(Path(environment["MODEL_PATH"])).champion()
 

@@ -173,7 +173,7 @@ def draw_folds(label_ids: Array, seed: int) -> Array:
 
 @torch.inference_mode()
 def read_features(model: PreTrainedModel, split: TokenizedSplit) -> Array | None:
-    """What the last linear layer reads of each text, float32 [texts, channels]; None if that is not one row a text."""
+    """What the last linear layer reads of each text, float32 [texts, channels]; None if that is not a row of numbers."""
     last = last_linear(model)
     if last is None:
         return None
@@ -194,7 +194,7 @@ def read_features(model: PreTrainedModel, split: TokenizedSplit) -> Array | None
         hook.remove()
         forward.remove()
         model.train(training)
-    return features
+    return features if np.isfinite(features).all() else None
 
 
 @dataclass(frozen=True)
