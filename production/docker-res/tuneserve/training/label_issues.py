@@ -185,7 +185,7 @@ def look(
             continue
         split = tokens[name] if len(chosen) == len(tokens[name]) else tokens[name].select(chosen)
         if (read := read_features(model, split)) is None:
-            logger.info("labels are not judged: the model's last layer does not read a row of numbers of each text")
+            logger.info("labels are not judged: the last layer does not read a row of numbers of each text")
             return None
         features.append(read)
     label_ids = np.concatenate(
