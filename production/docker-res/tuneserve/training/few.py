@@ -173,7 +173,7 @@ def draw_folds(label_ids: Array, seed: int) -> Array:
 
 @torch.inference_mode()
 def read_features(model: PreTrainedModel, split: TokenizedSplit) -> Array | None:
-    """What the last linear layer reads of each text, float32 [texts, channels]; None if these are no rows of numbers."""
+    """What the last linear layer reads of each text, float32 [texts, channels]; None if it is not rows of numbers."""
     last = last_linear(model)
     if last is None:
         return None
