@@ -143,10 +143,10 @@ def embed(checkpoint: Path, texts: Sequence[str]) -> list[list[float]]:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint)
-    vectors = []
+    vectors, limit = [], min(256, tokenizer.model_max_length)
     with torch.inference_mode():
         for text in texts:
-            read = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+            read = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
             mean = model(**read).last_hidden_state[0].mean(0)
             vectors.append((mean / mean.norm()).tolist())
     return vectors

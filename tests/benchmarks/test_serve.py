@@ -167,7 +167,8 @@ def test_a_server_that_failed_keeps_its_row() -> None:
 def test_what_cannot_be_run_is_refused_in_words(tmp_path: Path) -> None:
     unknown = bench("--peers", "mosec,triton")
     assert unknown.returncode == 2
-    assert "there is no peer triton; use fastapi-pipeline, litserve, infinity, bentoml, mosec" in unknown.stderr
+    peers = "fastapi-pipeline, litserve, litserve-openvino, infinity, infinity-onnx, bentoml, mosec"
+    assert f"there is no peer triton; use {peers}" in unknown.stderr
     zero = bench("--connections", "1,0")
     assert zero.returncode == 2
     assert "0 is no whole number from 1 up" in zero.stderr
