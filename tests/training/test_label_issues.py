@@ -60,10 +60,10 @@ def test_flipped_labels_are_most_of_as_many_suspects_and_their_own_is_the_likely
     given[flipped] = (given[flipped] + rng.integers(1, labels, 30)) % labels
     found = find(features, given, labels, seed=0)
     first = set(found.rows[:30].tolist())
-    assert len(first & set(flipped.tolist())) >= 24
+    assert len(first & set(flipped.tolist())) >= 27
     likely = dict(zip(found.rows.tolist(), found.likely.tolist(), strict=True))
     right = [likely.get(row) == true[row] for row in flipped.tolist()]
-    assert sum(right) >= 24
+    assert sum(right) >= 27
     assert found.rates[given].mean() == pytest.approx(0.05, abs=0.02)
 
 
@@ -77,8 +77,8 @@ def test_no_text_is_judged_by_what_has_learned_from_it() -> None:
 def test_a_label_of_one_text_is_not_suspected_and_one_that_is_unused_is_nobodys() -> None:
     features, label_ids = clouds(41)
     label_ids[40] = 3
-    assert draw_folds(label_ids, 0)[40] == -1
-    assert set(draw_folds(label_ids, 0)[:40]) == set(range(FOLDS))
+    assert draw_folds(label_ids, 0, folds=FOLDS)[40] == -1
+    assert set(draw_folds(label_ids, 0, folds=FOLDS)[:40]) == set(range(FOLDS))
     found = find(features, label_ids, 5, seed=0)
     assert 40 not in found.rows
     assert 4 not in found.likely

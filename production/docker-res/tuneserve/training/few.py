@@ -153,22 +153,23 @@ def fit_few(
     return replace(position, fit_s=position.fit_s or time.perf_counter() - began), found
 
 
-def draw_folds(label_ids: Array, seed: int) -> Array:
+def draw_folds(label_ids: Array, seed: int, *, folds: int = FOLDS) -> Array:
     """The fold of each text, int [texts], each label spread over all; -1, never held out, where it is its label's only.
 
     Args:
         label_ids: int [texts].
         seed: of the draw.
+        folds: how many.
     """
-    rng = np.random.default_rng([seed, 2])
-    folds = np.full(len(label_ids), -1)
+    rng = np.random.default_rng([seed, folds])
+    found = np.full(len(label_ids), -1)
     offset = 0
     for label in np.unique(label_ids):
         rows = rng.permutation(np.flatnonzero(label_ids == label))
         if len(rows) > 1:
-            folds[rows] = (offset + np.arange(len(rows))) % FOLDS
+            found[rows] = (offset + np.arange(len(rows))) % folds
             offset += len(rows)
-    return folds
+    return found
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from tuneserve.errors import StoreError
 from tuneserve.files import read_record, write_json
 from tuneserve.lifecycle.label_issues import LabelIssue
 from tuneserve.training.checks import Split, Splits, count
-from tuneserve.training.few import read_features
+from tuneserve.training.few import draw_folds, read_features
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World
 
@@ -98,7 +98,7 @@ def held_out_probabilities(features: Array, label_ids: Array, labels: int, seed:
     """
     centered = np.asarray(features, dtype=np.float32) - features.mean(0, dtype=np.float32)
     centered /= float(np.sqrt((centered**2).sum(1).mean())) or 1.0
-    folds = draw_folds(label_ids, seed)
+    folds = draw_folds(label_ids, seed, folds=FOLDS)
     probabilities = np.zeros((len(label_ids), labels))
     alone = folds < 0
     probabilities[alone, label_ids[alone]] = 1.0
@@ -116,19 +116,6 @@ def held_out_probabilities(features: Array, label_ids: Array, labels: int, seed:
             regression.fit(centered[rest], label_ids[rest])
         probabilities[np.ix_(rows, known)] = regression.predict_proba(centered[rows])
     return probabilities
-
-
-def draw_folds(label_ids: Array, seed: int) -> Array:
-    """The fold of each text, int [texts], each label spread over all; -1 where a text is its label's only."""
-    rng = np.random.default_rng([seed, 3])
-    folds = np.full(len(label_ids), -1)
-    begin = 0
-    for label in np.unique(label_ids):
-        rows = rng.permutation(np.flatnonzero(label_ids == label))
-        if len(rows) > 1:
-            folds[rows] = (begin + np.arange(len(rows))) % FOLDS
-            begin += len(rows)
-    return folds
 
 
 def judge(probabilities: Array, label_ids: Array) -> Suspects:
