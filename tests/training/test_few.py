@@ -86,8 +86,18 @@ def test_the_simplest_model_that_is_not_surely_worse_is_chosen() -> None:
     good = np.eye(2)[label_ids] * 4 + rng.normal(size=(200, 2))
     assert choose(np.stack([good, good, good]), label_ids) == 0
     assert choose(np.stack([rng.normal(size=(200, 2)), good]), label_ids) == 1
-    gains = np.eye(2)[label_ids] * rng.normal(0.02, 0.5, 200)[:, None]  # less than their spread lets one tell
-    assert choose(np.stack([good, good + gains]), label_ids) == 0
+
+
+def test_a_model_that_is_a_little_better_than_chance_lets_one_tell_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(17)
+    label_ids = rng.integers(0, 2, 200)
+    simple = np.eye(2)[label_ids] + rng.normal(size=(200, 2))
+    other = simple + rng.normal(scale=0.3, size=(200, 2))
+    assert choose(np.stack([simple, other]), label_ids) == 0
+    monkeypatch.setattr(few, "TOLERANCE", 0.0)
+    assert choose(np.stack([simple, other]), label_ids) == 1  # it is the better of the two
 
 
 def test_features_are_what_the_last_layer_reads() -> None:
@@ -143,12 +153,19 @@ def test_no_more_folds_are_trained_than_are_needed(monkeypatch: pytest.MonkeyPat
     assert np.array_equal(held.rows, np.unique(held.rows))
 
 
-def test_a_run_that_is_asked_to_stop_stops_between_and_inside_the_folds() -> None:
-    for patience in (0, 3, 20):
-        asked = iter(range(1000))
-        _, position, held, _ = fitted(body=True, stopping=lambda: next(asked) >= patience)  # noqa: B023
-        assert held is None
-        assert not position.finished
+@pytest.mark.parametrize("patience", [0, 3, 20])
+def test_a_run_that_is_asked_to_stop_stops_inside_a_fold(patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, usual, positions = iter(range(1000)), few.fit_model, list[Any]()
+
+    def watched(*given: Any, **named: Any) -> Any:
+        positions.append(usual(*given, **named))
+        return positions[-1]
+
+    monkeypatch.setattr(few, "fit_model", watched)
+    _, position, held, _ = fitted(body=True, stopping=lambda: next(asked) >= patience)
+    assert held is None
+    assert not position.finished
+    assert not positions[-1].finished  # its training was cut short, and not only what follows
 
 
 def few_texts(folder: Path, count: int = 60) -> str:
