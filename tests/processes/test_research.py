@@ -76,7 +76,7 @@ def test_every_template_begins_alike_and_loads_a_model() -> None:
     setups = set()
     for path in TEMPLATES:
         code = [cell.source for cell in code_of(read(path))]
-        setups.add(re.sub(r"environment = .*", "", code[0]))
+        setups.add(re.sub(r"environment .*\n", "", code[0]))
         assert any("from tuneserve import load" in source for source in code), path
     assert len(setups) == 1
 
