@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +15,10 @@ from jobs import train
 from tuneserve.lifecycle.evidence import read_evidence
 from tuneserve.lifecycle.label_issues import LABEL_ISSUES, LabelIssue, read_label_issues, write_label_issues
 from tuneserve.lifecycle.store import Store
-from tuneserve.training import label_issues
+from tuneserve.training import features, label_issues
+from tuneserve.training.few import read_features
 from tuneserve.training.label_issues import FOLDS, draw_folds, find, held_out_probabilities, judge, look
+from tuneserve.training.tokens import TokenizedSplit
 
 pytestmark = pytest.mark.usefixtures("brief")
 
@@ -28,6 +31,12 @@ def clouds(texts: int, *, labels: int = 3, channels: int = 8, seed: int = 0) -> 
     label_ids = np.arange(texts) % labels
     centers = 4 * rng.normal(size=(labels, channels))
     return centers[label_ids] + rng.normal(size=(texts, channels)), label_ids
+
+
+def read_tiny() -> Callable[[TokenizedSplit, Any], Any]:
+    """What a tiny body says of rows of a split."""
+    model = tiny.make_classifier()
+    return lambda split, rows: read_features(model, split.select(rows))
 
 
 def test_the_confident_joint_of_eight_texts_is_that_of_a_hand() -> None:
@@ -86,12 +95,11 @@ def test_a_label_of_one_text_is_not_suspected_and_one_that_is_unused_is_nobodys(
 
 
 def test_of_very_many_texts_a_sample_is_looked_at_and_rows_are_those_of_the_splits() -> None:
-    model = tiny.make_classifier()
     splits = {name: tiny.make_split([5] * size, seed=size) for name, size in (("train", 50), ("test", 20))}
-    all_of_them = look(model, splits, 3, seed=0)
+    all_of_them = look(read_tiny(), splits, 3, seed=0)
     assert all_of_them is not None
     assert all_of_them.record["texts"] == {"train": 50, "test": 20}
-    some = look(model, splits, 3, seed=0, most=40)
+    some = look(read_tiny(), splits, 3, seed=0, most=40)
     assert some is not None
     assert sum(some.record["texts"].values()) == 40
     for found in (all_of_them, some):
@@ -122,6 +130,21 @@ def test_before_a_training_of_the_body_only_so_many_texts_are_looked_at(
 ) -> None:
     version = train(environment, DATASET=str(flawed[0]), **FAST, **changed)
     assert sum(version.metadata["label_issues"]["texts"].values()) == looked_at
+
+
+def test_the_head_alone_is_trained_on_what_its_labels_were_judged_by(
+    environment: dict[str, str], flawed: tuple[Path, set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = features._encode
+
+    def count(encoder: features.Encoder, split: TokenizedSplit, *more: Any) -> None:
+        seen.append(len(split))
+        encode(encoder, split, *more)
+
+    monkeypatch.setattr(features, "_encode", count)
+    version = train(environment, DATASET=str(flawed[0]), TRAIN_BODY="0", **FAST)
+    assert sum(version.metadata["label_issues"]["texts"].values()) == sum(seen) == 240
 
 
 def test_what_is_suspected_is_written_and_nothing_is_changed(
@@ -204,7 +227,7 @@ def test_off_looks_at_nothing(environment: dict[str, str], monkeypatch: pytest.M
 
 
 def test_an_interrupted_run_goes_on_with_what_it_had_found(tmp_path: Path) -> None:
-    found = look(tiny.make_classifier(), {name: tiny.make_split([5] * 30) for name in ("train", "test")}, 3, seed=0)
+    found = look(read_tiny(), {name: tiny.make_split([5] * 30) for name in ("train", "test")}, 3, seed=0)
     assert found is not None
     path = tmp_path / "run" / "label-issues.json"
     assert label_issues.recall(path) is None

@@ -88,24 +88,39 @@ def fit_head(
     """
     freeze_body(model)
     began = time.perf_counter()
-    frozen = copy.deepcopy(model).eval()
-    encoder, head = Encoder(frozen, choose_forward(frozen, learns=False)), Head(model)
-    if not agree(encoder, head):
+    encoder = separate(model, precision)
+    if encoder is None:
         logger.info("the head of this model cannot be trained by itself: every pass goes through the body")
         return fit_model(model, tokens, labels, recipe, run, precision=precision)
-    cast(frozen, precision)
     tables = {}
     for name in SPLITS:
-        folder = cache / "features" / _key(body, precision, tokens[name])
-        tables[name] = encode(encoder, tokens[name], folder, stopping=run.stopping)
+        tables[name] = encode_once(encoder, tokens[name], body=body, cache=cache, stopping=run.stopping)
         if run.stopping():
             return Position()
     encoded_s = time.perf_counter() - began
+    head = Head(model)
     forward = LookUp(head, tables, model.device)
     recipe = replace(recipe, epochs=max(HEAD_PASSES, recipe.epochs), patience=recipe.patience or HEAD_PATIENCE)
     seen = fit(head, forward, as_splits(tokens), labels, recipe, run, precision="fp32")
     count = int(tokens["train"].starts[-1])
     return replace(seen, fit_s=seen.fit_s + encoded_s, tokens=count, padded_tokens=count)
+
+
+def separate(model: PreTrainedModel, precision: Precision) -> "Encoder | None":
+    """A copy of the model's body, to compute in this precision; None if body and head are not two by themselves."""
+    frozen = copy.deepcopy(model).eval()
+    encoder = Encoder(frozen, choose_forward(frozen, learns=False), precision)
+    if not agree(encoder, Head(model)):
+        return None
+    cast(frozen, precision)
+    return encoder
+
+
+def encode_once(
+    encoder: "Encoder", split: TokenizedSplit, *, body: str, cache: Path, stopping: Callable[[], bool] = lambda: False
+) -> Array:
+    """The features of a split as `encode`, in the folder of the cache that is theirs; `body` names the encoder's."""
+    return encode(encoder, split, cache / "features" / _key(body, encoder.precision, split), stopping=stopping)
 
 
 def _key(body: str, precision: Precision, split: TokenizedSplit) -> str:
@@ -147,8 +162,9 @@ class _GivenBody(nn.Module):
 class Encoder:
     """The frozen body: a batch to what the head reads of it. The model is the encoder's own."""
 
-    def __init__(self, model: PreTrainedModel, forward: Forward) -> None:
-        self.model, self.forward, self._states = model, forward, LastStates(model)
+    def __init__(self, model: PreTrainedModel, forward: Forward, precision: Precision = "fp32") -> None:
+        self.model, self.forward, self.precision = model, forward, precision
+        self._states = LastStates(model)
 
     @torch.inference_mode()
     def __call__(self, batch: Texts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,16 +35,15 @@ from tuneserve.settings import Settings
 from tuneserve.signals import Stop
 from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
-from tuneserve.training import base_model, checks, data, feedback, label_issues
+from tuneserve.training import base_model, checks, data, features, feedback, label_issues
 from tuneserve.training.checkpoint import Checkpoints
 from tuneserve.training.exporters import Exporter, choose_exporters
-from tuneserve.training.features import fit_head
-from tuneserve.training.few import HeldOut, fit_few
+from tuneserve.training.few import HeldOut, fit_few, read_features
 from tuneserve.training.loop import Recipe, Run, fit_model
 from tuneserve.training.model import build_model, load_tokenizer, rehearse, require_known_words, require_reloadable
 from tuneserve.training.publication import publish
 from tuneserve.training.slices import read_slices
-from tuneserve.training.tokens import TokenizedSplit, tokenize
+from tuneserve.training.tokens import Array, TokenizedSplit, tokenize
 from tuneserve.training.trackers import Trackers, open_trackers, require_extra
 from tuneserve.training.world import World
 
@@ -127,7 +126,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         )
         if lock and lock.exclusive:
             checkpoints.forget_others()
-        found = judge_labels(settings, build, tokens, splits, checkpoints, world)
+        found = judge_labels(settings, base, build, tokens, splits, checkpoints, world, precision=precision)
         issues = label_issues.quote(splits, found) if found is not None and world.leads else None
         if found is not None and settings.label_issues == "drop":
             splits = label_issues.drop(splits, found)
@@ -154,7 +153,9 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
                 )
             else:
                 fit = (
-                    fit_model if settings.train_body else partial(fit_head, body=base.content, cache=settings.data_path)
+                    fit_model
+                    if settings.train_body
+                    else partial(features.fit_head, body=base.content, cache=settings.data_path)
                 )
                 seen = fit(model, tokens, splits.labels, recipe, run, precision=precision)
         if not lock:
@@ -226,15 +227,19 @@ def choose_recipe(settings: Settings, train: TokenizedSplit, labels: Sequence[st
 
 def judge_labels(
     settings: Settings,
+    base: base_model.BaseModel,
     build: Callable[..., PreTrainedModel],
     tokens: Mapping[str, TokenizedSplit],
     splits: checks.Splits,
     checkpoints: Checkpoints,
     world: World,
+    *,
+    precision: Precision,
 ) -> label_issues.Found | None:
     """The labels that are probably wrong, the same in all processes and after an interruption; None if unknown.
 
-    Before a long training of the body only so many texts are looked at as cost a small share of it.
+    Before a long training of the body only so many texts are looked at as cost a small share of it; the head alone is
+    trained on the very features that labels are judged by.
 
     Raises:
         StoreError: they cannot be kept beside the checkpoints.
@@ -250,7 +255,14 @@ def judge_labels(
             if settings.train_body and not splits.cross_validates and settings.label_issues == "report":
                 most = min(most, round(label_issues.PASSES_SHARE * settings.n_epochs * len(tokens["train"])))
             reader = build(reads_mean=True)
-            found = label_issues.look(reader, tokens, len(splits.labels), seed=settings.seed, most=most)
+            encoder = None if settings.train_body else features.separate(reader, precision)
+
+            def read(split: TokenizedSplit, rows: Array) -> Array | None:
+                if encoder is None:
+                    return read_features(reader, split.select(rows))
+                return features.encode_once(encoder, split, body=base.content, cache=settings.data_path)[rows]
+
+            found = label_issues.look(read, tokens, len(splits.labels), seed=settings.seed, most=most)
             label_issues.remember(memory, found)
     return label_issues.share(found, world)
 

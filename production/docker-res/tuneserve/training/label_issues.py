@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ import numpy as np
 from pydantic import TypeAdapter
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from transformers import PreTrainedModel
 
 from tuneserve.errors import StoreError
 from tuneserve.files import read_record, write_json
 from tuneserve.lifecycle.label_issues import LabelIssue
 from tuneserve.training.checks import Split, Splits, count
-from tuneserve.training.few import draw_folds, read_features
+from tuneserve.training.few import draw_folds
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World
 
@@ -146,12 +145,17 @@ def judge(probabilities: Array, label_ids: Array) -> Suspects:
 
 
 def look(
-    model: PreTrainedModel, tokens: Mapping[str, TokenizedSplit], labels: int, *, seed: int, most: int = MOST_TEXTS
+    read: Callable[[TokenizedSplit, Array], Array | None],
+    tokens: Mapping[str, TokenizedSplit],
+    labels: int,
+    *,
+    seed: int,
+    most: int = MOST_TEXTS,
 ) -> Found | None:
-    """Judge the labels of all splits; None if what the model's last layer reads is not one row a text.
+    """Judge the labels of all splits; None if there are no features to judge them by.
 
     Args:
-        model: as it was built, before it is trained.
+        read: given a split and rows of it, what an untrained body says of them, float [rows, channels]; or None.
         tokens: the splits by name.
         labels: how many there are.
         seed: of the folds and, beyond `most` texts, of the sample.
@@ -170,11 +174,10 @@ def look(
         chosen = places[split_of == number]
         if not len(chosen):
             continue
-        split = tokens[name] if len(chosen) == len(tokens[name]) else tokens[name].select(chosen)
-        if (read := read_features(model, split)) is None:
+        if (rows_read := read(tokens[name], chosen)) is None:
             logger.info("labels are not judged: the last layer does not read a row of numbers of each text")
             return None
-        features.append(read)
+        features.append(rows_read)
     label_ids = np.concatenate(
         [tokens[name].label_ids[places[split_of == number]] for number, name in enumerate(names)]
     )

@@ -83,20 +83,22 @@ def publish(
     """
     created, seed = datetime.now(UTC), metadata["settings"]["seed"]
     folder = store.free_folder(f"{created:%Y%m%dT%H%M%SZ}-{metadata['fingerprint'][:8]}")
+    known: dict[str, Array] = {}
     if held_out is not None:
         tokens = {**tokens, "valid": tokens["train"].select(held_out.rows)}
         metadata = metadata | {"cross_validation": held_out.record()}
-        temperature = fold_fitted(model, held_out.logits, tokens["valid"].label_ids)
-    elif temperature is None:
-        temperature = fold_fitted(model, _logits(model, tokens["valid"], precision), tokens["valid"].label_ids)
+    if temperature is None:
+        uncalibrated = held_out.logits if held_out is not None else _logits(model, tokens["valid"], precision)
+        temperature = fold_fitted(model, uncalibrated, tokens["valid"].label_ids)
+        known["valid"] = uncalibrated / temperature
     with new_version(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         saved = head.NETWORK.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
         saved.to(model.device)
-        logits = {name: _logits(saved, tokens[name], precision) for name in tokens if name != "train"}
-        if held_out is not None:
-            logits["valid"] = held_out.logits / temperature
+        logits = known | {
+            name: _logits(saved, tokens[name], precision) for name in tokens if name not in {"train", *known}
+        }
         metrics, errors = test(logits if tested else {}, tokens, metadata["labels"], temperature)
         encoder = TextEncoder.from_json(
             tokenizer.backend_tokenizer.to_str(), max_tokens=int(tokenizer.model_max_length)
