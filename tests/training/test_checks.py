@@ -253,6 +253,20 @@ def test_a_draw_too_small_to_validate_on_is_refused_by_its_name() -> None:
     assert "NUM_TRAIN" in refusal({"train": ENOUGH, "test": TEST}, num_train=1)
 
 
+@pytest.mark.parametrize(
+    ("labels", "texts", "min_valid", "held_out"),
+    [(20, 20, 40, 40), (20, 20, 41, 0), (40, 20, 40, 80), (40, 20, 41, 0), (400, 10, 40, 400), (400, 10, 41, 0)],
+)
+def test_many_labels_want_more_validation_texts_up_to_ten_times_as_many(
+    labels: int, texts: int, min_valid: int, held_out: int
+) -> None:
+    sizes = {f"label {number}": texts for number in range(labels)}
+    given = {"train": numbered(sizes), "test": numbered(dict.fromkeys(sizes, 1), "test")}
+    splits = checked(given, min_valid=min_valid)
+    assert len(splits.valid) == pytest.approx(held_out, rel=0.05)
+    assert splits.cross_validates == (held_out == 0)
+
+
 def test_a_fingerprint_changes_with_every_text_and_label_and_with_nothing_else() -> None:
     def fingerprint(train: Rows) -> str:
         return checked({"train": train}, seed=1).fingerprints["train"]

@@ -106,8 +106,9 @@ def test_label_smoothing_is_in_the_loss_that_is_learned_from(smoothing: float) -
     model, split = tiny.make_classifier(), tiny.make_split([5, 9, 7])
     recipe = Recipe(1, 3, 1e-3, 1.0, 0, label_smoothing=smoothing)
     batch = collate(split, range(3), torch.device("cpu"))
-    found = Learner(Padded(model), recipe, torch.device("cpu"))(batch, 3)
+    found, seen = Learner(Padded(model), recipe, torch.device("cpu"))(batch, 3)
     logits = Padded(model)(batch).detach()
+    assert torch.equal(seen, logits)
     assert float(found) == pytest.approx(
         float(functional.cross_entropy(logits, batch.label_ids, label_smoothing=smoothing)), rel=1e-5
     )

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from tuneserve.errors import TrainingError
 from tuneserve.network.forward import Forward, Packed, Padded, choose_forward
 from tuneserve.network.optimizer import Optimizer
-from tuneserve.training.checkpoint import Step
-from tuneserve.training.loop import Gradient, Learner, Recipe, is_out_of_memory
+from tuneserve.training.checkpoint import NoCheckpoints, Step
+from tuneserve.training.dynamics import Dynamics
+from tuneserve.training.loop import Gradient, Learner, Recipe, Run, is_out_of_memory
 from tuneserve.training.tokens import Batch, collate
 from tuneserve.training.world import ALONE, World
 
@@ -57,13 +58,15 @@ def a_gradient(
     recipe: Recipe = RECIPE,
     stopping: Callable[[], bool] = lambda: False,
     world: World = ALONE,
+    dynamics: Dynamics | None = None,
     part_tokens: int = 10_000,
     **model: Any,
 ) -> Iterator[Gradient]:
     classifier = tiny.make_classifier(**model).train()
     with Optimizer(classifier, learning_rate=1e-3, max_norm=1.0, precision="fp32") as optimizer:
         learn = Learner(forward(classifier), recipe, CPU)
-        gradient = Gradient(learn, optimizer, SPLIT, seed=recipe.seed, stopping=stopping, world=world)
+        run = Run(NoCheckpoints(), stopping, world=world, dynamics=dynamics)
+        gradient = Gradient(learn, optimizer, SPLIT, run, seed=recipe.seed)
         gradient.part_tokens = part_tokens
         yield gradient
 
@@ -88,7 +91,7 @@ def plain(model: PreTrainedModel, recipe: Recipe) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize(("weights", "tokens"), [(1, 4096), (10_800_000, 4096), (86_000_000, 930), (1 << 30, 256)])
 def test_a_large_model_gets_smaller_parts_for_signals_are_looked_at_between_them(weights: int, tokens: int) -> None:
     optimizer = SimpleNamespace(gradient=torch.zeros(1).expand(weights))
-    gradient = Gradient(Padded, optimizer, SPLIT, seed=1, stopping=lambda: False, world=ALONE)  # type: ignore[arg-type]
+    gradient = Gradient(Padded, optimizer, SPLIT, Run(NoCheckpoints()), seed=1)  # type: ignore[arg-type]
     assert gradient.part_tokens == tokens
 
 
@@ -229,3 +232,21 @@ def test_the_shares_of_two_processes_add_up_to_the_whole(texts: int) -> None:
     torch.testing.assert_close(shares[0][0] + shares[1][0], whole, rtol=1e-4, atol=1e-6)
     assert shares[0][1] + shares[1][1] == pytest.approx(loss, rel=1e-5)
     assert shares[0][2] + shares[1][2] == padded_tokens
+
+
+def test_each_text_of_a_step_is_seen_once_also_out_of_memory() -> None:
+    seen = Dynamics(SPLIT, 3, seed=0)
+    with torch.no_grad():
+        wanted = Padded(tiny.make_classifier())(collate(SPLIT, range(len(SPLIT)), CPU)).softmax(1).numpy()
+    with a_gradient(lambda model: Short(model, 100), dynamics=seen) as gradient:
+        gradient.of(ROWS, 0)
+        assert len(gradient.learn.forward.tried) > 2  # it was begun again
+    assert seen.tensors()["dynamics.counts"].tolist() == [1] * len(SPLIT)
+    assert seen.mean(ALONE)[1] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_step_that_was_broken_off_is_not_seen() -> None:
+    seen, looks = Dynamics(SPLIT, 3, seed=0), iter([False, False, True, True])
+    with a_gradient(dynamics=seen, stopping=lambda: next(looks), part_tokens=60) as gradient:
+        assert not gradient.of(ROWS, 0).whole
+    assert seen.tensors()["dynamics.counts"].sum() == 0

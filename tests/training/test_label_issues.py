@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import tiny
 from jobs import train
+from scipy.special import softmax
 
 from tuneserve.lifecycle.evidence import read_evidence
 from tuneserve.lifecycle.label_issues import LABEL_ISSUES, LabelIssue, read_label_issues, write_label_issues
 from tuneserve.lifecycle.store import Store
-from tuneserve.training import features, label_issues
+from tuneserve.training import features, job, label_issues
 from tuneserve.training.few import read_features
-from tuneserve.training.label_issues import FOLDS, draw_folds, find, held_out_probabilities, judge, look
+from tuneserve.training.label_issues import FOLDS, draw_folds, find, held_out_probabilities, judge, judge_learned, look
 from tuneserve.training.tokens import TokenizedSplit
 
 pytestmark = pytest.mark.usefixtures("brief")
@@ -44,12 +46,20 @@ def test_the_confident_joint_of_eight_texts_is_that_of_a_hand() -> None:
     first = [0.9, 0.8, 0.38, 0.3, 0.1, 0.3, 0.8, 0.38]
     label_ids = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     found = judge(np.array([[one, 1 - one] for one in first]), label_ids)
-    # Texts 2 and 3 are confidently 1, text 6 is confidently 0; their margins are -0.24, -0.4 and -0.6.
+    # Texts 2 and 3 are confidently 1, text 6 is confidently 0; their own labels have 0.38, 0.3 and 0.2.
     # So of each label's four, two and one: three are suspected.
     assert found.rows.tolist() == [6, 3, 2]
     assert found.likely.tolist() == [0, 1, 1]
     assert found.probability == pytest.approx([0.2, 0.3, 0.38])
     assert found.rates == pytest.approx([2 / 4, 1 / 4])
+
+
+def test_the_least_probable_label_is_suspected_first_however_many_others_share_the_rest() -> None:
+    sure, other, unsure = [0.9, 0.0, 0.1], [0.0, 0.9, 0.1], [0.3, 0.3, 0.4]
+    spread, opposed = [0.05, 0.5, 0.45], [0.1, 0.0, 0.9]  # their margins are -0.45 and -0.8
+    found = judge(np.array([sure, sure, spread, opposed, other, unsure, unsure]), np.array([0, 0, 0, 0, 1, 2, 2]))
+    assert found.rows.tolist() == [2, 3]
+    assert found.likely.tolist() == [1, 2]
 
 
 def test_an_answer_below_every_threshold_is_nobodys_and_suspects_nothing() -> None:
@@ -123,13 +133,43 @@ def flawed(tmp_path: Path) -> tuple[Path, set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("changed", "looked_at"), [({}, 43), ({"TRAIN_BODY": "0"}, 240), ({"LABEL_ISSUES": "drop"}, 240)]
+    ("changed", "looks"), [({}, 0), ({"TRAIN_BODY": "0"}, 1), ({"LABEL_ISSUES": "drop"}, 1), ({"MIN_VALID": "100"}, 1)]
 )
-def test_before_a_training_of_the_body_only_so_many_texts_are_looked_at(
-    environment: dict[str, str], flawed: tuple[Path, set[str]], changed: dict[str, str], looked_at: int
+def test_a_training_of_the_body_on_many_texts_shows_by_itself_what_is_suspected(
+    environment: dict[str, str],
+    flawed: tuple[Path, set[str]],
+    changed: dict[str, str],
+    looks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(label_issues, "look", lambda *about, **more: looked.append(1) or look(*about, **more))
     version = train(environment, DATASET=str(flawed[0]), **FAST, **changed)
-    assert sum(version.metadata["label_issues"]["texts"].values()) == looked_at
+    assert len(looked) == looks
+    assert sum(version.metadata["label_issues"]["texts"].values()) == 240
+
+
+def test_flipped_labels_are_found_by_what_was_said_before_they_were_learned() -> None:
+    features, true = clouds(600)
+    rng = np.random.default_rng(1)
+    flipped = rng.choice(600, 60, replace=False)
+    given = true.copy()
+    given[flipped] = (given[flipped] + 1) % 3
+    logits = np.stack([-((features - features[true == label].mean(0)) ** 2).sum(1) for label in range(3)], axis=1)
+    rows = {"train": np.arange(0, 400), "valid": np.arange(400, 500), "test": np.arange(500, 600)}
+    tokens = {name: tiny.make_split([5] * len(chosen)) for name, chosen in rows.items()}
+    tokens = {name: replace(one, label_ids=given[rows[name]].astype(np.int64)) for name, one in tokens.items()}
+    answered = np.arange(0, 400, 2)  # of more texts than are kept, a sample
+    learned = answered, softmax(logits[answered], axis=1)
+    found = judge_learned(learned, {name: logits[rows[name]] for name in ("test", "valid")}, tokens)
+    assert found.record["texts"] == {"train": 200, "valid": 100, "test": 100}
+    for name, chosen in rows.items():
+        wrong = {place for place, row in enumerate(chosen) if row in flipped and (name != "train" or place in answered)}
+        assert len(wrong & set(found.rows[name])) >= 0.9 * len(wrong) > 0
+        assert found.record["suspected"][name] == len(found.rows[name]) <= 1.2 * len(wrong)
+        likely = dict(zip(found.rows[name], found.likely[name], strict=True))
+        assert sum(likely.get(place) == true[chosen[place]] for place in wrong) >= 0.9 * len(wrong)
+    assert found.record["test_label_error"] == pytest.approx(np.isin(rows["test"], flipped).mean(), abs=0.03)
 
 
 def test_the_head_alone_is_trained_on_what_its_labels_were_judged_by(
@@ -151,9 +191,7 @@ def test_what_is_suspected_is_written_and_nothing_is_changed(
     environment: dict[str, str],
     flawed: tuple[Path, set[str]],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(label_issues, "PASSES_SHARE", 9.0)  # all texts are looked at
     data, _ = flawed
     with caplog.at_level(logging.INFO):
         version = train(environment, DATASET=str(data), **FAST)
@@ -220,6 +258,7 @@ def test_of_a_label_at_least_half_and_two_texts_stay() -> None:
 
 
 def test_off_looks_at_nothing(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "Dynamics", lambda *about: pytest.fail("it kept answers"))
     monkeypatch.setattr(label_issues, "look", lambda *about, **more: pytest.fail("it looked"))
     version = train(environment, LABEL_ISSUES="off", **FAST)
     assert "label_issues" not in version.metadata

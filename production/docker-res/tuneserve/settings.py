@@ -140,8 +140,9 @@ class Settings(BaseModel):
     """Share of the training texts held out for validation when the data bring no `valid.*` (0.1 is 10%)."""
 
     min_valid: int = Field(default=100, ge=0)
-    """Fewest validation texts. Where VALID_PCT would hold out fewer, none is: the job learns from all texts, and
-    cross-validation chooses how long and calibrates. 0: they are held out, however few."""
+    """Fewest validation texts, for up to 20 labels; more labels want more in proportion. Where VALID_PCT would hold out
+    fewer, none is: the job learns from all texts, and cross-validation chooses how long and calibrates. 0: they are
+    held out, however few."""
 
     test_pct: Fraction = 0.1
     """Share of the texts held out for the test when the data bring no `test.*` (0.1 is 10%)."""

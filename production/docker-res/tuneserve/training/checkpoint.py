@@ -109,10 +109,11 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own."""
+    """The checkpoints of one run, in a folder of their own; tensors that are not the optimizer's stand in `more`."""
 
     def __init__(self, folder: Path, *, every_minutes: float) -> None:
         self.folder = folder
+        self.more: dict[str, torch.Tensor] = {}
         self._every_s = every_minutes * 60
         self._saved = time.monotonic()
         self._on_disk = ""
@@ -133,7 +134,7 @@ class Checkpoints:
         content = json.dumps(asdict(position))
         if world.leads and content != self._on_disk:
             name = f"{position.epoch:05d}-{position.step:08d}.safetensors"
-            self._write(name, optimizer.tensors(), {"position": content})
+            self._write(name, optimizer.tensors() | self.more, {"position": content})
             self._on_disk = content
             for old in self._newest_first()[KEPT:]:
                 old.unlink(missing_ok=True)
@@ -149,7 +150,7 @@ class Checkpoints:
             unfinished.unlink(missing_ok=True)
         for path in self._newest_first() if world.leads else []:
             try:
-                header = _read(path, optimizer.tensors())
+                header = _read(path, optimizer.tensors() | self.more)
             except Exception as error:
                 if is_disk_error(error):
                     raise StoreError(f"The checkpoint {path} cannot be read: {error}") from error

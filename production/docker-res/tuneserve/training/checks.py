@@ -27,6 +27,11 @@ from tuneserve.training.data import Source
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+FEW_LABELS = 20
+"""Labels for which MIN_VALID validation texts are enough, five of each by default; more want more in proportion."""
+MOST_TIMES = 10
+"""But so many times MIN_VALID at most."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -110,7 +115,8 @@ def check(
         valid_fraction: share of the training texts to hold out where there are no validation texts.
         test_fraction: share of all texts to hold out where there are no test texts.
         seed: of the draws and splits.
-        min_valid: fewest texts that are worth holding out for validation; where it would be fewer, `valid` is empty.
+        min_valid: fewest texts of FEW_LABELS that are worth holding out for validation, more labels want more; where
+            it would be fewer, `valid` is empty.
         merge_labels: whether labels that differ only in case, spaces, Unicode form or number format are joined.
         min_class_size: fewest training texts of a label; fewer make it rare.
         rare_labels: what is done about rare ones: refuse the data, drop their texts, or join them as `other`.
@@ -155,7 +161,7 @@ def check(
         valid_source, valid_rows = rows["valid"], rows["valid"].indices()
     else:
         valid_source, valid_rows = train, pool[:0]
-        if round(len(pool) * valid_fraction) >= min_valid:
+        if round(len(pool) * valid_fraction) >= min_valid * np.clip(len(labels) / FEW_LABELS, 1, MOST_TIMES):
             valid_rows, pool = _stratify(pool, train, valid_fraction, salt=[seed, 1])
 
     parts = {"train": (train, pool), "valid": (valid_source, valid_rows), "test": (test_source, test_rows)}

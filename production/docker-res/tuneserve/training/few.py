@@ -117,12 +117,8 @@ def fit_few(
     apart = Run(NoCheckpoints(), run.stopping, world=run.world)
     held: list[Array] = []
     answers: list[Array] = []
-    for number in range(FOLDS):
-        if sum(map(len, held)) >= ENOUGH_HELD_OUT:
-            break
+    for number in asked(folds):
         rows, rest = np.flatnonzero(folds == number), np.flatnonzero(folds != number)
-        if not len(rows):
-            continue
         logger.info("fold %d of %d: %d texts are held out", number + 1, FOLDS, len(rows))
         twin = copy.deepcopy(model)
         if start is not None:
@@ -170,6 +166,13 @@ def draw_folds(label_ids: Array, seed: int, *, folds: int = FOLDS) -> Array:
             found[rows] = (offset + np.arange(len(rows))) % folds
             offset += len(rows)
     return found
+
+
+def asked(folds: Array) -> list[int]:
+    """The folds that are held out one after the other: none that is empty, and no more than are needed."""
+    sizes = np.bincount(folds[folds >= 0], minlength=FOLDS)
+    before = np.cumsum(sizes) - sizes
+    return np.flatnonzero((sizes > 0) & (before < ENOUGH_HELD_OUT)).tolist()
 
 
 @torch.inference_mode()
@@ -243,11 +246,10 @@ def choose_start(
     for strength in STRENGTHS:
         start = Start(features, label_ids, labels, strength, class_weights)
         loss = 0.0
-        for number in range(FOLDS):
+        for number in asked(folds):
             rows = np.flatnonzero(folds == number)
-            if len(rows):
-                weights, bias = start.fit(np.flatnonzero(folds != number))
-                loss += losses(features[rows] @ weights.T + bias, label_ids[rows]).sum()
+            weights, bias = start.fit(np.flatnonzero(folds != number))
+            loss += losses(features[rows] @ weights.T + bias, label_ids[rows]).sum()
         if best is None or loss < best[0]:
             best = loss, start
     assert best is not None

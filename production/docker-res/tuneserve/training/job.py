@@ -37,6 +37,7 @@ from tuneserve.tables.rows import Columns
 from tuneserve.text import TextEncoder
 from tuneserve.training import base_model, checks, data, features, feedback, label_issues
 from tuneserve.training.checkpoint import Checkpoints
+from tuneserve.training.dynamics import Dynamics
 from tuneserve.training.exporters import Exporter, choose_exporters
 from tuneserve.training.few import HeldOut, fit_few, read_features
 from tuneserve.training.loop import Recipe, Run, fit_model
@@ -126,8 +127,14 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
         )
         if lock and lock.exclusive:
             checkpoints.forget_others()
-        found = judge_labels(settings, base, build, tokens, splits, checkpoints, world, precision=precision)
-        issues = label_issues.quote(splits, found) if found is not None and world.leads else None
+        found: label_issues.Found | None = None
+        dynamics: Dynamics | None = None
+        if settings.label_issues == "report" and settings.train_body and not splits.cross_validates:
+            dynamics = Dynamics(tokens["train"], len(splits.labels), settings.seed)
+            checkpoints.more = dynamics.tensors()
+        elif settings.label_issues != "off":
+            found = judge_labels(settings, base, build, tokens, splits, checkpoints, world, precision=precision)
+        judged = splits
         if found is not None and settings.label_issues == "drop":
             splits = label_issues.drop(splits, found)
             with world.one_a_node_first():
@@ -144,7 +151,7 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             status.step(step, figures)
 
         with stop.deferred():  # a signal that comes in here leaves a checkpoint
-            run = Run(checkpoints, lambda: stop.requested, record, world)
+            run = Run(checkpoints, lambda: stop.requested, record, world, dynamics)
             held_out: HeldOut | None = None
             if splits.cross_validates:
                 learns = settings.train_body
@@ -158,8 +165,15 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
                     else partial(features.fit_head, body=base.content, cache=settings.data_path)
                 )
                 seen = fit(model, tokens, splits.labels, recipe, run, precision=precision)
+        learned = dynamics.mean(world) if dynamics is not None else None
         if not lock:
             return None
+
+        def describe(logits: Mapping[str, Array]) -> dict[str, Any]:
+            nonlocal found
+            if learned is not None:
+                found = label_issues.judge_learned(learned, logits, tokens)
+            return {} if found is None else {"label_issues": found.record}
 
         status.phase("testing")
         metadata = {
@@ -168,7 +182,6 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             "settings": settings.public(),
             "base_model": base.record(),
             "data": describe_data(settings, splits, tokens),
-            **({"label_issues": found.record} if found is not None else {}),
             "device": device.type,
             "precision": precision,
             "processes": world.size,
@@ -186,10 +199,12 @@ def train(settings: Settings, stop: Stop, *, threads: int, environ: Mapping[str,
             shares=not settings.train_body,
             losses=status.losses,
             held_out=held_out,
+            describe=describe,
         )
         trackers.finish(version)
         checkpoints.remove()
 
+        issues = label_issues.quote(judged, found) if found is not None else None
         judge(settings, store, version, splits, lock, status, issues)
         return version
 
@@ -238,22 +253,16 @@ def judge_labels(
 ) -> label_issues.Found | None:
     """The labels that are probably wrong, the same in all processes and after an interruption; None if unknown.
 
-    Before a long training of the body only so many texts are looked at as cost a small share of it; the head alone is
-    trained on the very features that labels are judged by.
+    The head alone is trained on the very features that labels are judged by.
 
     Raises:
         StoreError: they cannot be kept beside the checkpoints.
     """
-    if settings.label_issues == "off":
-        return None
     found: label_issues.Found | None = None
     if world.leads:
         memory = checkpoints.folder / "label-issues.json"
         found = label_issues.recall(memory)
         if found is None:
-            most = label_issues.MOST_TEXTS
-            if settings.train_body and not splits.cross_validates and settings.label_issues == "report":
-                most = min(most, round(label_issues.PASSES_SHARE * settings.n_epochs * len(tokens["train"])))
             reader = build(reads_mean=True)
             encoder = None if settings.train_body else features.separate(reader, precision)
 
@@ -262,7 +271,7 @@ def judge_labels(
                     return read_features(reader, split.select(rows))
                 return features.encode_once(encoder, split, body=base.content, cache=settings.data_path)[rows]
 
-            found = label_issues.look(read, tokens, len(splits.labels), seed=settings.seed, most=most)
+            found = label_issues.look(read, tokens, len(splits.labels), seed=settings.seed)
             label_issues.remember(memory, found)
     return label_issues.share(found, world)
 

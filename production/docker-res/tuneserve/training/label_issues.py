@@ -1,8 +1,12 @@
-"""Labels that are probably wrong, found before the training: confident learning (Northcutt et al., 1911.00068).
+"""Labels that are probably wrong: confident learning (Northcutt et al., 1911.00068) from answers not yet learned.
 
-A logistic regression on what the untrained body says of each text answers texts that it has not learned from, in five
-folds. Texts for which another label than their own is above that label's threshold, the mean probability of the label
-among the texts that carry it, say how many labels are wrong: a label that the regression is seldom sure of needs less,
+Whatever a label is judged by has not learned it. Where the body is trained, that is what the model said of a text
+before each time that it learned from it (`dynamics`), and of validation and test texts what it says in the end. Where
+the body stays as it is, where texts are few, and before suspects are dropped, a logistic regression on what the
+untrained body says answers texts in five folds (`look`).
+
+Texts for which another label than their own is above that label's threshold, the mean probability of the label
+among the texts that carry it, say how many labels are wrong: a label that the model is seldom sure of needs less,
 and a frequent one does not draw everything. So many texts are suspected, the least probable labels first. What is
 suspected is often merely hard: people should look before anything is changed.
 """
@@ -11,13 +15,14 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -25,6 +30,7 @@ from tuneserve.errors import StoreError
 from tuneserve.files import read_record, write_json
 from tuneserve.lifecycle.label_issues import LabelIssue
 from tuneserve.training.checks import Split, Splits, count
+from tuneserve.training.dynamics import MOST_TEXTS, draw_rows
 from tuneserve.training.few import draw_folds
 from tuneserve.training.tokens import TokenizedSplit
 from tuneserve.training.world import World
@@ -36,11 +42,6 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
 """Whose labels are judged."""
 FOLDS = 5
-MOST_TEXTS = 20_000
-"""Texts that are looked at; of more, a sample is drawn."""
-PASSES_SHARE = 0.25
-"""Of the texts that the epochs of a trained body pass over, the most that are looked at: to read a text costs a third
-of what it costs to learn from it, so this is a twelfth of the training."""
 STRENGTH = 0.5
 """Inverse strength of the regression's regularization (`C` of scikit-learn) for each label, of many of which each has
 fewer of the texts; for features of mean square length 1."""
@@ -121,8 +122,8 @@ def judge(probabilities: Array, label_ids: Array) -> Suspects:
     """Confident learning, from held-out probabilities float [texts, labels] and the given labels, int [texts].
 
     The confident joint counts texts by given label and the label above its threshold. What stands beside its diagonal,
-    as shares of each given label, says how many labels are wrong; so many are suspected, in the order of the normalized
-    margin: how much less probable the given label is than the best other one.
+    as shares of each given label, says how many labels are wrong; so many are suspected, those whose given label is the
+    least probable, if another one is more so.
     """
     texts, labels = probabilities.shape
     everyone = np.arange(texts)
@@ -138,9 +139,8 @@ def judge(probabilities: Array, label_ids: Array) -> Suspects:
     rates = np.where(counted > 0, 1 - np.diag(joint) / np.maximum(counted, 1), 0.0)
     others = probabilities.copy()
     others[everyone, label_ids] = -1.0
-    margins = own - others.max(1)
-    rows = np.argsort(margins, kind="stable")[: round(float(rates @ sizes))]
-    rows = rows[margins[rows] < 0]
+    rows = np.argsort(own, kind="stable")[: round(float(rates @ sizes))]
+    rows = rows[own[rows] < others[rows].max(1)]
     return Suspects(rows, others.argmax(1)[rows], own[rows], rates)
 
 
@@ -164,9 +164,7 @@ def look(
     began = time.perf_counter()
     names = [name for name in SPLITS if name in tokens]
     ends = np.cumsum([len(tokens[name]) for name in names])
-    rows = np.arange(ends[-1])
-    if len(rows) > most:
-        rows = np.sort(np.random.default_rng([seed, 4]).choice(rows, most, replace=False))
+    rows = draw_rows(int(ends[-1]), seed, most=most)
     split_of = np.searchsorted(ends, rows, side="right")
     places = rows - np.r_[0, ends[:-1]][split_of]
     features = []
@@ -182,19 +180,68 @@ def look(
         [tokens[name].label_ids[places[split_of == number]] for number, name in enumerate(names)]
     )
     suspects = find(np.concatenate(features), label_ids, labels, seed)
-    of = {name: split_of[suspects.rows] == number for number, name in enumerate(names)}
-    tested = label_ids[split_of == names.index("test")]
-    found = Found(
-        {name: places[suspects.rows[marks]].tolist() for name, marks in of.items()},
-        {name: suspects.likely[marks].tolist() for name, marks in of.items()},
-        {name: suspects.probability[marks].tolist() for name, marks in of.items()},
-        {
-            "texts": {name: int((split_of == number).sum()) for number, name in enumerate(names)},
-            "suspected": {name: int(marks.sum()) for name, marks in of.items()},
-            "test_label_error": float(suspects.rates[tested].mean()) if len(tested) else None,
-            "seconds": round(time.perf_counter() - began, 3),
-        },
+    return describe([Judged(names, split_of, places, label_ids, suspects)], began)
+
+
+def judge_learned(
+    learned: tuple[Array, Array], logits: Mapping[str, Array], tokens: Mapping[str, TokenizedSplit]
+) -> Found:
+    """Judge the labels of all splits by what the training itself has shown.
+
+    Training texts are judged by themselves, and the texts that were not learned from by themselves: their answers are
+    surer.
+
+    Args:
+        learned: training texts, int [texts], and the mean of what was said of them, as `Dynamics.mean`.
+        logits: of the trained model on the other splits, float [texts, labels], calibrated.
+        tokens: the splits by name.
+    """
+    began = time.perf_counter()
+    rows, probabilities = learned
+    label_ids = tokens["train"].label_ids[rows]
+    train = Judged(["train"], np.zeros(len(rows), dtype=int), rows, label_ids, judge(probabilities, label_ids))
+    names = [name for name in SPLITS[1:] if name in logits]
+    sizes = [len(logits[name]) for name in names]
+    label_ids = np.concatenate([tokens[name].label_ids for name in names])
+    others = Judged(
+        names,
+        np.repeat(np.arange(len(names)), sizes),
+        np.concatenate([np.arange(size) for size in sizes]),
+        label_ids,
+        judge(softmax(np.concatenate([logits[name] for name in names]).astype(np.float64), axis=1), label_ids),
     )
+    return describe([train, others], began)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Texts of some splits that were judged together: for each, which split, row and given label are its own."""
+
+    names: Sequence[str]
+    split_of: Array
+    """int [texts]: a place in `names`."""
+    places: Array
+    """int [texts], rows of the splits."""
+    label_ids: Array
+    suspects: Suspects
+    """By places among these texts."""
+
+
+def describe(judged: Sequence[Judged], began: float) -> Found:
+    """The suspects by split; `began` is when the judging did, by `time.perf_counter()`."""
+    found = Found({}, {}, {}, {"texts": {}, "suspected": {}, "test_label_error": None})
+    for one in judged:
+        for number, name in enumerate(one.names):
+            chosen = one.split_of[one.suspects.rows] == number
+            found.rows[name] = one.places[one.suspects.rows[chosen]].tolist()
+            found.likely[name] = one.suspects.likely[chosen].tolist()
+            found.probability[name] = one.suspects.probability[chosen].tolist()
+            own = one.label_ids[one.split_of == number]
+            found.record["texts"][name] = len(own)
+            found.record["suspected"][name] = int(chosen.sum())
+            if name == "test" and len(own):
+                found.record["test_label_error"] = float(one.suspects.rates[own].mean())
+    found.record["seconds"] = round(time.perf_counter() - began, 3)
     said = ", ".join(
         f"{number} of {found.record['texts'][name]} in {name}" for name, number in found.record["suspected"].items()
     )

@@ -23,6 +23,7 @@ from tuneserve.network.forward import Forward, choose_forward
 from tuneserve.network.optimizer import Optimizer
 from tuneserve.progress import Progress
 from tuneserve.training.checkpoint import Checkpoints, Position, Step
+from tuneserve.training.dynamics import Dynamics
 from tuneserve.training.evaluation import validate
 from tuneserve.training.model import loss_of
 from tuneserve.training.tokens import Array, Batch, TokenizedSplit, collate, shuffled_batches, split_rows
@@ -84,12 +85,14 @@ class Run:
         stopping: asked after each step and, in one process, between the parts of a step.
         record: told the figures of each step and epoch.
         world: the processes that train together; each takes its share of every batch.
+        dynamics: told what the model says of texts before it learns from them.
     """
 
     checkpoints: Checkpoints
     stopping: Callable[[], bool] = lambda: False
     record: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None
     world: World = ALONE
+    dynamics: Dynamics | None = None
 
 
 def fit_model(
@@ -150,7 +153,7 @@ def fit(
         if position.texts:
             logger.info("resuming in epoch %d after batch %d of %d", position.epoch + 1, position.step, steps)
         learn = Learner(forward, recipe, optimizer.gradient.device)
-        gradient = Gradient(learn, optimizer, train, seed=recipe.seed, stopping=run.stopping, world=world)
+        gradient = Gradient(learn, optimizer, train, run, seed=recipe.seed)
         gradient.part_tokens = position.part_tokens or gradient.part_tokens
 
         while not position.finished:
@@ -222,13 +225,12 @@ class Gradient:
         learn: "Learner",
         optimizer: Optimizer,
         train: TokenizedSplit,
+        run: Run,
         *,
         seed: int,
-        stopping: Callable[[], bool],
-        world: World,
     ) -> None:
         self.learn, self.optimizer, self.train, self.seed = learn, optimizer, train, seed
-        self.stopping, self.world, self.lengths = stopping, world, train.lengths
+        self.stopping, self.world, self.dynamics, self.lengths = run.stopping, run.world, run.dynamics, train.lengths
         self.device = optimizer.gradient.device
         self.part_tokens = PART_TOKENS[self.device.type]
         if self.device.type == "cpu":
@@ -277,14 +279,20 @@ class Gradient:
         words = np.unique(np.concatenate([train.text_ids(row) for row in rows])).astype(np.int64)
         self.optimizer.begin(torch.from_numpy(words).to(self.device))
         loss, padded_tokens = torch.zeros((), device=self.device), 0
+        answers: list[tuple[Array, torch.Tensor]] = []
         for part in split_rows(rows[self.world.rank :: self.world.size], self.lengths, self.part_tokens):
             if self.world.size == 1 and self.stopping():
                 return Step(whole=False)
             batch = collate(train, part, self.device)
-            loss += self.learn(batch, total_weight)
+            part_loss, logits = self.learn(batch, total_weight)
+            loss += part_loss
+            answers.append((part, logits))
             self.optimizer.collect()
             longest, tokens = int(batch.lengths.max()), int(batch.lengths.sum())
             padded_tokens += len(part) * longest if self.learn.forward.pads else tokens
+        if self.dynamics is not None:  # the step is whole; one that is begun again has been seen once
+            for part, logits in answers:
+                self.dynamics.see(part, logits)
         return Step(padded_tokens=padded_tokens, loss=float(loss))
 
 
@@ -296,15 +304,15 @@ class Learner:
         weights = recipe.class_weights
         self.class_weights = None if weights is None else torch.tensor(weights, device=device)
 
-    def __call__(self, batch: Batch, total_weight: torch.Tensor | int) -> torch.Tensor:
-        """Leave the gradient in the model, and return the loss; `total_weight` is that of all texts of the step."""
+    def __call__(self, batch: Batch, total_weight: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the gradient in the model, and return loss and logits; `total_weight` is that of the step's texts."""
         logits = self.forward(batch).float()
         losses = loss_of(
             logits, batch.label_ids, class_weights=self.class_weights, label_smoothing=self.label_smoothing
         )
         loss = losses.sum() / total_weight
         loss.backward()
-        return loss.detach()  # all else is freed with the names of this function, before the next part
+        return loss.detach(), logits.detach()  # all else is freed with this function's names, before the next part
 
 
 def is_out_of_memory(error: Exception) -> bool:

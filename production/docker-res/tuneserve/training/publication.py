@@ -60,6 +60,7 @@ def publish(
     shares: bool = False,
     losses: Sequence[tuple[int, float]] = (),
     held_out: HeldOut | None = None,
+    describe: Callable[[Mapping[str, Array]], Mapping[str, Any]] = lambda logits: {},
 ) -> Version:
     """Calibrate the model, save it, load it again as anyone would, test what was loaded, and export it.
 
@@ -77,6 +78,7 @@ def publish(
         shares: whether the body is as it was in the base model, so that other versions may have the same.
         losses: of some of the steps, by their numbers; for the report.
         held_out: what cross-validation answered to training texts, which then stand for validation texts.
+        describe: told the calibrated logits of each split but the training texts; what it returns joins the metadata.
 
     Raises:
         StoreError: the store cannot be written.
@@ -129,6 +131,7 @@ def publish(
             },
             "calibration": {"temperature": temperature, "ece_before": errors},
             **promised,
+            **describe(logits),
             "engine": engine,
             **({"body": body} if body is not None else {}),
             **describe_files(temporary),
