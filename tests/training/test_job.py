@@ -24,7 +24,8 @@ from tuneserve.lifecycle.drift import read_reference
 from tuneserve.lifecycle.store import Store
 from tuneserve.settings import Settings
 from tuneserve.signals import Stop
-from tuneserve.training import job, loop
+from tuneserve.training import few, job, label_issues, loop
+from tuneserve.training.world import ALONE
 
 pytestmark = pytest.mark.usefixtures("brief")
 
@@ -67,6 +68,21 @@ def test_what_is_saved_gives_the_logits_of_what_was_trained(
     )
     with torch.inference_mode():
         torch.testing.assert_close(saved(**batch).logits, trained[0].eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_the_answers_to_validation_texts_are_those_of_the_version_calibrated(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    judge = label_issues.judge_learned
+    monkeypatch.setattr(label_issues, "judge_learned", lambda *about: given.append(about) or judge(*about))
+    version = train(environment)
+    _, logits, tokens = given[0]
+    assert abs(version.metadata["calibration"]["temperature"] - 1) > 0.01  # or there is nothing to tell apart
+    saved = AutoModelForSequenceClassification.from_pretrained(version.folder).eval()
+    for name in ("valid", "test"):
+        answers = few.answer(saved, tokens[name], len(version.metadata["labels"]), lambda: False, ALONE)
+        assert logits[name] == pytest.approx(answers, abs=1e-4)
 
 
 def test_the_reference_for_drift_is_of_all_held_out_texts(environment: dict[str, str]) -> None:

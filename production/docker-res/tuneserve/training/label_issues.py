@@ -1,9 +1,9 @@
-"""Labels that are probably wrong: confident learning (Northcutt et al., 1911.00068) from answers not yet learned.
+"""Labels that are probably wrong: confident learning (Northcutt et al., 1911.00068) from answers not known by heart.
 
-Whatever a label is judged by has not learned it. Where the body is trained, that is what the model said of a text
-before each time that it learned from it (`dynamics`), and of validation and test texts what it says in the end. Where
-the body stays as it is, where texts are few, and before suspects are dropped, a logistic regression on what the
-untrained body says answers texts in five folds (`look`).
+Where the body is trained, a training text's label is judged by what the model said before each time that it learned
+from the text (`dynamics`: the first time it has not learned from it at all, later once or twice), and a validation or
+test text's by what the model says in the end. Where the body stays as it is, where texts are few, and before suspects
+are dropped, a logistic regression on what the untrained body says answers texts in five folds (`look`).
 
 Texts for which another label than their own is above that label's threshold, the mean probability of the label
 among the texts that carry it, say how many labels are wrong: a label that the model is seldom sure of needs less,
